@@ -1,0 +1,31 @@
+"""The output head: logits for sampling, log-likelihoods for training.
+
+Letters: B sequences, L codes a sequence, V vocabulary, D width.
+"""
+
+from torch import Tensor, nn
+
+from cca_ds.likelihood.ops import linear_sequence_logp
+
+
+class LikelihoodHead(nn.Linear):
+    """A `nn.Linear` from width to vocabulary that can also give log p without handing out logits.
+
+    It is a module of its own so that ZeRO-3's hooks gather its weight around its forward, and again in its backward.
+    """
+
+    accumulate = "fp32"
+    chunk_rows: int | None = None
+
+    def forward(self, hidden_BLD: Tensor, targets_BL: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V] in the weight's dtype; given targets [B, L], log p [B] in float32 instead."""
+        if targets_BL is None:
+            return super().forward(hidden_BLD)
+        return linear_sequence_logp(
+            hidden_BLD,
+            self.weight,
+            targets_BL,
+            self.bias,
+            accumulate=self.accumulate,
+            chunk_rows=self.chunk_rows,
+        )

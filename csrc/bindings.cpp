@@ -1,0 +1,24 @@
+// The one schema of the extension. What runs on a device is registered by the CPU libraries and by bindings_cuda.cpp.
+//
+// Letters: B sequences, L tokens a sequence, N = B * L rows, V vocabulary, D width.
+#include <torch/library.h>
+
+TORCH_LIBRARY(cca_ds, m) {
+  // The two faces, differentiable in Python (likelihood/ops.py). `residual` is onehot - softmax [N, V], empty unless kept.
+  m.def("sequence_logp(Tensor logits, Tensor targets) -> (Tensor logp, Tensor stats)");
+  m.def("sequence_logp_backward(Tensor grad, Tensor logits, Tensor targets, Tensor stats) -> Tensor");
+  m.def(
+      "linear_sequence_logp(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, bool wide, int chunk_rows, "
+      "bool keep) -> (Tensor logp, Tensor residual)");
+  m.def(
+      "linear_sequence_logp_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor residual, bool wide, int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
+  // The row kernels. stats [N, 2]: a row's maximum, and the log of its sum of exp(x - maximum).
+  m.def("row_stats(Tensor logits, Tensor? bias, Tensor targets) -> (Tensor logp, Tensor stats)");
+  m.def("row_gradient(Tensor grad, Tensor logits, Tensor targets, Tensor stats) -> Tensor");
+  m.def("row_residual(Tensor logits, Tensor? bias, Tensor targets, Tensor(a!) residual) -> Tensor logp");
+  // Products around them.
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
+  m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
+}
