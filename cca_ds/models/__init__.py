@@ -1,0 +1,22 @@
+"""The two families of autoregressive image models, by name, with weights in and out."""
+
+from cca_ds.models.llamagen import LlamaGenConfig
+from cca_ds.models.presets import PRESETS, create_model, model_config, preset_name
+from cca_ds.models.var import VARConfig
+from cca_ds.models.weight_files import WeightsError, read_weights
+from cca_ds.models.weights import check_weights, expected_shapes, load_weights, save_weights
+
+__all__ = [
+    "PRESETS",
+    "LlamaGenConfig",
+    "VARConfig",
+    "WeightsError",
+    "check_weights",
+    "create_model",
+    "expected_shapes",
+    "load_weights",
+    "model_config",
+    "preset_name",
+    "read_weights",
+    "save_weights",
+]

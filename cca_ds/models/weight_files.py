@@ -1,0 +1,139 @@
+"""Files of weights: reading any published one safely, replacing one whole or not at all.
+
+A file's kind is told by its first bytes, never by its name. Pickles are read with `weights_only=True`, which
+runs no code of theirs.
+"""
+
+import json
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# where the programs keep the model's own state, the outermost first
+_WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be read, written, or does not fit the model; one line, with the remedy."""
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as safetensors does: the header's length, then its JSON."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**27
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; of any other file, nothing."""
+    path = existing_file(path)
+    if not is_safetensors(path):
+        return {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return json.loads(file.read(length)).get("__metadata__", {})
+        except ValueError:
+            raise _damaged(path) from None
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, once it is known to be a file with something in it."""
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"weights file {path} does not exist: check the path")
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} is a folder: name the file in it")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"weights file {path} is empty: copy it again")
+    return path
+
+
+def _damaged(path: Path) -> WeightsError:
+    size = path.stat().st_size
+    return WeightsError(f"weights file {path} is truncated or damaged ({size:,} bytes): copy it again")
+
+
+def _load_pickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if what is None:
+            raise _damaged(path) from None
+        raise WeightsError(
+            f"weights file {path} holds pickled code ({what[1]}), not tensors alone, and was not loaded: "
+            "save its state_dict on the machine it comes from"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError, TypeError):
+        raise _damaged(path) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _unwrap(path: Path, state: Any) -> dict[str, Tensor]:
+    while isinstance(state, dict):
+        if any(isinstance(value, Tensor) for value in state.values()):
+            return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        inner = [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]
+        if not inner:
+            break
+        state = inner[0]
+    raise WeightsError(f"weights file {path} holds no tensors under any of the published layouts")
+
+
+def _plain_key(key: str) -> str:
+    key = key.replace("_orig_mod.", "")
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a weights file by its plain name, on the CPU, mapped into memory where the file allows
+    it.
+
+    Reads safetensors and torch files: flat, or under "model", "module", "state_dict", "trainer" or the
+    trainer's "var_wo_ddp"; prefixes `_orig_mod.` (torch.compile) and `module.` (DDP) are taken off. Raises
+    WeightsError.
+    """
+    path = existing_file(path)
+    state = _load_safetensors(path) if is_safetensors(path) else _unwrap(path, _load_pickle(path))
+    return {_plain_key(key): value for key, value in state.items()}
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a sibling name, flush to disk and rename: `path` is there whole or not at all.
+
+    Raises WeightsError where it cannot be written, and leaves nothing behind.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors wrap the system's errors in their own
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WeightsError(f"cannot write weights to {path}: {reason}") from None
+    finally:
+        if draft.exists():
+            draft.unlink()

@@ -1,0 +1,301 @@
+"""Weights in every published layout, both ways, and one clear line for each file that cannot be taken."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from cca_ds.models import (
+    LlamaGenConfig,
+    WeightsError,
+    check_weights,
+    create_model,
+    expected_shapes,
+    load_weights,
+    read_weights,
+    save_weights,
+)
+from cca_ds.models.model_card import model_card
+from cca_ds.models.weights import _var_masks
+
+TINY = LlamaGenConfig(n_layer=2, n_head=4, dim=64, vocab_size=64, sequence_length=16, num_classes=10)
+
+
+@pytest.fixture
+def published(golden) -> dict[str, torch.Tensor]:
+    """The recorded weights, as the published file has them."""
+    return torch.load(golden / "llamagen_ddp.pt", weights_only=True)["model"]
+
+
+def random_model(config=TINY, **overrides) -> nn.Module:
+    torch.manual_seed(3)
+    model = create_model(config, **overrides)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def assert_bit_equal(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(own[key], value.to(own[key].dtype)), key
+
+
+LAYOUTS = {
+    "flat": lambda state: state,
+    "model": lambda state: {"model": state},
+    "module": lambda state: {"module": state, "global_steps": 3},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 1},
+    "trainer": lambda state: {"epoch": 1, "iter": 0, "trainer": state, "args": {"depth": 16}},
+    "trainer.var_wo_ddp": lambda state: {"trainer": {"config": {"patch_nums": (1, 2)}, "var_wo_ddp": state}},
+    "compiled": lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    "ddp of compiled": lambda state: {
+        "model": {f"module._orig_mod.{key}": value for key, value in state.items()}
+    },
+    "with freqs_cis": lambda state: {"model": {**state, "freqs_cis": torch.zeros(17, 8, 2)}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_published_layout_loads(published, tmp_path, layout):
+    torch.save(LAYOUTS[layout](published), tmp_path / "weights.pt")
+    model = create_model(TINY)
+    load_weights(model, tmp_path / "weights.pt")
+    assert_bit_equal(model, published)
+
+
+def test_the_recorded_files_load(golden, published):
+    for name in ("llamagen_ddp.pt", "llamagen_fsdp.pt", "llamagen_after10.pt"):
+        model = create_model(TINY)
+        load_weights(model, golden / name)
+        assert torch.equal(model.state_dict()["norm.weight"], published["norm.weight"].float()) == (
+            "after" not in name
+        )
+
+
+def test_the_old_pickle_format_loads(published, tmp_path):
+    torch.save({"model": published}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    model = create_model(TINY)
+    load_weights(model, tmp_path / "old.pt")
+    assert_bit_equal(model, published)
+
+
+def test_a_module_on_the_meta_device_takes_the_files_tensors(published, golden):
+    with torch.device("meta"):
+        model = create_model(TINY)
+    load_weights(model, golden / "llamagen_ddp.pt")
+    assert_bit_equal(model, published)
+    codes = torch.randint(64, (2, 16))
+    assert torch.isfinite(model.float().eval()(codes, torch.tensor([0, 10]))).all()
+
+
+@pytest.mark.parametrize("layout", ["llamagen", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_loads_bit_equal(published, tmp_path, layout, dtype):
+    model = random_model().to(dtype)
+    path = tmp_path / "deeper" / "weights.bin"
+    save_weights(model, path, layout=layout)
+    assert os.listdir(path.parent) == ["weights.bin"]
+    again = create_model(TINY).to(dtype)
+    load_weights(again, path)
+    assert_bit_equal(again, model.state_dict())
+    assert read_weights(path)["output.weight"].dtype == dtype
+    # the original's strict loading: its keys, its shapes, no more and no fewer
+    assert {key: value.shape for key, value in read_weights(path).items()} == {
+        key: value.shape for key, value in published.items()
+    }
+
+
+def test_the_llamagen_layout_is_wrapped_as_the_program_expects_of_each_size(tmp_path, monkeypatch):
+    model = random_model()
+    save_weights(model, tmp_path / "b.pt", layout="llamagen")
+    assert list(torch.load(tmp_path / "b.pt", weights_only=True)) == ["model"]
+    model.config = replace(TINY, n_layer=24, dim=3200, n_head=32)  # 3B is published flat
+    save_weights(model, tmp_path / "3b.pt", layout="llamagen")
+    assert "output.weight" in torch.load(tmp_path / "3b.pt", weights_only=True)
+
+
+def test_saving_takes_given_tensors_and_casts(tmp_path):
+    model = random_model()
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    save_weights(model, tmp_path / "half.safetensors", state=state, dtype=torch.float16)
+    read = read_weights(tmp_path / "half.safetensors")
+    assert all(torch.equal(read[key], value.half()) for key, value in state.items())
+
+
+def test_a_view_is_saved_without_what_is_behind_it(tmp_path):
+    model = random_model()
+    huge = torch.zeros(1_000_000)
+    state = dict(model.state_dict(), **{"norm.weight": huge[:64]})
+    save_weights(model, tmp_path / "view.pt", layout="llamagen", state=state)
+    assert (tmp_path / "view.pt").stat().st_size < 1_500_000
+
+
+def test_safetensors_carry_metadata_and_a_model_card(tmp_path):
+    model = random_model()
+    card = model_card("digits-cca", "llamagen", "digits_base", "name: digits\n", {"fid": 1.25})
+    save_weights(
+        model, tmp_path / "a.safetensors", metadata={"recipe": "name: digits", "step": "56"}, model_card=card
+    )
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["recipe"] == "name: digits" and header["step"] == "56"
+    assert (header["family"], header["sequence_length"], header["dim"]) == ("llamagen", "16", "64")
+    text = (tmp_path / "README.md").read_text()
+    for part in ("license: mit", "base_model: digits_base", "2410.09347", "name: digits", "| fid | 1.25 |"):
+        assert part in text
+    assert "Metrics" not in model_card("x", "var", "var_d16", "name: x")
+
+
+def test_lambda_embedding_is_saved_and_a_base_model_fits_under_it(golden, tmp_path):
+    conditioned = random_model(lambda_conditioning=True)
+    save_weights(conditioned, tmp_path / "lambda.pt", layout="llamagen")
+    again = create_model(TINY, lambda_conditioning=True)
+    load_weights(again, tmp_path / "lambda.pt")
+    assert_bit_equal(again, conditioned.state_dict())
+    load_weights(create_model(TINY, lambda_conditioning=True), golden / "llamagen_ddp.pt")
+    with pytest.raises(WeightsError, match="conditioned on lambda: set lambda_conditioning=true"):
+        load_weights(create_model(TINY), tmp_path / "lambda.pt")
+    state = conditioned.state_dict()
+    del state["lambda_embedding.fc2.bias"]
+    with pytest.raises(WeightsError, match=r"1 missing: lambda_embedding\.fc2\.bias$"):
+        check_weights(expected_shapes(again), state, "a file")
+
+
+def test_every_missing_unexpected_and_misshaped_key_is_named(published, tmp_path):
+    state = dict(published)
+    del state["layers.1.attention.wo.weight"], state["norm.weight"]
+    state["layers.2.attention.wo.weight"] = torch.zeros(64, 64)
+    state["output.weight"] = torch.zeros(64, 32)
+    torch.save(state, tmp_path / "bad.pt")
+    model = random_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, tmp_path / "bad.pt")
+    assert str(caught.value) == (
+        f"weights file {tmp_path / 'bad.pt'} does not fit the model: "
+        "2 missing: layers.1.attention.wo.weight, norm.weight; "
+        "1 unexpected: layers.2.attention.wo.weight; "
+        "1 mis-shaped: output.weight is [64, 32] in the file and [64, 64] in the model"
+    )
+    assert_bit_equal(model, before)  # nothing half-loaded
+
+
+class Code:
+    """Unpickling this would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch /nonexistent/should-not-run",)
+
+
+def bad_file(name: str, golden, tmp_path):
+    path = tmp_path / "file.pt"
+    whole = (golden / "llamagen_ddp.pt").read_bytes()
+    save_weights(random_model(), tmp_path / "whole.safetensors")
+    whole_safetensors = (tmp_path / "whole.safetensors").read_bytes()
+    damaged = {
+        "empty": b"",
+        "truncated": whole[:-1000],
+        "half": whole[:4000],
+        "text": b"404 not found",
+        "truncated safetensors": whole_safetensors[:-1000],
+        "truncated header": whole_safetensors[:50],
+    }
+    if name in damaged:
+        path.write_bytes(damaged[name])
+    elif name == "code":
+        torch.save({"model": {"output.weight": torch.zeros(2)}, "args": Code()}, path)
+    elif name == "old code":
+        torch.save({"args": Code()}, path, _use_new_zipfile_serialization=False)
+    elif name == "no tensors":
+        torch.save({"epoch": 3}, path)
+    return tmp_path if name == "folder" else path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "does not exist: check the path"),
+        ("folder", "is a folder: name the file in it"),
+        ("empty", "is empty: copy it again"),
+        ("truncated", r"is truncated or damaged \([\d,]+ bytes\): copy it again"),
+        ("half", "is truncated or damaged"),
+        ("text", "is truncated or damaged"),
+        ("truncated safetensors", "is truncated or damaged"),
+        ("truncated header", "is truncated or damaged"),
+        ("code", r"holds pickled code \(\w+\.system\), not tensors alone, and was not loaded"),
+        ("old code", r"holds pickled code \(\w+\.system\), not tensors alone, and was not loaded"),
+        ("no tensors", "holds no tensors under any of the published layouts"),
+    ],
+)
+def test_a_file_that_cannot_be_read_gets_one_clear_line(golden, tmp_path, name, message):
+    path = bad_file(name, golden, tmp_path)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_weights(create_model(TINY), path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_other_familys_file_is_refused(golden, tmp_path):
+    model = create_model(TINY)
+    with pytest.raises(
+        WeightsError, match="holds a VAR transformer, but a LlamaGen transformer is asked for"
+    ):
+        load_weights(model, golden / "var_depth2.pth")
+    with pytest.raises(WeightsError, match="holds LlamaGen's tokenizer, but a LlamaGen transformer"):
+        load_weights(model, golden / "vq16_ch32.pt")
+    with pytest.raises(WeightsError, match="layout 'var' is for var models, this one is llamagen"):
+        save_weights(model, tmp_path / "x.pth", layout="var")
+    with pytest.raises(WeightsError, match="layout 'gguf' is unknown"):
+        save_weights(model, tmp_path / "x.pth", layout="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_size_says_what_differs(golden, published, tmp_path):
+    with pytest.raises(WeightsError, match="which has 99 codes in the vocabulary, the file 64: 2 mis-shaped"):
+        load_weights(create_model(TINY, vocab_size=99), golden / "llamagen_ddp.pt")
+    with pytest.raises(WeightsError, match="which has 6 classes, the null class among them, the file 11"):
+        load_weights(create_model(TINY, num_classes=5), golden / "llamagen_ddp.pt")
+    larger = create_model(TINY, sequence_length=36)
+    torch.save({"model": {**published, "freqs_cis": torch.zeros(17, 8, 2)}}, tmp_path / "a.pt")
+    save_weights(random_model(), tmp_path / "b.safetensors")
+    for name in ("a.pt", "b.safetensors"):
+        with pytest.raises(WeightsError, match="is for 16 codes an image, the model has 36"):
+            load_weights(larger, tmp_path / name)
+
+
+def test_an_unwritable_place_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match=r"cannot write weights to .*file/x\.pt: "):
+        save_weights(random_model(), tmp_path / "file" / "x.pt", layout="llamagen")
+
+    def full(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    save_weights(random_model(), tmp_path / "kept.safetensors")
+    whole = (tmp_path / "kept.safetensors").read_bytes()
+    monkeypatch.setattr("cca_ds.models.weights.save_file", full)
+    with pytest.raises(WeightsError, match=r"cannot write weights to .*: No space left on device"):
+        save_weights(random_model(), tmp_path / "kept.safetensors")
+    assert (tmp_path / "kept.safetensors").read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kept.safetensors"]
+
+
+def test_sharded_parameters_are_checked_by_their_full_shape():
+    model = create_model(TINY)
+    whole = expected_shapes(model)
+    for name, parameter in model.named_parameters():
+        parameter.ds_shape = whole[name]
+        parameter.data = torch.empty(0)
+    assert expected_shapes(model) == whole
+
+
+def test_var_masks_equal_the_recorded_ones(golden, golden_configs):
+    recorded = torch.load(golden / "var_depth2.pth", weights_only=True)
+    masks = _var_masks(golden_configs["var"]["patch_nums"])
+    for key, value in masks.items():
+        assert torch.equal(value, recorded[key]) and value.dtype == recorded[key].dtype
