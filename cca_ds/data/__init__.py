@@ -1,0 +1,1 @@
+"""Images and their codes on disk, and how they reach training."""

@@ -1,0 +1,172 @@
+"""Tables of codes, read: the memory-mapped Arrow files of a table as zero-copy NumPy views.
+
+N images, C crops, L codes per crop, B rows asked for.
+Rows are read from the views and not through `datasets`' row access, which is thirty times slower and takes a
+second to import; `datasets.load_from_disk` opens the same folder for anyone who wants it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cca_ds.data.manifest import CodesError, Manifest, Shard, read_manifest
+from cca_ds.data.writing import check_rows, file_hash, write_codes, write_digits
+
+__all__ = ["CodeTable", "CodesError", "Manifest", "open_codes", "write_codes"]
+
+
+class CodeTable:
+    """A table of codes, memory-mapped. Cheap to open in every rank and every worker."""
+
+    def __init__(self, folder: Path, manifest: Manifest, views: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._chunks = [codes_NCL for codes_NCL, _ in views]
+        self._starts = np.cumsum([0] + [len(codes_NCL) for codes_NCL in self._chunks])
+        self._labels = views[0][1] if len(views) == 1 else np.concatenate([labels_N for _, labels_N in views])
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CodeTable:
+        """Open a table. Raises CodesError: no table, foreign files, labels outside the classes."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if not manifest.images:
+            raise CodesError(f"{folder}: the data set is empty")
+        table = cls(folder, manifest, [_map_shard(folder, shard, manifest) for shard in manifest.shards])
+        low, high = int(table.labels.min()), int(table.labels.max())
+        if low < 0 or high >= manifest.classes:
+            wrong = low if low < 0 else high
+            raise CodesError(
+                f"{folder}: the label {wrong} is outside 0..{manifest.classes - 1}: encode the images again"
+            )
+        return table
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def __getstate__(self) -> Path:
+        # a worker process maps the files itself instead of receiving their contents
+        return self.folder
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__dict__.update(CodeTable.open(folder).__dict__)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N] int32, read-only."""
+        return self._labels
+
+    @property
+    def codes(self) -> np.ndarray:
+        """[N, C, L] uint16, a read-only view of the file. Tables of several files have `take` only."""
+        if len(self._chunks) > 1:
+            raise CodesError(
+                f"{self.folder} has {len(self._chunks)} files, so no single view: read it with take()"
+            )
+        return self._chunks[0]
+
+    def _stored(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> np.ndarray:
+        """Codes of some rows as stored, [B, L] uint16; `crops` is a crop per row or one for all."""
+        rows = np.asarray(indices, dtype=np.int64)
+        crops = np.broadcast_to(np.asarray(crops, dtype=np.int64), rows.shape)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"row {int(rows.max())} of a table of {len(self)} images")
+        if len(self._chunks) == 1:
+            return self._chunks[0][rows, crops]
+        codes_BL = np.empty((len(rows), self.manifest.sequence_length), dtype=np.uint16)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        places = zip(shards.tolist(), (rows - self._starts[shards]).tolist(), crops.tolist(), strict=True)
+        # a batch meets nearly as many files as it has rows, so that an indexed copy per file is the slower way
+        for number, (shard, row, crop) in enumerate(places):
+            codes_BL[number] = self._chunks[shard][row, crop]
+        return codes_BL
+
+    def take(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [B, L] int64 and labels [B] int64 of some rows; `crops` is a crop per row or one for all.
+
+        Raises:
+            CodesError: a code outside the vocabulary.
+        """
+        codes_BL = self._stored(indices, crops)
+        if codes_BL.size and int(codes_BL.max()) >= self.manifest.vocab_size:
+            row = int(np.asarray(indices)[codes_BL.max(axis=1).argmax()])
+            raise CodesError(
+                f"{self.folder}: image {row} has the code {int(codes_BL.max())}, outside "
+                f"0..{self.manifest.vocab_size - 1}: encode the images again"
+            )
+        return codes_BL.astype(np.int64), self._labels[indices].astype(np.int64)
+
+    def check(self) -> None:
+        """Read everything once: hashes, ranges, label histogram. CodesError at the first difference."""
+        for shard, codes_NCL, start in zip(
+            self.manifest.shards, self._chunks, self._starts[:-1], strict=True
+        ):
+            if file_hash(self.folder / shard.file) != shard.sha256:
+                raise CodesError(
+                    f"{self.folder / shard.file} differs from its hash in the manifest: encode it again"
+                )
+            labels_N = self._labels[start : start + shard.images]
+            source = str(self.folder / shard.file)
+            check_rows(codes_NCL, labels_N, self.manifest.vocab_size, self.manifest.classes, source)
+        counts = np.bincount(self._labels, minlength=self.manifest.classes)
+        if tuple(counts.tolist()) != self.manifest.label_histogram:
+            raise CodesError(
+                f"{self.folder}: the labels differ from the manifest's histogram: encode the images again"
+            )
+
+    def used_codes(self) -> int:
+        """How many different codes occur."""
+        seen_V = np.zeros(self.manifest.vocab_size, dtype=bool)
+        for codes_NCL in self._chunks:
+            for start in range(
+                0, len(codes_NCL), 4096
+            ):  # a fancy index makes an index array of 8 bytes a code
+                seen_V[codes_NCL[start : start + 4096].ravel()] = True
+        return int(seen_V.sum())
+
+
+def open_codes(spec: str | Path, cache_folder: str | Path) -> CodeTable:
+    """Open the table `spec`: a folder, or "digits", which is built once into `cache_folder`."""
+    if str(spec) != "digits":
+        return CodeTable.open(spec)
+    from cca_ds.vq import create_tokenizer
+
+    # the tokenizer's hash in the name: another definition of it never meets an old table
+    folder = Path(cache_folder) / f"digits-{create_tokenizer('digits').hash()[:12]}"
+    if not folder.exists():
+        write_digits(folder)
+    return CodeTable.open(folder)
+
+
+def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Views of one Arrow file: codes [n, C, L] uint16 and labels [n] int32."""
+    import pyarrow
+
+    path = folder / shard.file
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+        raise CodesError(f"{path} {found}: copy it again or encode the images again")
+    shape = (shard.images, manifest.crops, manifest.sequence_length)
+    try:
+        with pyarrow.memory_map(str(path)) as stream:
+            table = pyarrow.ipc.open_stream(stream).read_all()
+        column, label = table.column("codes"), table.column("label")
+        if column.num_chunks != 1 or table.num_rows != shard.images:
+            raise CodesError(
+                f"{table.num_rows} rows in {column.num_chunks} batches, not {shard.images} in one"
+            )
+        flat = column.chunk(0)
+        while pyarrow.types.is_fixed_size_list(flat.type):
+            flat = flat.flatten()
+        codes_NCL = flat.to_numpy(zero_copy_only=True).reshape(shape)
+        labels_N = label.chunk(0).to_numpy(zero_copy_only=True)
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise CodesError(f"{path} is not a shard of this table ({error}): encode the images again") from error
+    if codes_NCL.dtype != np.uint16 or labels_N.dtype != np.int32:
+        raise CodesError(
+            f"{path} stores {codes_NCL.dtype} codes and {labels_N.dtype} labels, not uint16 and int32"
+        )
+    return codes_NCL, labels_N

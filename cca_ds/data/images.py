@@ -1,0 +1,236 @@
+"""Where images come from: an image folder, a Hugging Face dataset on disk, or a tar of either.
+
+A source has a fixed order, a label for every image, and `read(index) -> bytes`. Nothing is decoded here and
+nothing is extracted: members of a tar are read from the archive in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from cca_ds.data.manifest import CodesError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class ImageSource(ABC):
+    """N images in a fixed order. `read` may be called from several threads.
+
+    labels_N: [N] int64. class_names: one per class. in_order: reading backwards is slow (compressed tars).
+    """
+
+    labels_N: np.ndarray
+    class_names: tuple[str, ...]
+    in_order = False
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The image file's content. Raises OSError."""
+
+    def fingerprint(self) -> str:
+        """Sha256 over names and labels in order: a run is only resumed on the same images."""
+        digest = hashlib.sha256(repr((self.class_names, len(self))).encode())
+        for index, label in enumerate(self.labels_N.tolist()):
+            digest.update(f"{self.name(index)}\0{label}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def open_images(path: str | Path, split: str = "train") -> ImageSource:
+    """Open images for reading; the kind is found by looking.
+
+    Raises:
+        CodesError: nothing there, no images, an empty class, a split that does not exist.
+    """
+    from cca_ds.data import arrow_images  # it needs pyarrow, a folder of images does not
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if arrow_images.is_dataset(path):
+            return arrow_images.open_dataset(path, split)
+        return ImageFolder(path)
+    if not path.exists():
+        raise CodesError(f"--source {path}: no such file or folder")
+    try:
+        members = index_tar(path)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line per compression it tried
+        raise CodesError(f"--source {path}: neither a folder nor a readable tar ({reason})") from error
+    if any(PurePosixPath(member.name).name == "state.json" for member in members):
+        return arrow_images.open_dataset_in_tar(path, members, split)
+    return TarOfImages(path, members)
+
+
+def _labels_by_class(source: Path, classes: list[str], found: set[str]) -> dict[str, int]:
+    """Class name -> label in sorted order, as torchvision's ImageFolder numbers them."""
+    empty = sorted(set(classes) - found)
+    if not classes:
+        raise CodesError(
+            f"--source {source}: no class folders with images (ImageNet's layout is class/image.jpg)"
+        )
+    if empty:
+        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise CodesError(
+            f"--source {source}: {len(empty)} class folder(s) without images ({names}): fill or remove"
+        )
+    return {name: label for label, name in enumerate(sorted(classes))}
+
+
+class ImageFolder(ImageSource):
+    """ImageNet's layout, class/**/image, in torchvision's order of classes and files."""
+
+    def __init__(self, folder: Path) -> None:
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        self._paths: list[str] = []
+        class_of: list[str] = []
+        for name in classes:
+            before = len(self._paths)
+            for parent, _, files in sorted(os.walk(folder / name, followlinks=True)):
+                here = os.path.relpath(parent, folder)
+                images = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
+                self._paths += [os.path.join(here, file) for file in images]
+            class_of += [name] * (len(self._paths) - before)
+        label = _labels_by_class(folder, classes, set(class_of))
+        self._folder = folder
+        self.class_names = tuple(sorted(label))
+        self.labels_N = np.array([label[name] for name in class_of], dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+    def read(self, index: int) -> bytes:
+        return (self._folder / self._paths[index]).read_bytes()
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One file inside a tar, or inside a tar within it: where its bytes lie in the (uncompressed) archive."""
+
+    name: str
+    offset: int
+    size: int
+    is_folder: bool = False
+
+
+def index_tar(path: Path) -> list[TarMember]:
+    """Names and places of a tar's files, headers only, in the archive's order.
+
+    Tars inside it are looked into as well (ImageNet's own archive holds one per class), their names becoming
+    folders. Links, devices and hidden files are left out: nothing outside the archive is ever opened.
+    """
+    with tarfile.open(path, "r:*") as archive:
+        return _members(archive, 0, "")
+
+
+def _members(archive: tarfile.TarFile, start: int, prefix: str) -> list[TarMember]:
+    found: list[TarMember] = []
+    for member in archive:
+        name = prefix + member.name.removeprefix("./").rstrip("/")
+        if member.isdir():
+            found.append(TarMember(name, 0, 0, is_folder=True))
+        elif member.isfile() and not member.issparse() and not PurePosixPath(name).name.startswith("."):
+            offset = start + member.offset_data
+            if name.endswith(".tar"):
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                    found += _members(inner, offset, name.removesuffix(".tar") + "/")
+            else:
+                found.append(TarMember(name, offset, member.size))
+    return found
+
+
+class TarOfImages(ImageSource):
+    """A tar of ImageNet's layout below any number of leading folders.
+
+    The order is that of the same files in a folder; in a compressed tar it is the archive's own.
+    """
+
+    def __init__(self, path: Path, members: list[TarMember]) -> None:
+        latest = {m.name: m for m in members}  # a name that was appended again replaces the earlier file
+        images = [m for m in latest.values() if m.name.lower().endswith(IMAGE_SUFFIXES)]
+        root = os.path.commonpath([PurePosixPath(m.name).parent for m in images]) if images else ""
+        named = [(_class_below(root, m.name), m) for m in images]
+        if any(name for name, _ in named):
+            folders = {_class_below(root, f"{m.name}/") for m in members if m.is_folder} - {""}
+        else:  # a single class
+            named, folders = [(PurePosixPath(root).name, m) for m in images], set()
+        named = [(name, m) for name, m in named if name]  # beside the class folders: no class, as in a folder
+        label = _labels_by_class(path, sorted(folders | {n for n, _ in named}), {n for n, _ in named})
+        self._archive = open_archive(path)
+        self.in_order = self._archive.in_order
+        if not self.in_order:
+            named.sort(key=lambda pair: (pair[0], *os.path.split(pair[1].name)))
+        self.class_names = tuple(sorted(label))
+        self.labels_N = np.array([label[name] for name, _ in named], dtype=np.int64)
+        self._members = [member for _, member in named]
+
+    def name(self, index: int) -> str:
+        return self._members[index].name
+
+    def read(self, index: int) -> bytes:
+        member = self._members[index]
+        return self._archive.read(member.offset, member.size)
+
+
+def _class_below(root: str, name: str) -> str:
+    """The first folder below `root` on the way to a file; "" where there is none."""
+    below = name.removeprefix(f"{root}/") if root else name
+    return below.partition("/")[0] if "/" in below else ""
+
+
+class PlainArchive:
+    """Ranges of an uncompressed archive, from any thread in any order."""
+
+    in_order = False
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - it lives as long as the source
+
+    def read(self, offset: int, size: int) -> bytes:
+        content = os.pread(self._file.fileno(), size, offset)
+        if len(content) != size:
+            raise OSError(f"the archive ends after {len(content)} of {size} bytes")
+        return content
+
+
+class CompressedArchive:
+    """Ranges of a compressed archive: decompressed forwards, once, as long as the ranges are asked in order."""
+
+    in_order = True
+
+    def __init__(self, path: Path) -> None:
+        self._file = tarfile.open(path, "r:*").fileobj  # noqa: SIM115 - it lives as long as the source
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                content = self._file.read(size)
+            except EOFError as error:
+                raise OSError(f"the archive is truncated ({error})") from error
+        if len(content) != size:
+            raise OSError(f"the archive ends after {len(content)} of {size} bytes")
+        return content
+
+
+def open_archive(path: Path) -> PlainArchive | CompressedArchive:
+    """A tar's bytes by range, whether it is compressed or not."""
+    try:
+        with tarfile.open(path, "r:"):
+            return PlainArchive(path)
+    except tarfile.ReadError:
+        return CompressedArchive(path)
