@@ -1,0 +1,160 @@
+"""What a run tells: TensorBoard, JSON lines, a progress bar, the console. Rank 0 speaks; the others are silent.
+
+A run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, logs/, checkpoints/, summary.json, COMPLETED.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a sibling is written, fsynced, and renamed over it."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(sibling, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(sibling, path)
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
+
+
+def say(message: str) -> None:
+    """One line on the console, without tearing a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress(
+    items: Iterable[Item], description: str, total: int | None = None, show: bool = True
+) -> Iterator[Item]:
+    """Pass items through under a bar with rate and time left."""
+    from tqdm import tqdm
+
+    yield from tqdm(
+        items, desc=description, total=total, disable=not show, dynamic_ncols=True, file=sys.stderr
+    )
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop lines of steps after `last_step`, so that a resumed run logs no step twice."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a line torn by a kill; what follows it cannot be trusted
+        if record["step"] <= last_step:
+            kept.append(line)
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+class RunLog:
+    """TensorBoard, JSON lines and the bar of one run, on rank 0; does nothing on others.
+
+    Args:
+        folder: the run's folder.
+        speaking: True on rank 0.
+        steps, first_step: of the whole run, and where this process takes it up.
+    """
+
+    def __init__(self, folder: Path, speaking: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
+                 bar: bool = True):  # fmt: skip
+        self.speaking, self.folder = speaking, folder
+        self.writer, self.lines, self.bar = None, None, None
+        if not speaking:
+            return
+        from tqdm import tqdm
+
+        truncate_metrics(folder / "metrics.jsonl", first_step)
+        self.lines = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            disable=not bar,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file keeps every line
+        )
+
+    def say(self, message: str) -> None:
+        """One line on rank 0's console."""
+        if self.speaking:
+            say(message)
+
+    def step(self, step: int, values: dict[str, float], write: bool = True) -> None:
+        """Values of step `step` (1 after the first), under the tags they are plotted by."""
+        if not self.speaking:
+            return
+        assert self.bar is not None and self.lines is not None
+        shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['throughput/images_per_second']:.1f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+        if not write:
+            return
+        self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for tag, value in values.items():
+            if self.writer:
+                self.writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, step: int, grid: Any, file_name: str) -> None:
+        """A picture [H, W, C] uint8: into TensorBoard and as samples/`file_name`."""
+        if not self.speaking:
+            return
+        import io
+
+        from PIL import Image
+
+        (self.folder / "samples").mkdir(exist_ok=True)
+        picture = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
+        encoded = io.BytesIO()
+        picture.save(encoded, format="PNG")
+        write_atomic(self.folder / "samples" / file_name, encoded.getvalue())
+        if self.writer:
+            self.writer.add_image(tag, grid, step, dataformats="HWC")
+
+    def text(self, tag: str, content: str) -> None:
+        """Preformatted text in TensorBoard."""
+        if self.writer:
+            self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
+
+    def hparams(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+        """One row of TensorBoard's table of runs."""
+        if not self.writer:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(settings, results):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            self.writer.add_scalar(name, value)
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        for part in (self.bar, self.writer, self.lines):
+            if part is not None:
+                part.close()

@@ -1,0 +1,1 @@
+"""Tests that start several ranks, and what starts them."""

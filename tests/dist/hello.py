@@ -1,0 +1,18 @@
+"""A rank that says who it is and what an all-reduce over all ranks gave, as one line of JSON."""
+
+import dataclasses
+import json
+import os
+import sys
+
+import torch
+
+from cca_ds.engine.launch import find_ranks, initialize, shutdown
+
+ranks = initialize(find_ranks(os.environ), timeout_seconds=60, meeting_seconds=60)
+total = torch.tensor([2.0**ranks.rank], device=ranks.device)
+torch.distributed.all_reduce(total)
+line = json.dumps({**dataclasses.asdict(ranks), "total": total.item()})
+sys.stdout.write(f"HELLO {line}\n")
+sys.stdout.flush()
+shutdown()

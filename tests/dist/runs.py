@@ -1,0 +1,130 @@
+"""Runs of cca_ds/train.py on a small model, through its command line, and what they leave.
+
+with start_training(2, folder, "batch.max_steps=5") as ranks:
+    ranks.wait_for("...")
+outputs = train(2, folder, "batch.max_steps=5", flags=["--resume", "never"])
+assert metrics(folder)[-1]["step"] == 5
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cca_ds.models import create_model
+from tests.dist.fork_server import ForkedRanks
+from tests.dist.ranks import REPOSITORY, RankGroup, RankOutput, RanksFailed, python_command
+
+SHAPE = {"n_layer": 2, "n_head": 2, "dim": 32, "multiple_of": 16}
+QUIET = ("logging.sample_every_steps=null", "logging.tensorboard=false", "logging.progress=false", "data.workers=0",
+         "baseline.check=false", "precision=fp32")  # fmt: skip
+PATIENCE = 240.0  # seconds a run may take on a busy machine
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder of this test session."""
+    folder = Path(tempfile.mkdtemp(prefix="cca_runs_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def tiny_weights() -> Path:
+    """A checkpoint of a small LlamaGen for the digits, drawn so that its codes are not equally likely."""
+    torch.manual_seed(3)
+    module = create_model("digits", **SHAPE)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    path = scratch() / "tiny.safetensors"
+    save_file({name: p.detach().clone() for name, p in module.named_parameters()}, path)
+    return path
+
+
+@functools.cache
+def sharded_zero3() -> Path:
+    """zero3.json with every parameter cut over the ranks, however small: those of a small model would be kept whole."""
+    ds = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text())
+    ds["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = scratch() / "zero3_sharded.json"
+    path.write_text(json.dumps(ds))
+    return path
+
+
+@functools.cache
+def plain_ddp() -> Path:
+    """ZeRO stage 0: DeepSpeed averages gradients and shards nothing."""
+    ds = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text())
+    ds["zero_optimization"] = {"stage": 0}
+    path = scratch() / "zero0.json"
+    path.write_text(json.dumps(ds))
+    return path
+
+
+def command(
+    folder: Path | None, *settings: str, ds: Path | str | None = None, flags: Sequence[str] = ()
+) -> list[str]:
+    """The command line of a run of the small model."""
+    shape = ", ".join(f"{name}: {value}" for name, value in SHAPE.items())
+    usual = (f"model.weights={tiny_weights()}", f"model.overrides={{{shape}}}", *QUIET)
+    output = ["--output", str(folder)] if folder is not None else []
+    arguments = ["--ds_config", str(ds or sharded_zero3()), *output, *flags, "--set", *usual, *settings]
+    return python_command("cca_ds/train.py", arguments)
+
+
+def start_training(
+    ranks: int,
+    folder: Path | None,
+    *settings: str,
+    ds: Path | str | None = None,
+    flags: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+) -> RankGroup:
+    """Running ranks; use it in a `with` block."""
+    return ForkedRanks(command(folder, *settings, ds=ds, flags=flags), ranks, env, None)
+
+
+def train(
+    ranks: int,
+    folder: Path | None,
+    *settings: str,
+    ds: Path | str | None = None,
+    flags: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    check: bool = True,
+) -> list[RankOutput]:
+    """A run to its end. Raises RanksFailed where `check` and a rank failed."""
+    with start_training(ranks, folder, *settings, ds=ds, flags=flags, env=env) as running:
+        outputs = running.wait(PATIENCE)
+        if check and any(output.returncode for output in outputs):
+            raise RanksFailed(f"a rank failed\n{running.tails()}")
+    return outputs
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every step, which must be there once and in order."""
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def assert_same_trajectory(found: list[float], expected: list[float], relative: float = 1e-5) -> None:
+    """Equal losses, step by step."""
+    assert len(found) == len(expected)
+    for step, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
+        assert abs(one - other) <= relative * abs(other), f"step {step}: {one} is not {other}"

@@ -1,0 +1,233 @@
+"""Killed, moved to other ranks or another ZeRO stage, on a full disk: a run continues where its checkpoint stands."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cca_ds.engine.checkpoint_store import complete_checkpoints, newest_verified, verify
+from tests.dist.runs import (
+    PATIENCE,
+    REPOSITORY,
+    assert_same_trajectory,
+    losses,
+    metrics,
+    plain_ddp,
+    scratch,
+    start_training,
+    train,
+)
+
+pytestmark = pytest.mark.dist
+
+STEPS = 6
+# dropout on, a moving average, two forwards a step, checkpoints after 2, 4 and 6 by a thread
+SETTINGS = (f"batch.max_steps={STEPS}", "batch.micro_size=8", "model.dropout=true", "model.ema_decay=0.75",
+            "checkpoint.every_steps=2", "checkpoint.keep_last=3", "checkpoint.asynchronous=true",
+            "optimizer.learning_rate=1e-3", "schedule.name=cosine")  # fmt: skip
+# nothing drawn by a rank: the same on any number of them
+PLAIN = (*SETTINGS, "model.dropout=false", "batch.micro_size=32", "checkpoint.asynchronous=false")
+
+
+def whole_run(name: str, ranks: int, settings: tuple[str, ...], ds: Path | None = None) -> Path:
+    """A run to its end, made once."""
+    folder = scratch() / name
+    if not folder.is_dir():
+        train(ranks, folder, *settings, ds=ds)
+    return folder
+
+
+def cut_short(run: Path, folder: Path, step: int) -> Path:
+    """A copy of a run as if it had been killed after it had saved `step`."""
+    shutil.copytree(run, folder)
+    for path in complete_checkpoints(folder / "checkpoints"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    (folder / "COMPLETED").unlink()
+    return folder
+
+
+def states(folder: Path) -> dict[str, object]:
+    """All that the newest checkpoint holds, by file."""
+    found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
+    return {
+        name: torch.load(found / name, weights_only=False) for name in manifest.files if name.endswith(".pt")
+    }
+
+
+def assert_equal_trees(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_trees(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_trees(a, b, f"{where}/{i}")
+    elif isinstance(one, str | int | float | bool | None):
+        assert one == other, where
+
+
+def average(folder: Path) -> dict[str, torch.Tensor]:
+    found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
+    names = sorted(name for name in manifest.files if name.startswith("average_rank_"))
+    shards = [torch.load(found / name, weights_only=True) for name in names]
+    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+
+def test_the_same_ranks_continue_bit_for_bit(tmp_path):
+    whole = whole_run("dropout", 2, SETTINGS)
+    folder = cut_short(whole, tmp_path / "run", 4)
+    train(2, folder, *SETTINGS)
+    assert losses(folder) == losses(whole)
+    assert_equal_trees(states(folder), states(whole))
+    assert (folder / "COMPLETED").is_file()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 3), (2, 3)),
+        ((2, 3), (1, 3)),
+        ((2, 3), (2, 2)),
+        ((2, 2), (1, 3)),
+        pytest.param((2, 3), (1, 0), marks=pytest.mark.slow),
+    ],
+    ids=lambda place: f"{place[0]} ranks stage {place[1]}",
+)
+def test_other_ranks_or_another_stage_continue_the_trajectory(before, after, tmp_path):
+    files = {3: None, 2: REPOSITORY / "ds_configs/zero2.json", 0: plain_ddp()}
+    whole = whole_run(
+        f"plain_{before[0]}" + "_stage_2" * (before[1] == 2), before[0], PLAIN, files[before[1]]
+    )
+    folder = cut_short(whole, tmp_path / "run", 2)
+    train(after[0], folder, *PLAIN, ds=files[after[1]])
+    assert_same_trajectory(losses(folder), losses(whole))
+    assert metrics(folder)[1] == metrics(whole)[1] and metrics(folder)[2] != metrics(whole)[2]  # 3 on are new
+    found, expected = average(folder), average(whole)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+    assert not list((folder / "checkpoints").glob("*.universal*"))  # gone once newer ones were saved
+
+
+def test_corrupted_newest_falls_back_to_the_older(tmp_path):
+    whole = whole_run("plain_2", 2, PLAIN)
+    folder = cut_short(whole, tmp_path / "run", 4)
+    damaged = max(
+        (folder / "checkpoints/step_00000004/deepspeed").iterdir(), key=lambda path: path.stat().st_size
+    )
+    with open(damaged, "r+b") as file:
+        file.seek(damaged.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    outputs = train(2, folder, *PLAIN)
+    assert f"{damaged.name} is corrupt" in outputs[0].stdout + outputs[0].stderr
+    assert "continuing after step 2" in outputs[0].stderr
+    assert losses(folder) == losses(whole)
+    assert verify(folder / "checkpoints/step_00000004")
+
+
+def test_resume_takes_a_path_and_refuses_what_it_cannot_continue(tmp_path):
+    whole = whole_run("plain_2", 2, PLAIN)
+    start = whole / "checkpoints/step_00000004"
+    train(1, tmp_path / "branch", *PLAIN, flags=["--resume", str(start)])
+    assert_same_trajectory([line["loss"] for line in metrics(tmp_path / "branch")], losses(whole)[4:])
+
+    folder = cut_short(whole, tmp_path / "run", 4)
+    back = folder / "checkpoints/step_00000002"
+    (output,) = train(1, folder, *PLAIN, flags=["--resume", str(back)], check=False)
+    assert output.returncode == 2
+    assert "step_00000004 is newer" in output.stderr and output.stderr.count("\n") == 1
+    (output,) = train(1, tmp_path / "new", *PLAIN, flags=["--resume", str(whole)], check=False)
+    assert output.returncode == 2 and "COMPLETE.json is missing" in output.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def kill_one(folder: Path, draw: random.Random, *settings: str, ranks: int = 2) -> list[int]:
+    """Start, SIGKILL a random rank at a random moment, wait for the others. Steps that were complete before."""
+    before = [int(path.name[5:]) for path in complete_checkpoints(folder / "checkpoints")]
+    with start_training(ranks, folder, *settings) as running:
+        # a moment between this start's first step and a few saves later
+        goal = len(metrics(folder)) if not before else max(before)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and not any(line["step"] > goal for line in metrics_so_far(folder)):
+            assert any(process.poll() is None for process in running.processes), running.tails()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 1.5))
+        acknowledged = [int(path.name[5:]) for path in complete_checkpoints(folder / "checkpoints")]
+        running.signal(draw.randrange(ranks), signal.SIGKILL)
+        running.wait(PATIENCE, grace=60)
+    return acknowledged
+
+
+def metrics_so_far(folder: Path) -> list[dict]:
+    """The log may end in a torn line."""
+    try:
+        return metrics(folder)
+    except ValueError:
+        return []
+
+
+def killed_again_and_again(folder: Path, kills: int, seed: int, steps: int) -> None:
+    settings = (f"batch.max_steps={steps}", "checkpoint.every_steps=1", "checkpoint.keep_last=2",
+                f"checkpoint.asynchronous={str(bool(seed % 2)).lower()}", "distributed.timeout_seconds=60")  # fmt: skip
+    draw = random.Random(seed)
+    for _ in range(kills):
+        acknowledged = kill_one(folder, draw, *settings)
+        found = newest_verified(folder / "checkpoints", report=pytest.fail)
+        for path in complete_checkpoints(folder / "checkpoints"):
+            verify(path)  # never one that looks complete and is not
+        if acknowledged:
+            assert found[1].step >= max(acknowledged)
+        if (folder / "COMPLETED").is_file():
+            break
+    train(2, folder, *settings)
+    expected = whole_run(f"undisturbed_{steps}", 2, (f"batch.max_steps={steps}",))
+    assert losses(folder) == losses(expected)
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    killed_again_and_again(tmp_path / "run", kills=2, seed=1, steps=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_killed_at_many_random_moments_and_resumed(seed, tmp_path):
+    killed_again_and_again(tmp_path / "run", kills=15, seed=seed, steps=200)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_is_one_clear_error_and_spares_older_checkpoints(small_disk, asynchronous):
+    settings = ("batch.max_steps=30", "checkpoint.every_steps=1", "checkpoint.keep_last=30",
+                f"checkpoint.asynchronous={asynchronous}")  # fmt: skip
+    (output,) = train(1, small_disk / "run", *settings, check=False)
+    assert output.returncode == 1
+    (line,) = [line for line in output.stderr.splitlines() if "checkpoint " in line]
+    assert "free some" in line and "older checkpoints are untouched" in line
+    intact = complete_checkpoints(small_disk / "run/checkpoints")
+    assert intact and all(verify(path) for path in intact)
+    assert not list((small_disk / "run/checkpoints").glob("*.partial"))
+    assert not (small_disk / "run/COMPLETED").exists()

@@ -1,0 +1,161 @@
+"""Wherever the reference stands, the training is the same: beside the policy, split, sharded, stored, or elsewhere."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cca_ds.config import ConfigError, load_recipe
+from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
+
+pytestmark = pytest.mark.dist
+
+STEPS = 8
+SETTINGS = (f"batch.max_steps={STEPS}", "batch.micro_size=8", "optimizer.learning_rate=1e-3",
+            "reference.shard_steps=2", "checkpoint.every_steps=2")  # fmt: skip
+
+
+def usual_losses(*settings: str, name: str = "usual") -> list[float]:
+    """Of a run whose reference is a replica on its only rank; made once."""
+    folder = scratch() / f"reference_{name}"
+    if not folder.is_dir():
+        train(1, folder, *SETTINGS, *settings)
+    return losses(folder)
+
+
+def stored() -> Path:
+    """A cache of the run, made once by two ranks."""
+    folder = scratch() / "cache"
+    if not folder.is_dir():
+        train(2, None, *SETTINGS, f"reference.cache={folder}", flags=["--cache_reference"])
+        assert sorted(path.name for path in folder.glob("shard_*")) == [
+            f"shard_{i:06d}.arrow" for i in range(STEPS // 2)
+        ]
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("reference.tensor_parallel=2",),
+        ("reference.placement=zero3",),
+        pytest.param(("reference.placement=zero3", "reference.offload=true"), marks=pytest.mark.slow),
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_placements_beside_the_policy(settings, tmp_path):
+    train(2, tmp_path / "run", *SETTINGS, *settings, "baseline.check=true", "baseline.nll_band=null")
+    assert_same_trajectory(losses(tmp_path / "run"), usual_losses())
+
+
+def test_ranks_that_do_not_make_whole_groups_are_refused(tmp_path):
+    (output,) = train(1, tmp_path / "run", *SETTINGS, "reference.tensor_parallel=2", check=False)
+    assert output.returncode == 1 and not (tmp_path / "run").exists()
+    assert "reference.tensor_parallel=2 does not divide the 1 ranks of this run" in output.stderr
+
+
+def test_what_cannot_be_split_is_a_configuration_error():
+    with pytest.raises(
+        ConfigError, match=r"splits LlamaGen only, not var-d16; use reference\.placement=zero3"
+    ):
+        load_recipe("var-d16", ["reference.tensor_parallel=2", "reference.placement=inference"])
+    with pytest.raises(ConfigError, match=r"reference\.tensor_parallel=2 with reference\.dropout=true"):
+        load_recipe("digits", ["reference.tensor_parallel=2", "reference.dropout=true"])
+
+
+def test_stored_log_likelihoods_serve_runs_of_another_beta_lambda_loss_and_rate(tmp_path):
+    use = ("reference.placement=cached", f"reference.cache={stored()}")
+    train(2, tmp_path / "same", *SETTINGS, *use)
+    assert_same_trajectory(losses(tmp_path / "same"), usual_losses())
+    other = ("loss.beta=0.1", "loss.lambda=30", "optimizer.learning_rate=5e-4", "loss.name=unlearning")
+    train(1, tmp_path / "other", *SETTINGS, *use, *other)
+    assert_same_trajectory(losses(tmp_path / "other"), usual_losses(*other, name="other"))
+
+
+def test_a_cache_of_another_run_is_refused_with_what_differs(tmp_path):
+    use = ("reference.placement=cached", f"reference.cache={stored()}")
+    before = sorted(stored().rglob("*"))
+    (output,) = train(1, tmp_path / "run", *SETTINGS, *use, "seed=1", "batch.global_size=16", check=False)
+    assert output.returncode == 1 and not (tmp_path / "run").exists()
+    line = output.stderr.strip().splitlines()[-1]
+    assert "belongs to another run: seed (0 there), global_size (32 there) differ" in line
+    assert sorted(stored().rglob("*")) == before
+
+
+def test_an_incomplete_cache_is_an_error_where_nobody_fills_it(tmp_path):
+    shutil.copytree(stored(), tmp_path / "cache")
+    (tmp_path / "cache/shard_000001.arrow").unlink()
+    use = ("reference.placement=cached", f"reference.cache={tmp_path / 'cache'}")
+    (output,) = train(1, tmp_path / "run", *SETTINGS, *use, check=False)
+    assert output.returncode == 1
+    assert "step 3 needs " in output.stderr and "shard_000001.arrow, which is missing" in output.stderr
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def streaming(cache: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *SETTINGS,
+        "reference.placement=streamed",
+        f"reference.cache={cache}",
+        "reference.ahead_steps=2",
+        *more,
+    )
+
+
+def shards(cache: Path) -> int:
+    return len(list(cache.glob("shard_*.arrow")))
+
+
+def test_streamed_while_either_side_is_killed_and_comes_back(tmp_path):
+    """Producers alone stop at their bound; trainers killed, producers killed, both back: the usual trajectory."""
+    cache, folder = tmp_path / "cache", tmp_path / "run"
+    settings = streaming(cache, "reference.wait_seconds=200")
+    with start_training(2, None, *settings, flags=["--produce_reference"]) as producers:
+        wait_until(lambda: shards(cache) == 2, producers)  # steps 0 to 3: at most two ahead of step 0
+        time.sleep(3.0)
+        assert shards(cache) == 2
+        with start_training(1, folder, *settings) as trainer:
+            wait_until(lambda: len(metrics(folder)) >= 1, trainer)
+            trainer.signal(0, signal.SIGKILL)
+            trainer.wait(PATIENCE)
+        done = len(metrics(folder))
+        producers.signal(0, signal.SIGKILL)
+        producers.signal(1, signal.SIGKILL)
+    bound = json.loads((cache / "trainer.json").read_text())["step"] + 2
+    assert done < STEPS and shards(cache) * 2 <= bound + 2
+    with (
+        start_training(1, folder, *settings) as trainer,
+        start_training(2, None, *settings, flags=["--produce_reference"]) as producers,
+    ):
+        outputs = trainer.wait(PATIENCE) + producers.wait(PATIENCE)
+    assert [output.returncode for output in outputs] == [0, 0, 0], outputs
+    assert_same_trajectory(losses(folder), usual_losses())
+    assert (cache / "COMPLETED").is_file()
+
+
+def wait_until(condition, running) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, running.tails()
+        assert all(process.poll() is None for process in running.processes), running.tails()
+        time.sleep(0.02)
+
+
+def test_a_trainer_whose_producers_are_dead_names_them_within_the_limit(tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(stored(), cache)
+    for path in cache.glob("shard_00000[1-9].arrow"):
+        path.unlink()
+    (cache / "COMPLETED").unlink()
+    started = time.monotonic()
+    (output,) = train(1, tmp_path / "run", *streaming(cache, "reference.wait_seconds=4"), check=False)
+    assert output.returncode == 1 and time.monotonic() - started < PATIENCE
+    (line,) = [line for line in output.stderr.splitlines() if "step 3 needs" in line]
+    assert (
+        "which is missing after 4 s: producer 0 on " in line
+        and "producer 1 on " in line
+        and "last heard of" in line
+    )

@@ -1,0 +1,99 @@
+"""One seed, one trajectory: plain PyTorch, one rank, two ranks, any micro-batch, any ZeRO stage.
+
+Letters: K pairs of a global batch, L codes per image.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from cca_ds.data.batches import BatchPlan, Steps
+from cca_ds.data.codes import open_codes
+from cca_ds.models import create_model, load_weights
+from tests.dist.runs import (
+    REPOSITORY,
+    SHAPE,
+    assert_same_trajectory,
+    losses,
+    metrics,
+    plain_ddp,
+    scratch,
+    tiny_weights,
+    train,
+)
+
+pytestmark = pytest.mark.dist
+
+STEPS, RATE, BETA, LAMBDA = 20, 1e-3, 0.5, 10.0
+SETTINGS = (f"batch.max_steps={STEPS}", f"optimizer.learning_rate={RATE}")
+DECAY, CLIP = 0.05, 1.0  # of the digits recipe
+NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
+
+
+@functools.cache
+def plain_run() -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a loop without DeepSpeed and without the package's losses."""
+    torch.set_num_threads(1)
+    policy, reference = (create_model("digits", **SHAPE, **NO_DROPOUT) for _ in range(2))
+    for module in (policy, reference):
+        load_weights(module, tiny_weights())
+    groups = [
+        {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in policy.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
+    plan = BatchPlan(global_size=32, seed=0, mask_probability=0.1, null_class=10)
+    steps = Steps(open_codes("digits", scratch() / "data"), plan, 0, [32])
+    found, norms = [], []
+    for step in range(STEPS):
+        (batch,) = steps[step]
+
+        def reward(labels_K, codes_KL=batch.codes_BL):
+            with torch.no_grad():
+                base_K = log_likelihood(reference, codes_KL, labels_K)
+            return BETA * (log_likelihood(policy, codes_KL, labels_K) - base_K)
+
+        chosen_K, other_K = reward(batch.positive_labels_B), reward(batch.negative_labels_B)
+        second_K = torch.where(batch.positive_mask_B, logsigmoid(other_K), LAMBDA * logsigmoid(-other_K))
+        loss = (-logsigmoid(chosen_K) - second_K).mean() / max(LAMBDA, 1.0)
+        adamw.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)))
+        adamw.step()
+        found.append(float(loss.detach()))
+    return found, norms
+
+
+def log_likelihood(module, codes_KL, labels_K):
+    """[K]: the logits' log softmax at the codes, summed."""
+    logp_KLV = module.logits(codes_KL, labels_K).float().log_softmax(-1)
+    return logp_KLV.gather(-1, codes_KL[..., None]).squeeze(-1).sum(-1)
+
+
+CASES = {
+    "1 rank, ZeRO-3": (1, None, 32),
+    "2 ranks, ZeRO-3": (2, None, 32),
+    "1 rank, ZeRO-3, 4 forwards a step": (1, None, 8),
+    "2 ranks, ZeRO-3, 2 forwards a step": (2, None, 8),
+    "2 ranks, ZeRO-2": (2, REPOSITORY / "ds_configs/zero2.json", 32),
+    "2 ranks, ZeRO-2, 2 forwards a step": (2, REPOSITORY / "ds_configs/zero2.json", 8),
+    "2 ranks, stage 0": (2, "stage 0", 32),
+}
+
+
+SLOW = {"2 ranks, ZeRO-2, 2 forwards a step", "2 ranks, stage 0"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
+def test_trajectory_is_that_of_plain_pytorch(case, tmp_path):
+    ranks, ds, micro = CASES[case]
+    ds = plain_ddp() if ds == "stage 0" else ds
+    train(ranks, tmp_path / "run", *SETTINGS, f"batch.micro_size={micro}", ds=ds)
+    expected, norms = plain_run()
+    assert_same_trajectory(losses(tmp_path / "run"), expected)
+    assert_same_trajectory([line["grad_norm"] for line in metrics(tmp_path / "run")], norms, 1e-4)
+    assert max(expected) > 1.2 * min(expected)  # something was learnt, and compared
