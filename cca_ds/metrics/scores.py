@@ -1,0 +1,87 @@
+"""All metrics of a set of samples against a reference, and what has to be said about them.
+
+N samples, D features.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+from cca_ds.metrics.extraction import Features
+from cca_ds.metrics.features import class_accuracy
+from cca_ds.metrics.frechet import (
+    FeatureStatistics,
+    SingularCovarianceWarning,
+    feature_statistics,
+    frechet_distance_of_statistics,
+)
+from cca_ds.metrics.inception_score import inception_score
+from cca_ds.metrics.precision_recall import precision_recall
+
+MINIMUM = 2  # images that a covariance takes
+SPLIT = 5000  # images of one part of the inception score
+
+
+class Reference(NamedTuple):
+    """Statistics of the real images, stored or computed, and their features where the images are at hand."""
+
+    pool: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features_ND: np.ndarray | None  # for precision and recall, which need more than statistics
+
+
+class Scores(NamedTuple):
+    """Numbers by name, None where one cannot be had, and the notes a reader needs to judge them."""
+
+    values: dict[str, float | None]
+    notes: list[str]
+
+
+def reference_of(features: Features) -> Reference:
+    """The reference that a set of features is."""
+    spatial = None if features.spatial_NS is None else feature_statistics(features.spatial_NS)
+    return Reference(feature_statistics(features.pool_ND), spatial, features.pool_ND)
+
+
+def score(
+    samples: Features, reference: Reference, labels_N: np.ndarray | None = None, device: str = "cpu"
+) -> Scores:
+    """FID, sFID, inception score, precision, recall and, of labels of the network's classes, accuracy."""
+    count, width = samples.pool_ND.shape
+    if count < MINIMUM:
+        raise ValueError(f"{count} image: a Frechet distance needs at least {MINIMUM}")
+    notes = []
+    if count <= width:
+        notes.append(
+            f"{count} images are no more than the {width} features: FID is biased upwards, not comparable"
+        )
+    values: dict[str, float | None] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SingularCovarianceWarning)
+        values["fid"] = frechet_distance_of_statistics(feature_statistics(samples.pool_ND), reference.pool)
+        if samples.spatial_NS is not None and reference.spatial is not None:
+            values["sfid"] = frechet_distance_of_statistics(
+                feature_statistics(samples.spatial_NS), reference.spatial
+            )
+    notes += list(dict.fromkeys(str(warning.message) for warning in caught))
+    values["inception_score"] = inception_score(samples.probabilities_NK, SPLIT)
+    values["precision"] = values["recall"] = None
+    if reference.features_ND is None:
+        notes.append("the reference holds statistics without images: no precision and recall")
+    else:
+        values |= precision_recall(reference.features_ND, samples.pool_ND, device=device)._asdict()
+    if labels_N is not None:
+        values["class_accuracy"] = class_accuracy(samples.probabilities_NK, labels_N)
+    return Scores(values, notes)
+
+
+def order_note(labels_N: np.ndarray | None) -> list[str]:
+    """A note where images stand in the order of their classes, which makes the inception score a smaller one."""
+    if labels_N is None or len(labels_N) <= SPLIT or labels_N[0] == labels_N[-1]:
+        return []
+    if (np.diff(labels_N.astype(np.int64)) < 0).any():
+        return []
+    return [
+        f"images are in the order of their classes: each {SPLIT} of the inception score see few of them; shuffle"
+    ]
