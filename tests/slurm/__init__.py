@@ -1,0 +1,1 @@
+"""Tests of the job scripts on a real Slurm."""

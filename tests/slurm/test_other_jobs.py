@@ -1,0 +1,130 @@
+"""Heterogeneous jobs, the scripts that do not train, what counts as an end, and ranks under srun."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.runs import ONE_RANK, STEPS, Run
+from tests.test_launch import hellos
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def three_components() -> list[str]:
+    """sbatch's flags: trainers on h100 and a100, a producer on a40, one rank each."""
+    kinds = ("h100", "a100", "a40")
+    components = [["--nodes=1", f"--gpus-per-node={kind}:1", f"--constraint={kind}"] for kind in kinds]
+    one_rank = [flag for flag in ONE_RANK if not flag.startswith("--gpus")]
+    return [flag for component in components for flag in (*component, *one_rank, ":")][:-1]
+
+
+def test_heterogeneous_job_with_streamed_reference(run, undisturbed):
+    job = run.submit(*three_components(), script="slurm/mixed.sh")
+    run.until(lambda: run.cluster.ranks_of(job, "--produce_reference"), "the producer")
+    for producer in run.cluster.ranks_of(job, "--produce_reference"):
+        os.kill(producer, signal.SIGKILL)  # before it wrote anything: another takes its place
+    assert run.end() == {"COMPLETED"}, run.said()
+    assert "the producers ended with status 137; starting them again" in run.said()
+    assert run.steps() == list(range(1, STEPS + 1))
+    assert json.loads((run.folder / "summary.json").read_text())["ranks"] == 2
+    assert run.final_loss() == pytest.approx(undisturbed.final_loss(), abs=1e-5)
+
+
+def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, undisturbed):
+    """The scripts that do not train: each to its mark, on two ranks."""
+    two = ["--nodes=1", *ONE_RANK, "--ntasks-per-node=2", "--mem=2000"]
+    cache = Run(cluster, tmp_path / "cache")
+    cache.submit(*two, script="slurm/cache_reference.sh")
+    sampled = Run(cluster, tmp_path / "sampled")
+    sampled.submit(
+        *two,
+        script="slurm/sample_and_evaluate.sh",
+        CCA_RECIPE=str(undisturbed.folder / "config.yaml"),
+        CCA_WEIGHTS=str(undisturbed.folder),
+        CCA_SET="sampling.images_per_class=8",
+    )
+    encoded = Run(cluster, tmp_path / "encoded")
+    encoded.submit(
+        *two, script="slurm/encode.sh", CCA_DATA=str(digits_as_images(tmp_path / "images")), CCA_SET=""
+    )
+    for job in (cache, sampled, encoded):
+        assert job.end() == {"COMPLETED"}, job.said()
+        assert "done: " in job.said()
+    assert json.loads((cache.folder / "COMPLETED").read_text()) == {"steps": STEPS}
+    assert json.loads((sampled.folder / "scores.json").read_text())
+    assert json.loads((encoded.folder / "manifest.json").read_text())["images"] == 40
+
+
+def program(folder: Path, text: str) -> str:
+    """A program in Python's place, which does nothing but end in a certain way."""
+    path = folder / "python"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_only_the_mark_is_an_end(cluster, tmp_path):
+    """A job is requeued though srun says 0, a heterogeneous one as a whole; a fault that always returns ends it."""
+    faulty, unmarked, mixed = (Run(cluster, tmp_path / name) for name in ("faulty", "unmarked", "mixed"))
+    always_7 = program(tmp_path / "a", "exit 7")
+    faulty.submit("--nodes=1", *ONE_RANK, CCA_PYTHON=always_7, CCA_ATTEMPTS="2")
+    for run, flags, script in (
+        (unmarked, ["--nodes=1", *ONE_RANK], "slurm/cca_3b.sh"),
+        (mixed, three_components(), "slurm/mixed.sh"),
+    ):
+        at_second = f'[ "$SLURM_RESTART_COUNT" != 1 ] || touch {run.folder}/COMPLETED'
+        run.submit(*flags, script=script, CCA_PYTHON=program(tmp_path / script.replace("/", "-"), at_second))
+    for run in (unmarked, mixed):
+        assert run.end() == {"COMPLETED"}, run.said()
+        assert cluster.job(run.job)["Restarts"] == "1"
+        assert "ended with status 0 but without" in run.said()
+    assert faulty.end() == {"FAILED"}, faulty.said()
+    assert cluster.job(faulty.job)["Restarts"] == "1"
+    assert "ended with status 7 but without" in faulty.said()
+    assert "giving up: 2 attempts without a new checkpoint, the last with status 7" in faulty.said()
+
+
+STEPS_OF_ALL_COMPONENTS = """#!/bin/bash
+srun --het-group=0,1,2 {python} tests/dist/hello.py
+echo PMIX
+srun --mpi=pmix --het-group=0,1,2 {python} tests/dist/hello.py
+"""
+
+
+def test_ranks_of_a_heterogeneous_step(run, tmp_path):
+    """Plain srun, and srun --mpi=pmix. The master is on the first component's node, not on the list's first."""
+    script = tmp_path / "step.sh"
+    script.write_text(STEPS_OF_ALL_COMPONENTS.format(python=run.cluster.python))
+    tasks = {"h100": 1, "a100": 2, "a40": 1}
+    components = [["--nodes=1", f"--ntasks={n}", "--mem=1000", "-w", node, ":"] for node, n in tasks.items()]
+    run.submit(*[flag for component in components for flag in component][:-1], script=str(script))
+    run.end()
+    plain, _, pmix = run.said().partition("PMIX\n")
+    for text in (plain, pmix):
+        if "can not load PMIx" in text:
+            pytest.skip("plain srun works, but Slurm cannot load PMIx: apt-get install libpmix-dev")
+        said = hellos(text)
+        assert [(h["host"], h["rank"], h["local_rank"], h["local_world_size"]) for h in said] == [
+            ("h100", 0, 0, 1),
+            ("a100", 1, 0, 2),
+            ("a100", 2, 1, 2),
+            ("a40", 3, 0, 1),
+        ], run.said()
+        assert {(h["launcher"], h["master_address"], h["total"]) for h in said} == {("slurm", "h100", 15.0)}
+
+
+def digits_as_images(folder: Path) -> Path:
+    """Forty digits as an image folder of ImageNet's layout."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i in range(40):
+        path = folder / str(digits.target[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[i] * 255 / 16).round().astype("uint8")).save(path)
+    return folder
