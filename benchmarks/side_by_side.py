@@ -1,0 +1,128 @@
+"""Measuring this project's code beside an original program's, fairly: one process each, in turn, medians.
+
+Each contender runs in a process of its own that waits for its turn, so that both see the same machine at
+nearly the same time and neither one's memory counts for the other. glibc keeps freed memory in both: without
+it the originals spend much of their time on returning pages to the system.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "68719476736",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+CONTENDERS = ("ours", "original")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags that both benchmarks take."""
+    flags = argparse.ArgumentParser(description=description.splitlines()[0])
+    flags.add_argument("--family", choices=("llamagen", "var"), default="llamagen")
+    flags.add_argument("--dtype", choices=DTYPES, default="fp32")
+    flags.add_argument("--llamagen", help="a checkout of LlamaGen's program")
+    flags.add_argument("--var", help="a checkout of VAR's program")
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--threads", type=int, default=os.cpu_count())
+    flags.add_argument("--date", help="for the record, e.g. 2026-11-20")
+    flags.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return flags
+
+
+def peak_gib() -> float:
+    """The most memory this process has held at once, GiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+
+
+def serve(prepare: Callable[[], Callable[[], object]], threads: int) -> None:
+    """A worker: warm up, then one measured run for each line on stdin, answered by a line of JSON on stdout."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    run = prepare()
+    run()
+    for _ in sys.stdin:
+        wall, processor = time.perf_counter(), time.process_time()
+        run()
+        seconds, processor_seconds = time.perf_counter() - wall, time.process_time() - processor
+        answer = {"seconds": seconds, "processor_seconds": processor_seconds, "peak_gib": peak_gib()}
+        print(json.dumps(answer), flush=True)
+
+
+def _start(contender: str, threads: int) -> subprocess.Popen:
+    environment = {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *sys.argv, "--worker", contender]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def _turn(worker: subprocess.Popen) -> dict[str, float]:
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit("a contender ended early; its own message is above")
+
+
+def compare(rounds: int, threads: int) -> dict[str, dict[str, float]]:
+    """Medians of each contender's runs, taken in turn, and ours over the original's."""
+    workers = {name: _start(name, threads) for name in CONTENDERS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name in CONTENDERS:
+            runs[name].append(_turn(workers[name]))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    medians = {
+        name: {key: round(statistics.median(run[key] for run in taken), 3) for key in taken[0]}
+        for name, taken in runs.items()
+    }
+    ratios = {key: round(medians["ours"][key] / medians["original"][key], 3) for key in medians["ours"]}
+    return {**medians, "ours_over_original": ratios}
+
+
+def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> None:
+    """Put a result under `key` into results/NAME.json, with date, device, commit and command, and print it."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    known[key] = {
+        **result,
+        "rounds": arguments.rounds,
+        "date": arguments.date or time.strftime("%Y-%m-%d"),
+        "device": f"{_processor()}, {arguments.threads} threads of {os.cpu_count()}, PyTorch {torch.__version__}",
+        "load_average": round(os.getloadavg()[0], 1),
+        "commit": commit,
+        "command": f"python benchmarks/{name}.py --family {arguments.family} --dtype {arguments.dtype} "
+        f"--{arguments.family} PATH --rounds {arguments.rounds} --threads {arguments.threads}",
+    }
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    os.replace(draft, path)
+    print(json.dumps({key: known[key]}, indent=1))
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    return found[1] if found else platform.processor()
