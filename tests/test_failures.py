@@ -1,0 +1,52 @@
+"""One line for what ended a rank: who, what, and what to do."""
+
+import pytest
+import torch
+
+from cca_ds.config import load_recipe
+from cca_ds.engine.failures import explain, is_out_of_memory
+from cca_ds.engine.launchers import Ranks
+
+RANKS = Ranks(3, 1, 4, 2, 1, "node7", "cpu", "torchrun")
+
+
+def told(error, *overrides):
+    line = explain(error, load_recipe("digits", list(overrides)), RANKS)
+    assert "\n" not in line and line.startswith("rank 3 on node7: ")
+    return line
+
+
+def really_out_of_memory():
+    try:
+        torch.empty(1 << 50)
+    except RuntimeError as error:
+        return error
+
+
+def test_out_of_memory_names_the_micro_batch_that_would_fit():
+    for error in (really_out_of_memory(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert is_out_of_memory(error)
+        line = told(error, "batch.micro_size=32")
+        assert "batch.micro_size=32; batch.micro_size=16 needs about half" in line
+    assert "zero3_offload" in told(MemoryError(), "batch.micro_size=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "worker"),
+    [
+        (
+            "DataLoader worker (pid 123) is killed by signal: Killed. ",
+            "worker 123 is killed by signal: Killed",
+        ),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "worker 12, 13 exited unexpectedly"),
+    ],
+)
+def test_a_dead_worker_is_told_apart(text, worker):
+    line = told(RuntimeError(text))
+    assert f"data-loader {worker}; start again" in line and not is_out_of_memory(RuntimeError(text))
+
+
+def test_users_errors_stand_alone_and_others_with_their_kind():
+    assert told(ValueError("lower it")) == "rank 3 on node7: lower it"
+    assert told(RuntimeError("two\nlines")) == "rank 3 on node7: RuntimeError: two lines"
+    assert told(KeyError()) == "rank 3 on node7: KeyError: KeyError"
