@@ -2,7 +2,8 @@
 //
 // One row is the vocabulary of one token: x[0..V). With m = max x and s = sum exp(x - m),
 //     log softmax(x)[t] = (x[t] - m) - log s           gradient: onehot(t) - exp((x - m) - log s)
-// m and log s are kept apart: their sum, the log-sum-exp, would lose the digits of log s when logits are large.
+// m and log s are kept apart: their sum, the log-sum-exp, would lose the digits of log s when logits are large. Any m near
+// the maximum serves as well: the CPU's rows take that of their first logits where it is near enough.
 //
 // No torch header here: nvcc alone compiles what includes this, and a test runs it on the CPU thread by thread.
 #pragma once

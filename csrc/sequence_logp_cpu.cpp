@@ -45,23 +45,46 @@ typename Row::A largest_logit(const Row& row, int64_t begin, int64_t end, int64_
   return nan_max(maximum.value(), other.value());
 }
 
+// visit(step's first element, exp(its logits - shift)) over [begin, end), and the sum of what it was given.
+template <class T, class Row, class Visit>
+typename Row::A sum_of_powers(const Row& row, int64_t begin, int64_t end, typename Row::A shift, Visit visit) {
+  using A = typename Row::A;
+  const Vectorized<A> shift_vector(shift);
+  Vectorized<A> sum_a(A(0)), sum_b(A(0));
+  visit_steps(row, begin, end, step_of<T>(), [&](int64_t i, auto x, int64_t) {
+    const Two<A> power{exp_of(x.a - shift_vector), exp_of(x.b - shift_vector)};
+    sum_a = sum_a + power.a;
+    sum_b = sum_b + power.b;
+    visit(i, power);
+  });
+  return total(sum_a + sum_b);
+}
+
+// The largest of a row's first logits is nearly always as good a shift as the row's maximum: it keeps the sum between 1
+// and `kLargestSum`, and the row need not be read for a maximum first. False (for NaN and infinities too) where it is not.
+constexpr int64_t kFirst = 512;
+constexpr double kLargestSum = 1e6;
+
+template <class A>
+bool good_shift(A shift, A sum) {
+  return is_finite(shift) && sum <= A(kLargestSum);
+}
+
 // Online softmax, one block at a time: one pass over the memory.
 template <class T, class Row>
 RowSum<typename Row::A> row_sum(const Row& row, int64_t vocabulary) {
   using A = typename Row::A;
+  const auto nothing = [](int64_t, auto) {};
+  const A shift = largest_logit(row, 0, std::min(kFirst, vocabulary), step_of<T>());
+  const A sum = is_finite(shift) ? sum_of_powers<T>(row, 0, vocabulary, shift, nothing) : A(0);
+  if (good_shift(shift, sum)) return {shift, sum};
   RowSum<A> so_far = empty_row<A>();
   for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, vocabulary);
     const A max = nan_max(so_far.max, largest_logit(row, begin, end, step_of<T>()));
     if (max == negative_infinity<A>()) continue;
     if (!is_finite(max)) return {max, not_a_number<A>()};
-    const Vectorized<A> shift(max);
-    Vectorized<A> sum_a(A(0)), sum_b(A(0));
-    visit_steps(row, begin, end, step_of<T>(), [&](int64_t, auto x, int64_t) {
-      sum_a = sum_a + exp_of_negative(x.a - shift);
-      sum_b = sum_b + exp_of_negative(x.b - shift);
-    });
-    so_far = {max, sum_at(so_far, max) + total(sum_a + sum_b)};
+    so_far = {max, sum_at(so_far, max) + sum_of_powers<T>(row, begin, end, max, nothing)};
   }
   return so_far;
 }
@@ -77,31 +100,29 @@ void row_gradient(const Row& row, T* out, int64_t vocabulary, int64_t target, Ro
   const A at_target = weight + off_target_gradient(row.one(target), stats, weight);
   const Vectorized<A> shift(stats.max), scale(-weight * std::exp(-stats.log_sum));
   visit_steps(row, 0, vocabulary, step_of<T>(), [&](int64_t i, auto x, int64_t count) {
-    const Two<A> gradient{exp_of_negative(x.a - shift) * scale, exp_of_negative(x.b - shift) * scale};
+    const Two<A> gradient{exp_of(x.a - shift) * scale, exp_of(x.b - shift) * scale};
     store_step(out + i, gradient, count, target - i, at_target);
   });
 }
 
-// onehot - softmax with one exponential an element: exp(x - max) waits in `scratch` for its sum. `out` may be the
+// onehot - softmax with one exponential an element: exp(x - shift) waits in `scratch` for its sum. `out` may be the
 // logits themselves.
 template <class T, class O, class Row>
 typename Row::A row_residual(const Row& row, typename Row::A* scratch, O* out, int64_t vocabulary, int64_t target) {
   using A = typename Row::A;
-  const A max = largest_logit(row, 0, vocabulary, step_of<T>());
   const A logit_of_target = row.one(target);
-  if (!is_finite(max)) {
-    std::fill(out, out + vocabulary, static_cast<O>(not_a_number<A>()));
-    return not_a_number<A>();
+  const auto keep = [&](int64_t i, auto power) { store_two(scratch + i, power); };  // has room for a whole last step
+  A shift = largest_logit(row, 0, std::min(kFirst, vocabulary), step_of<T>());
+  A sum = is_finite(shift) ? sum_of_powers<T>(row, 0, vocabulary, shift, keep) : A(0);
+  if (!good_shift(shift, sum)) {
+    shift = largest_logit(row, 0, vocabulary, step_of<T>());
+    if (!is_finite(shift)) {
+      std::fill(out, out + vocabulary, static_cast<O>(not_a_number<A>()));
+      return not_a_number<A>();
+    }
+    sum = sum_of_powers<T>(row, 0, vocabulary, shift, keep);
   }
-  const Vectorized<A> shift(max);
-  Vectorized<A> sum_a(A(0)), sum_b(A(0));
-  visit_steps(row, 0, vocabulary, step_of<T>(), [&](int64_t i, auto x, int64_t) {
-    const Two<A> power{exp_of_negative(x.a - shift), exp_of_negative(x.b - shift)};
-    sum_a = sum_a + power.a;
-    sum_b = sum_b + power.b;
-    store_two(scratch + i, power);  // scratch has room for a whole last step
-  });
-  const RowStats<A> stats = finish(RowSum<A>{max, total(sum_a + sum_b)});
+  const RowStats<A> stats = finish(RowSum<A>{shift, sum});
   const Vectorized<A> scale(-std::exp(-stats.log_sum));
   const LogitRow<A, A, false> powers{scratch, nullptr};
   const A at_target = A(1) + off_target_gradient(logit_of_target, stats, A(1));

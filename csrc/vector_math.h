@@ -16,20 +16,20 @@ namespace cca_ds {
 
 using at::vec::Vectorized;
 
-// 2^f for f in [-1/2, 1/2] to 2e-9, and the scale by 2^n: exp(x) for x <= 0 to about one unit in the last place. Below
-// -87 (-104 with AVX-512) it is exactly 0; NaN may come out as anything, so rows with NaN are set apart before.
-inline Vectorized<float> exp_of_negative(Vectorized<float> x) {
-  const Vectorized<float> log2_e(1.44269502f), log2_e_rest(1.92596299e-8f);
+// exp(x) to two or three units in the last place for x <= 0, as 2^n 2^f with f in [-1/2, 1/2]. Below -87 (-104 with
+// AVX-512) it is exactly 0; above 0 it is as good until it becomes inf; NaN stays NaN.
+inline Vectorized<float> exp_of(Vectorized<float> x) {
+  const Vectorized<float> log2_e(1.44269502f);
 #if defined(CPU_CAPABILITY_AVX512)
-  const Vectorized<float> lowest(-104.0f);
+  const auto clamped = at::vec::clamp_min(x, Vectorized<float>(-104.0f));
 #else
   const Vectorized<float> lowest(-87.0f);
+  const auto clamped = at::vec::clamp_max(at::vec::clamp_min(x, lowest), Vectorized<float>(89.0f));
 #endif
-  const auto clamped = at::vec::clamp_min(x, lowest);
   const auto n = (clamped * log2_e).round();
-  const auto f = at::vec::fmadd(clamped, log2_e_rest, at::vec::fmadd(clamped, log2_e, n.neg()));
-  Vectorized<float> power(1.53533619e-4f);
-  for (const float coefficient : {1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f}) {
+  const auto f = at::vec::fmadd(clamped, log2_e, n.neg());
+  Vectorized<float> power(1.32647273e-3f);
+  for (const float coefficient : {9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f}) {
     power = at::vec::fmadd(power, f, Vectorized<float>(coefficient));
   }
 #if defined(CPU_CAPABILITY_AVX512)
@@ -41,7 +41,7 @@ inline Vectorized<float> exp_of_negative(Vectorized<float> x) {
 #endif
 }
 
-inline Vectorized<double> exp_of_negative(Vectorized<double> x) {
+inline Vectorized<double> exp_of(Vectorized<double> x) {
   return x.exp();
 }
 
