@@ -23,7 +23,7 @@ from cca_ds.vq.digits import load_digit_images
 
 SCALES = (1, 2, 4)
 CODES = 64
-TOKENIZER_STEPS, BASE_EPOCHS, BATCH = 1200, 25, 64
+TOKENIZER_STEPS, BASE_EPOCHS, BATCH = 600, 25, 64
 
 
 def small_var(shipped: Digits, seed: int = 0) -> Digits:
