@@ -1,8 +1,8 @@
 // The CUDA kernels behind the schema: checks, allocation, the current stream. Compiled only with a CUDA PyTorch.
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> row_stats_cuda(const Tensor& logits_NV, const std::op
   Tensor logp_N = at::empty({logits_NV.size(0)}, options), stats_N2 = at::empty({logits_NV.size(0), 2}, options);
   const auto other = bias_V ? bias_V->scalar_type() : logits_NV.scalar_type();
   C10_CUDA_CHECK(launch_row_stats(rows_of(logits_NV, other, data_of(bias_V), targets_N), logp_N.data_ptr<float>(),
-                                  stats_N2.data_ptr<float>(), at::cuda::getCurrentCUDAStream()));
+                                  stats_N2.data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return {logp_N, stats_N2};
 }
 
@@ -58,7 +58,7 @@ Tensor row_gradient_cuda(const Tensor& grad_B, const Tensor& logits_NV, const Te
   Tensor out_NV = at::empty_like(logits_NV);
   C10_CUDA_CHECK(launch_row_gradient(rows_of(logits_NV, logits_NV.scalar_type(), nullptr, targets_N),
                                      stats_N2.const_data_ptr<float>(), grad_B.const_data_ptr<float>(), rows_per_sequence,
-                                     out_NV.data_ptr(), at::cuda::getCurrentCUDAStream()));
+                                     out_NV.data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return out_NV;
 }
 
@@ -68,7 +68,7 @@ Tensor row_residual_cuda(const Tensor& logits_NV, const std::optional<Tensor>& b
   Tensor logp_N = at::empty({logits_NV.size(0)}, logits_NV.options().dtype(at::kFloat));
   C10_CUDA_CHECK(launch_row_residual(rows_of(logits_NV, residual_NV.scalar_type(), data_of(bias_V), targets_N),
                                      logp_N.data_ptr<float>(), residual_NV.data_ptr(),
-                                     at::cuda::getCurrentCUDAStream()));
+                                     c10::cuda::getCurrentCUDAStream()));
   return logp_N;
 }
 

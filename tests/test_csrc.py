@@ -148,3 +148,24 @@ def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
 
     spills = {int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)}
     assert spills == {0}
+
+
+def test_bindings_of_the_cuda_kernels_compile(tmp_path):
+    """Against PyTorch's own headers, which a CPU build of it ships too, all but one that its build generates."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
+    if nvcc is None or compiler is None:
+        pytest.skip("nvcc or g++ is not installed")
+    dryrun = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    ).stderr
+    cuda = re.search(r'INCLUDES="-I([^"]+)"', dryrun)[1]
+    torch_headers = Path(torch.__file__).parent / "include"
+    if not (torch_headers / "c10/cuda/impl/cuda_cmake_macros.h").exists():
+        generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+        generated.parent.mkdir(parents=True)
+        generated.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    command = [compiler, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{CSRC}", "-isystem", tmp_path]
+    for folder in (torch_headers, torch_headers / "torch/csrc/api/include", cuda):
+        command += ["-isystem", folder]
+    done = subprocess.run([*command, CSRC / "bindings_cuda.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
