@@ -76,7 +76,7 @@ class RunLog:
 
     def __init__(self, folder: Path, speaking: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
                  bar: bool = True):  # fmt: skip
-        self.speaking, self.folder = speaking, folder
+        self.speaking, self.folder, self.first_step = speaking, folder, first_step
         self.writer, self.lines, self.bar = None, None, None
         if not speaking:
             return
@@ -138,20 +138,28 @@ class RunLog:
             self.writer.add_image(tag, grid, step, dataformats="HWC")
 
     def text(self, tag: str, content: str) -> None:
-        """Preformatted text in TensorBoard."""
+        """Preformatted text in TensorBoard, at the step where this process takes the run up."""
         if self.writer:
-            self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
+            lines = "\n".join(f"    {line}" for line in content.splitlines())
+            self.writer.add_text(tag, lines, self.first_step)
 
-    def hparams(self, settings: dict[str, Any], results: dict[str, float]) -> None:
-        """One row of TensorBoard's table of runs."""
-        if not self.writer:
-            return
-        from torch.utils.tensorboard.summary import hparams
+    def hparams(self, settings: dict[str, bool | str | float]) -> None:
+        """This run's row in TensorBoard's table of runs, from its first step on.
 
-        for summary in hparams(settings, results):
-            self.writer.file_writer.add_summary(summary)
-        for name, value in results.items():
-            self.writer.add_scalar(name, value)
+        No experiment is declared: TensorBoard then takes the columns from all runs, those that differ first, and
+        the last value of every scalar as results.
+        """
+        self._session(settings, part=1)
+
+    def finished(self) -> None:
+        """Mark the row as one of a run that went well to its end."""
+        self._session({}, part=2)
+
+    def _session(self, settings: dict[str, bool | str | float], part: int) -> None:
+        if self.writer:
+            from torch.utils.tensorboard.summary import hparams
+
+            self.writer.file_writer.add_summary(hparams(settings, {})[part])  # [experiment, start, end]
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""

@@ -71,7 +71,8 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     silent.say("hello")
     silent.image("samples", 1, np.zeros((4, 4, 1), np.uint8), "a.png")
     silent.text("config", "a: 1")
-    silent.hparams({"beta": 1.0}, {"final/loss": 1.0})
+    silent.hparams({"beta": 1.0})
+    silent.finished()
     silent.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
@@ -81,6 +82,8 @@ def test_tensorboard_has_the_values_the_picture_and_no_undone_step(tmp_path):
 
     grid = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
     first = log(tmp_path, tensorboard=True)
+    first.text("config", "a: 1")
+    first.hparams({"beta": 0.5})
     for step in (1, 2, 3):
         first.step(step, values(float(step)))
     first.close()
@@ -88,11 +91,17 @@ def test_tensorboard_has_the_values_the_picture_and_no_undone_step(tmp_path):
     second.step(3, values(30.0))
     second.image("samples", 3, grid, "step_3.png")
     second.text("config", "a: 1")
-    second.hparams({"beta": 0.5}, {"final/loss": 30.0})
+    second.hparams({"beta": 0.5})
+    second.finished()
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert "samples" in events.Tags()["images"] and events.Scalars("final/loss")[0].value == 30.0
+    assert "samples" in events.Tags()["images"]
+    assert [event.step for event in events.Tensors("config/text_summary")] == [0, 2]  # of both processes
+    assert set(events.PluginTagToContent("hparams")) == {
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }
     assert (np.asarray(Image.open(tmp_path / "samples/step_3.png")) == grid[..., 0]).all()
 
 

@@ -23,6 +23,8 @@ from cca_ds.engine.preflight import check_ranks
 from cca_ds.engine.rank_logs import keep_rank_log, tell
 from cca_ds.engine.watchdog import Watchdog
 
+COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
+
 
 def train_command(
     run: RunConfig, ds: dict[str, Any], arguments: argparse.Namespace, train: Callable[[Any], bool]
@@ -120,6 +122,7 @@ def _begin(run: RunConfig, ds: dict[str, Any], resume: str, folder: Path, ranks:
     watchdog = Watchdog(ranks, run.distributed.timeout_seconds)
     session = Session(run, ds, ranks, folder, resume, watchdog)
     session.log.text("config", dump_recipe(run))
+    session.log.hparams(hyperparameters(run))
     announce(session)
     if session.first_step == 0:
         check_baseline(session)
@@ -159,8 +162,16 @@ def announce(session: Any) -> None:
         session.log.say(f"continuing after step {session.first_step}")
 
 
+def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:
+    """What runs are compared by, under the keys that `--set` takes: every single value of these sections."""
+    tree = run.model_dump(mode="json", by_alias=True)
+    leaves = {f"{name}.{key}": value for name in COMPARED for key, value in tree[name].items()}
+    leaves |= {"seed": run.seed, "reference.dropout": run.reference.dropout}
+    return {key: value for key, value in leaves.items() if isinstance(value, bool | str | int | float)}
+
+
 def finish(session: Any, seconds: float) -> None:
-    """Summary, hparams row, mark of completion."""
+    """Summary, marks of completion."""
     run = session.run
     summary = {
         "name": run.name,
@@ -172,15 +183,7 @@ def finish(session: Any, seconds: float) -> None:
         "versions": {name: metadata.version(name) for name in ("cca_ds", "torch", "deepspeed")},
         "final": session.last_values,
     }
-    settings = {
-        "model": run.model.preset,
-        "loss": run.loss.name,
-        "beta": run.loss.beta,
-        "lambda": run.loss.lambda_,
-        "learning_rate": run.optimizer.learning_rate,
-        "batch": run.batch.global_size,
-    }
-    session.log.hparams(settings, {"final/loss": session.last_values["loss"]})
+    session.log.finished()
     if session.ranks.rank == 0:
         run_folder.finish(session.folder, summary)
     session.log.say(f"finished {session.steps} steps in {seconds:.0f} s: {session.folder}")
