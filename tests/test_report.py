@@ -1,5 +1,6 @@
 """The report page of a run: complete, self-contained, escaped, and tolerant to what a run lacks."""
 
+import base64
 import io
 import json
 import re
@@ -29,6 +30,12 @@ def solid_grid(colour: tuple[int, int, int], columns: int = 10) -> bytes:
     picture = io.BytesIO()
     Image.new("RGB", (columns * 34, 68), colour).save(picture, format="PNG")
     return picture.getvalue()
+
+
+def colour_of(address: str) -> tuple[int, int, int]:
+    """Of the first pixel of a picture in a data URI."""
+    data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    return Image.open(io.BytesIO(data)).convert("RGB").getpixel((0, 0))
 
 
 def metrics_line(step: int) -> str:
@@ -86,14 +93,16 @@ def test_page_holds_every_part_of_the_run(run_folder):
     assert "Missing or unreadable" not in page.text
     assert re.search(r"median images a second</td><td>131", html)  # of steps 6 to 56
     assert "56 steps" in page.text
-    assert "step_000000 and step_000056, side by side" in page.text
+    assert "Before (step 0, left) and after (step 56, right)" in page.text
+    pictures = [value for _, name, value in page.attributes if name == "src"]
+    assert [colour_of(picture) for picture in pictures] == [MAGENTA, GREEN] * 10
     assert "class 900" in page.text  # the tenth column of ImageNet's thousand classes
 
 
 def test_page_is_self_contained(run_folder):
     """No script, no address but data URIs, and a policy that forbids both."""
     html, page = report_of(run_folder)
-    allowed = """html head meta title style body header section h1 h2 p table thead tbody tr th td pre div figure
+    allowed = """html head meta title style body header section h1 h2 h3 p table thead tbody tr th td pre div figure
         figcaption span img svg line text polyline circle"""
     assert set(page.tags) <= set(allowed.split())
     for tag, name, value in page.attributes:
@@ -134,12 +143,12 @@ def test_everything_from_the_run_is_escaped(run_folder):
 
 
 def test_the_demos_comparison_stands_among_the_results(run_folder):
-    rows = [{"name": "base", "s": 0.75, "fid": 1.69, "inception_score": 8.44, "accuracy": 0.84, "seconds": 3.0},
+    rows = [{"name": "base", "s": 0.75, "fid": 1.69, "inception_score": 8.44, "accuracy": 0.84, "seconds": 3.04},
             {"name": HOSTILE, "s": "0", "fid": 1.55}, "no row", {"name": "without scores"}]  # fmt: skip
     (run_folder / "demo.json").write_text(json.dumps({"rows": rows, "claims": {"holds": True}}))
     (run_folder / "samples.png").write_bytes(solid_grid(GREEN))
     html, page = report_of(run_folder)
-    for text in ("base, s = 0.75", "1.690", "8.44", "0.840", "class accuracy"):
+    for text in ("base, s = 0.75", "1.690", "8.44", "0.840", "class accuracy", "sampling, s", "3.0"):
         assert text in page.text, text
     assert "1.550" in page.text
     assert "<script" not in html
@@ -209,6 +218,15 @@ def test_chart_by_hand():
     assert "&lt;b&gt;" in line_chart({"<b>": [(0, 1.0), (1, 1.0)]})
 
 
+@pytest.mark.parametrize(("value", "height"), [(61.2, 54.3), (1e-5, 12.0), (-0.3, 192.0), (0.0, 192.0)])
+def test_a_constant_is_a_level_line_seen_against_nought(value, height):
+    """However many points: the means of equal values differ in their last digit."""
+    svg = line_chart({"lr": [(step, value) for step in range(1, 5001)]})
+    corners = re.search(r'points="([^"]*)"', svg)[1].split()
+    assert {float(corner.split(",")[1]) for corner in corners} == {height}
+    assert ">0</text>" in svg
+
+
 def test_ticks_are_round_and_hold_the_range():
     assert ticks(0, 10) == [0, 5, 10]
     assert ticks(0.13, 0.38) == pytest.approx([0.1, 0.2, 0.3, 0.4])
@@ -234,7 +252,9 @@ def test_headless_chromium_shows_pictures_and_curves_and_runs_nothing(run_folder
     (run_folder / "config.yaml").write_text(config + f"\n# {HOSTILE}\n")
     page = write_report(run_folder).resolve()
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--force-color-profile=srgb", "--window-size=1400,2600"]  # fmt: skip
+               "--force-color-profile=srgb", "--window-size=1400,2600", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--disable-quic",
+               "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
     picture = tmp_path / "page.png"
     subprocess.run(
         [*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120

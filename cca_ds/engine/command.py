@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import hashlib
 import os
 import sys
@@ -173,12 +175,15 @@ def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:
 def finish(session: Any, seconds: float) -> None:
     """Summary, marks of completion."""
     run = session.run
+    devices = collections.Counter(peer.device for peer in session.balancer.peers)
     summary = {
         "name": run.name,
         "steps": session.steps,
         "images": session.steps * run.batch.global_size,
         "seconds": round(seconds, 2),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ranks": session.ranks.world_size,
+        "devices": ", ".join(f"{count} x {device}" for device, count in devices.items()),
         "precision": session.precision,
         "versions": {name: metadata.version(name) for name in ("cca_ds", "torch", "deepspeed")},
         "final": session.last_values,

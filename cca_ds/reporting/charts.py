@@ -23,6 +23,8 @@ def line_chart(lines: dict[str, Series]) -> str:
         return ""
     steps = [step for points in drawn.values() for step, _ in points]
     values = [value for points in drawn.values() for _, value in points]
+    if math.isclose(min(values), max(values), rel_tol=1e-9):  # means of equal values differ in the last digit
+        values += [0.0]  # a constant is seen against nought
     x_ticks, y_ticks = ticks(min(steps), max(steps)), ticks(min(values), max(values))
     x_low, x_high = min(steps), max(max(steps), min(steps) + 1)
     y_low, y_high = min(y_ticks[0], min(values)), max(y_ticks[-1], max(values))
@@ -46,6 +48,7 @@ def line_chart(lines: dict[str, Series]) -> str:
             parts.append(
                 f'<text x="{x(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(value)}</text>'
             )
+    parts.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 8}" text-anchor="end">step</text>')
     for index, points in enumerate(drawn.values()):
         corners = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         if len(points) == 1:
@@ -81,7 +84,7 @@ def ticks(low: float, high: float) -> list[float]:
     rough = span / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import statistics
 from html import escape
 from pathlib import Path
@@ -20,16 +21,18 @@ from cca_ds.telemetry import write_atomic
 
 CHARTS = (
     ("Loss", ("loss",)),
-    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ("Negative log-likelihood, nats a code", ("nll_per_code",)),
+    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/unconditional")),
     ("Reward accuracy", ("rewards/accuracies",)),
     ("Log-ratio to the reference, nats", ("logps/chosen", "logps/rejected")),
-    ("Reward of masked pairs", ("rewards/unconditional",)),
     ("Learning rate", ("lr",)),
     ("Gradient norm", ("grad_norm",)),
     ("Throughput, images a second", ("throughput/images_per_second",)),
     ("Model FLOPs utilisation", ("throughput/mfu",)),
     ("Peak memory, GiB", ("memory/peak_gib",)),
 )
+COLUMNS = {**TITLES, "seconds": "sampling, s"}  # of the results; a comparison of models was timed
+SMALL = 64  # pixels of a column that is enlarged to be seen
 STYLE = (Path(__file__).parent / "page.css").read_text()
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -46,12 +49,10 @@ def render(run: RunFolder) -> str:
     name = str(run.config.get("name") or run.path.resolve().name)
     sections = {
         "Results": results(run),
-        "Comparison": _figure([_image(run.comparison)], "samples.png") if run.comparison else "",
+        "Comparison": f"<figure>{_image(run.comparison, 'comparison')}</figure>" if run.comparison else "",
         "Samples": samples(run),
         "Curves": curves(run),
-        "Throughput and memory": resources(run),
-        "Summary": table(["", ""], flattened(run.summary)) if run.summary else "",
-        "Versions": version_table(run),
+        "Run": facts(run),
         "Configuration": f"<pre>{escape(run.config_text)}</pre>" if run.config_text else "",
         "Missing or unreadable": "".join(f"<p>{escape(problem)}</p>" for problem in run.problems),
     }
@@ -85,7 +86,7 @@ def results(run: RunFolder) -> str:
     paper = _section(run.config, "paper")
     rows = [(name, report["metrics"]) for name, report in run.evaluations]
     references = [(f"paper, {name}", values) for name, values in paper_rows(paper)]
-    shown = [key for key in TITLES if any(key in values for _, values in rows + references)]
+    shown = [key for key in COLUMNS if any(key in values for _, values in rows + references)]
     if not shown:
         return ""
     cells = [[name, *(_score(key, values.get(key)) for key in shown)] for name, values in rows + references]
@@ -96,7 +97,7 @@ def results(run: RunFolder) -> str:
         )
         notes += [f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol)] if protocol else []
     small = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return table(["", *(TITLES[key] for key in shown)], cells) + small
+    return table(["", *(COLUMNS[key] for key in shown)], cells, of_paper=len(references)) + small
 
 
 def samples(run: RunFolder) -> str:
@@ -106,17 +107,22 @@ def samples(run: RunFolder) -> str:
     classes = _classes(run.config)
     bounds = (10, classes, _section(run.config, "logging").get("samples_per_grid"))
     columns = max(1, min(bound for bound in bounds if isinstance(bound, int)))
-    names = " and ".join(name for name, _ in run.grids)
+    names = [escape(_step_name(name)) for name, _ in run.grids]
     strips = [columns_of(data, columns) for _, data in run.grids]
     if len(strips) < 2 or any(len(strip) != len(strips[0]) for strip in strips):
-        figures = [_figure([_image(data)], name) for name, data in run.grids]
-        return f'<div class="grids">{"".join(figures)}</div>'
-    pairs = zip(*strips, strict=True)
+        figures = [_figure(name, _image(data)) for name, (_, data) in zip(names, run.grids, strict=True)]
+        return f'<div class="pairs">{"".join(figures)}</div>'
     figures = [
-        _figure([_image(part) for part in pair], f"class {column * (classes // columns)}")
-        for column, pair in enumerate(pairs)
+        _figure(
+            f"class {column * (classes // columns)}",
+            f"{_image(before)}{_image(after)}<span>before</span><span>after</span>",
+            "pair",
+        )
+        for column, (before, after) in enumerate(zip(*strips, strict=True))
     ]
-    return f'<p>{escape(names)}, side by side.</p><div class="grids">{"".join(figures)}</div>'
+    size = " small" if _width(strips[0][0]) <= SMALL else ""
+    told = f"Before ({names[0]}, left) and after ({names[1]}, right), without guidance."
+    return f'<p class="note">{told}</p><div class="pairs{size}">{"".join(figures)}</div>'
 
 
 def columns_of(png: bytes, columns: int) -> list[bytes]:
@@ -143,13 +149,34 @@ def curves(run: RunFolder) -> str:
         lines = {tag: run.series[tag] for tag in tags if run.series.get(tag)}
         if lines:
             keys = legend([tag.rpartition("/")[2] for tag in lines]) if len(lines) > 1 else ""
-            figures.append(
-                f"<figure><figcaption>{escape(title)} {keys}</figcaption>{line_chart(lines)}</figure>"
-            )
+            figures.append(_figure(f"{escape(title)} {keys}", line_chart(lines)))
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def resources(run: RunFolder) -> str:
+def facts(run: RunFolder) -> str:
+    """Cards of small tables: the summary, throughput and memory, versions, the last step's values."""
+    kept = run.summary.get("versions")
+    final = _section(run.summary, "final") or {
+        tag: points[-1][1] for tag, points in run.series.items() if points
+    }
+    of_versions = ("Versions", kept) if isinstance(kept, dict) else ("Versions, of this page", versions())
+    apart = ("versions", "final")  # have cards of their own
+    summary = {
+        key: value for key, value in run.summary.items() if not (key in apart and isinstance(value, dict))
+    }
+    cards = {
+        "Summary": flattened(summary),
+        "Throughput and memory": resources(run),
+        of_versions[0]: flattened(of_versions[1]),
+        "Last step": flattened(final),
+    }
+    shown = (
+        f'<div class="card"><h3>{title}</h3>{table([], rows)}</div>' for title, rows in cards.items() if rows
+    )
+    return f'<div class="cards">{"".join(shown)}</div>'
+
+
+def resources(run: RunFolder) -> list[list[str]]:
     """Median throughput, without the first steps that warm up, and the highest memory."""
     rows = []
     for title, tag, reduce in (
@@ -160,23 +187,18 @@ def resources(run: RunFolder) -> str:
         values = [value for _, value in run.series.get(tag, [])]
         if values:
             rows.append([title, f"{reduce(values[len(values) // 10 :]):.4g}"])
-    return table(["", ""], rows) if rows else ""
+    return rows
 
 
-def version_table(run: RunFolder) -> str:
-    """The run's versions where it wrote them, and those of the program that writes this page."""
-    kept = run.summary.get("versions")
-    if isinstance(kept, dict):
-        return table(["", "run"], flattened(kept))
-    return table(["", "at the time of this page"], [list(item) for item in versions().items()])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table; every cell is escaped."""
+def table(head: list[str], rows: list[list[str]], of_paper: int = 0) -> str:
+    """An HTML table, its last `of_paper` rows set apart; every cell is escaped."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    return f"<table>{header}<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    own, paper = lines[: len(lines) - of_paper], lines[len(lines) - of_paper :]
+    body = "".join(
+        [f"<tr>{line}</tr>" for line in own] + [f'<tr class="paper">{line}</tr>' for line in paper]
+    )
+    return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> list[list[str]]:
@@ -210,12 +232,28 @@ def _list(value: Any) -> list[Any]:
 
 def _score(key: str, value: Any) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:.{DECIMALS[key]}f}" if number else "-"
+    return f"{value:.{DECIMALS.get(key, 1)}f}" if number else "-"
 
 
-def _image(png: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _step_name(name: str) -> str:
+    """`step_000056` as step 56; another name as it is."""
+    found = re.fullmatch(r"step_(\d+)", name)
+    return f"step {int(found[1])}" if found else name
 
 
-def _figure(images: list[str], caption: str) -> str:
-    return f"<figure>{''.join(images)}<figcaption>{escape(caption)}</figcaption></figure>"
+def _width(png: bytes) -> int:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as picture:
+        return picture.width
+
+
+def _image(png: bytes, style: str = "") -> str:
+    kind = f' class="{style}"' if style else ""
+    return f'<img alt=""{kind} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _figure(caption: str, content: str, style: str = "") -> str:
+    """Caption and content are HTML."""
+    kind = f' class="{style}"' if style else ""
+    return f"<figure{kind}><figcaption>{caption}</figcaption>{content}</figure>"

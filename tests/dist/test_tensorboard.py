@@ -1,4 +1,4 @@
-"""TensorBoard on two short runs: curves, sample grids, configuration, and the table that compares the runs."""
+"""Two short runs in TensorBoard: curves, grids, configuration, the table that compares them; and their report."""
 
 import functools
 import io
@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from cca_ds.reporting.page import write_report
 from tests.dist.ranks import REPOSITORY, clean_environment
 from tests.dist.runs import PATIENCE, metrics, scratch, train
 
@@ -155,3 +156,11 @@ def test_tensorboard_shows_both_runs_in_one_table():
         for tag in ("loss", "rewards/margins", "rewards/accuracies"):
             assert results[tag] == pytest.approx(last[tag], rel=1e-6)
     assert all("samples" in tags for tags in pictures.values()) and len(pictures) == 2
+
+
+def test_the_report_lacks_nothing_that_the_run_left():
+    page = write_report(runs() / "lambda_30").read_text()
+    assert "Missing or unreadable" not in page
+    for text in ("Before (step 0, left) and after (step 4, right)", "2 x cpu", "class 9", "lambda: 30.0"):
+        assert text in page, text
+    assert page.count("<polyline") == len(documented_tags())
