@@ -4,6 +4,7 @@
     python -m cca_ds.export --run runs/llamagen-3b --output c2i_3B_cca.pt --layout llamagen --dtype bf16
     python -m cca_ds.export --run runs/var-d30 --output var_d30_cca.pth --layout var --ema
     python -m cca_ds.export --run runs/llamagen-3b --output hub/model.safetensors --model_card --metrics scores.json
+    python -m cca_ds.export --run runs/every-lambda --output c2i_L_cca.pt --layout llamagen --lambda 300
 
 Needs no ranks and no GPU. The run's recipe goes into the safetensors file's metadata; the model card becomes README.md
 beside it.
@@ -40,6 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="file to write, whole or not at all")
     add("--layout", choices=LAYOUTS, default="safetensors", help="(default: safetensors)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights in the file (default: fp32)")
+    add("--lambda", type=float, dest="lambda_", metavar="LAMBDA",
+        help="of a lambda-conditioned model: fix it, for the programs that know no such models")  # fmt: skip
     add("--ema", action="store_true", help="the policy's moving average instead of its last weights")
     add(
         "--model_card",
@@ -68,19 +71,19 @@ def export(arguments: argparse.Namespace) -> str:
     """Write the file; returns the line that says so. Raises ValueError before anything is written."""
     check_arguments(arguments)
     from cca_ds.engine.run_weights import recipe_of_run, run_weights
-    from cca_ds.models import check_weights, expected_shapes, save_weights
+    from cca_ds.models import check_weights, expected_shapes, fix_lambda, save_weights
 
     folder, output = arguments.run.expanduser(), arguments.output.expanduser()
     run = recipe_of_run(folder)
     metrics = read_metrics(arguments.metrics) if arguments.metrics else None
     module = empty_module(run)
-    if arguments.layout not in ("safetensors", module.family):
-        raise ConfigError([f"--layout {arguments.layout}: {run.model.preset} is a {module.family} model; "
-                           f"use --layout {module.family} or safetensors"])  # fmt: skip
+    check_fit(arguments, run, module.family)
     found = run_weights(folder, arguments.checkpoint, arguments.ema)
     expected = expected_shapes(module)
     check_weights(expected, found.state, found.checkpoint)
     state = {name: found.state[name] for name in expected if name in found.state}
+    if arguments.lambda_ is not None:
+        module, state = empty_module(run, conditioned=False), fix_lambda(state, arguments.lambda_)
     card = describe(run, module.family, output, metrics) if arguments.model_card else None
     save_weights(
         module, output, arguments.layout, state=state, dtype=torch_dtype(arguments.dtype),
@@ -89,7 +92,8 @@ def export(arguments: argparse.Namespace) -> str:
     parameters = sum(tensor.numel() for tensor in state.values())
     return (
         f"{output}: {parameters / 1e6:.1f} M weights of {run.model.preset} after step {found.step} "
-        f"({arguments.layout}, {arguments.dtype}{', moving average' if arguments.ema else ''})"
+        f"({arguments.layout}, {arguments.dtype}{', moving average' if arguments.ema else ''}"
+        f"{f', lambda fixed at {arguments.lambda_:g}' if arguments.lambda_ is not None else ''})"
     )
 
 
@@ -100,6 +104,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         problems.append(f"--model_card goes with --layout safetensors, not {arguments.layout}")
     if arguments.metrics and not arguments.model_card:
         problems.append("--metrics goes into the model card; give --model_card as well")
+    if arguments.lambda_ is not None and not 0.0 < arguments.lambda_ < float("inf"):
+        problems.append(f"--lambda {arguments.lambda_:g}: must be above 0")
     if arguments.output.expanduser().is_dir():
         problems.append(f"--output {arguments.output}: is a folder; name the file to write in it")
     if not arguments.run.expanduser().is_dir():
@@ -110,15 +116,35 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(problems)
 
 
-def empty_module(run: RunConfig):
-    """The recipe's model on the meta device: its names and shapes without its memory."""
+def check_fit(arguments: argparse.Namespace, run: RunConfig, family: str) -> None:
+    """Raises ConfigError with all in which the flags contradict the run."""
+    problems, layout, conditioned = [], arguments.layout, run.model.lambda_conditioning
+    if layout not in ("safetensors", family):
+        problems.append(f"--layout {layout}: {run.model.preset} is a {family} model; "
+                        f"use --layout {family} or safetensors")  # fmt: skip
+    elif layout != "safetensors" and conditioned and arguments.lambda_ is None:
+        problems.append(f"--layout {layout}: its program knows no lambda-conditioned models; fix one with --lambda, "
+                        "or use --layout safetensors")  # fmt: skip
+    if arguments.lambda_ is not None and not conditioned:
+        problems.append(
+            f"--lambda {arguments.lambda_:g}: the run's model is not conditioned on lambda; leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def empty_module(run: RunConfig, conditioned: bool = True):
+    """The recipe's model on the meta device: its names and shapes without its memory.
+
+    Without `conditioned` its embedding of lambda, if any, is left out.
+    """
     import torch
 
     from cca_ds.models import create_model
 
-    conditioned = {"lambda_conditioning": True} if run.model.lambda_conditioning else {}
+    conditioning = {"lambda_conditioning": True} if conditioned and run.model.lambda_conditioning else {}
     with torch.device("meta"):
-        return create_model(run.model.preset, **run.model.overrides, **conditioned)
+        return create_model(run.model.preset, **run.model.overrides, **conditioning)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -132,7 +158,9 @@ def metadata_of(run: RunConfig, found: RunWeights, arguments: argparse.Namespace
     """What a reader of the file needs to know of its making."""
     import cca_ds
 
+    fixed = {"lambda": f"{arguments.lambda_:g}"} if arguments.lambda_ is not None else {}
     return {
+        **fixed,
         "recipe": dump_recipe(run),
         "recipe_name": run.name,
         "preset": run.model.preset,

@@ -20,7 +20,7 @@ from cca_ds.engine.run_weights import recipe_of_run
 from cca_ds.models import create_model, load_weights
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import metrics
-from tests.var_run import BASE, DECAY, SHAPE, var_run
+from tests.var_run import BASE, DECAY, SHAPE, tokenizer, var_run
 
 pytestmark = pytest.mark.dist
 
@@ -121,14 +121,42 @@ def test_a_lambda_conditioned_policy_and_its_average(tmp_path):
     run_folder = var_run(conditioned=True)
     trained, average = shards(run_folder), averaged(run_folder)
     assert trained["lambda_embedding.fc2.weight"].abs().max() > 1e-4
-    state = torch.load(exported(run_folder, tmp_path / "var.pth", "--layout", "var"), weights_only=True)
-    added = {f"lambda_embedding.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")}
-    assert state.keys() == published().keys() | added
     for flags, expected in (([], trained), (["--ema"], average)):
         module = create_model("var-d16", **SHAPE, lambda_conditioning=True)
         load_weights(module, exported(run_folder, tmp_path / "m.safetensors", *flags))
         for key, value in module.state_dict().items():
             assert torch.allclose(value.double(), expected[key].double(), atol=1e-6 if flags else 0.0), key
+
+
+@torch.no_grad()
+def test_a_fixed_lambda_is_an_ordinary_model_of_the_original(tmp_path):
+    run_folder = var_run(conditioned=True)
+    conditioned = create_model("var-d16", tokenizer(), **SHAPE, lambda_conditioning=True).eval()
+    load_weights(conditioned, exported(run_folder, tmp_path / "m.safetensors"))
+    fixed = {}
+    codes_BL, labels_B = torch.randint(64, (4, 30)), torch.tensor([0, 3, 9, 10])
+    for value in (3, 300):
+        flat = exported(run_folder, tmp_path / f"{value}.pth", "--layout", "var", "--lambda", str(value))
+        original_module().load_state_dict(torch.load(flat, weights_only=True), strict=True)
+        module = create_model("var-d16", tokenizer(), **SHAPE).eval()
+        load_weights(module, flat)
+        fixed[value] = module.logits(codes_BL, labels_B)
+        expected = conditioned.logits(codes_BL, labels_B, torch.full((4,), float(value)).log())
+        torch.testing.assert_close(fixed[value], expected, atol=1e-4, rtol=0)
+    assert (fixed[3] - fixed[300]).abs().max() > 1e-2
+
+
+def test_a_lambda_that_cannot_be_fixed_is_refused(tmp_path, capsys):
+    for conditioned, flags, told in (
+        (True, ["--layout", "var"], "fix one with --lambda"),
+        (True, ["--layout", "var", "--lambda", "0"], "--lambda 0: must be above 0"),
+        (False, ["--lambda", "300"], "not conditioned on lambda; leave it out"),
+    ):
+        arguments = ["--run", str(var_run(conditioned)), "--output", str(tmp_path / "x.pth"), *flags]
+        assert export_entry.main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and told in error
+    assert not list(tmp_path.iterdir())
 
 
 FEW = ["sampling.images_per_class=2", "logging.progress=false", "sampling.batch_size=20"]

@@ -14,6 +14,7 @@ from cca_ds.models import (
     check_weights,
     create_model,
     expected_shapes,
+    fix_lambda,
     load_weights,
     read_weights,
     save_weights,
@@ -164,6 +165,18 @@ def test_lambda_embedding_is_saved_and_a_base_model_fits_under_it(golden, tmp_pa
     del state["lambda_embedding.fc2.bias"]
     with pytest.raises(WeightsError, match=r"1 missing: lambda_embedding\.fc2\.bias$"):
         check_weights(expected_shapes(again), state, "a file")
+
+
+@torch.no_grad()
+def test_one_lambda_of_many_is_an_ordinary_model():
+    conditioned, plain = random_model(lambda_conditioning=True).eval(), create_model(TINY).eval()
+    codes, labels = torch.randint(64, (3, 16)), torch.tensor([0, 9, 10])
+    for value in (1.0, 1000.0):
+        plain.load_state_dict(fix_lambda(conditioned.state_dict(), value))
+        expected = conditioned.logits(codes, labels, torch.full((3,), value).log())
+        torch.testing.assert_close(plain.logits(codes, labels), expected, atol=1e-4, rtol=0)
+    assert not torch.equal(fix_lambda(conditioned.state_dict(), 1.0)["cls_embedding.embedding_table.weight"],
+                           plain.state_dict()["cls_embedding.embedding_table.weight"])  # fmt: skip
 
 
 def test_every_missing_unexpected_and_misshaped_key_is_named(published, tmp_path):

@@ -4,7 +4,7 @@ from cca_ds.models.llamagen import LlamaGenConfig
 from cca_ds.models.presets import PRESETS, create_model, model_config, preset_name
 from cca_ds.models.var import VARConfig
 from cca_ds.models.weight_files import WeightsError, read_weights
-from cca_ds.models.weights import check_weights, expected_shapes, load_weights, save_weights
+from cca_ds.models.weights import check_weights, expected_shapes, fix_lambda, load_weights, save_weights
 
 __all__ = [
     "PRESETS",
@@ -14,6 +14,7 @@ __all__ = [
     "check_weights",
     "create_model",
     "expected_shapes",
+    "fix_lambda",
     "load_weights",
     "model_config",
     "preset_name",

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cca_ds.models.layers import LambdaEmbedding
 from cca_ds.models.weight_files import WeightsError, read_metadata, read_weights, replace_file
 
 LAYOUTS = ("llamagen", "var", "safetensors")
@@ -21,6 +22,7 @@ LAYOUTS = ("llamagen", "var", "safetensors")
 _COMPUTED = frozenset({"freqs_cis", "lvl_1L", "attn_bias_for_masking"})
 _COUNTED = frozenset({"quantize.codebook_used", "quantize.ema_vocab_hit_SV"})
 _LAMBDA = "lambda_embedding."
+_CLASSES = ("cls_embedding.embedding_table.weight", "class_emb.weight")
 
 # a name that only one kind of file has
 _KINDS = {
@@ -165,6 +167,20 @@ def save_weights(
         tensors |= _var_masks(module.config.scales)
     flat = family == "var" or _published_flat(module)
     replace_file(path, lambda draft: torch.save(tensors if flat else {"model": tensors}, draft))
+
+
+def fix_lambda(state: Mapping[str, Tensor], lambda_: float) -> dict[str, Tensor]:
+    """An ordinary model's weights out of a lambda-conditioned one's: that lambda's embedding is in every class's.
+
+    `state` are the full tensors, in float32.
+    """
+    plain = {key: value for key, value in state.items() if not key.startswith(_LAMBDA)}
+    classes = next(key for key in _CLASSES if key in plain)
+    embedding = LambdaEmbedding(plain[classes].shape[1])
+    embedding.load_state_dict({key.removeprefix(_LAMBDA): state[key] for key in state.keys() - plain.keys()})
+    with torch.no_grad():
+        plain[classes] = plain[classes] + embedding(torch.tensor([lambda_]).log())
+    return plain
 
 
 def _detached(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
