@@ -179,7 +179,7 @@ def test_one_lambda_of_many_is_an_ordinary_model():
                            plain.state_dict()["cls_embedding.embedding_table.weight"])  # fmt: skip
 
 
-def test_every_missing_unexpected_and_misshaped_key_is_named(published, tmp_path):
+def test_missing_unexpected_and_misshaped_keys_are_named(published, tmp_path):
     state = dict(published)
     del state["layers.1.attention.wo.weight"], state["norm.weight"]
     state["layers.2.attention.wo.weight"] = torch.zeros(64, 64)
@@ -196,6 +196,24 @@ def test_every_missing_unexpected_and_misshaped_key_is_named(published, tmp_path
         "1 mis-shaped: output.weight is [64, 32] in the file and [64, 64] in the model"
     )
     assert_bit_equal(model, before)  # nothing half-loaded
+
+
+def test_hundreds_of_keys_are_counted_and_the_first_few_named(published, tmp_path):
+    """The checkpoint of a two-layer model given to one of fifty layers, and of another width."""
+    torch.save({"model": published}, tmp_path / "two_layers.pt")
+    with torch.device("meta"):
+        deep, wide = create_model(TINY, n_layer=50), create_model(TINY, dim=128)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(deep, tmp_path / "two_layers.pt")
+    parts = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+    named = ", ".join(f"layers.2.{part}.weight" for part in parts)
+    assert str(caught.value).endswith(f"does not fit the model: 336 missing: {named} and 331 more")
+    with pytest.raises(WeightsError) as caught:
+        load_weights(wide, tmp_path / "two_layers.pt")
+    told = str(caught.value)
+    assert "\n" not in told and len(told) < 800
+    assert "18 mis-shaped: " in told and told.count(" in the file and ") == 5
+    assert told.endswith(" and 13 more")
 
 
 class Code:

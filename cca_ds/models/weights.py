@@ -17,6 +17,7 @@ from cca_ds.models.layers import LambdaEmbedding
 from cca_ds.models.weight_files import WeightsError, read_metadata, read_weights, replace_file
 
 LAYOUTS = ("llamagen", "var", "safetensors")
+_NAMED_KEYS = 5  # of each kind of problem in an error's one line
 
 # tensors that are computed or counted, not learned: their absence is no error, nor their presence
 _COMPUTED = frozenset({"freqs_cis", "lvl_1L", "attn_bias_for_masking"})
@@ -47,12 +48,15 @@ def _kind(keys: Iterable[str]) -> str | None:
 
 
 def _named(what: str, items: list[str]) -> list[str]:
-    return [f"{len(items)} {what}: {', '.join(items)}"] if items else []
+    """ "385 missing: a, b, c, d, e and 380 more"."""
+    more = f" and {len(items) - _NAMED_KEYS:,} more" if len(items) > _NAMED_KEYS else ""
+    return [f"{len(items):,} {what}: {', '.join(items[:_NAMED_KEYS])}{more}"] if items else []
 
 
 def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise WeightsError unless `state`, read from `path`, has the tensors of `expected`, in their shapes.
 
+    Its one line counts the missing, unexpected and mis-shaped keys and names the first few of each.
     Computed tensors (rotary table, masks, counts) may be there or not. A model conditioned on lambda takes a
     base model's weights: its lambda embedding then stays as it starts, without effect.
     """
@@ -119,8 +123,8 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a file in any published layout into a model or tokenizer, in place, cast to the module's dtype.
 
     Raises WeightsError, before anything is changed, for a file that is missing, damaged or holds code, and
-    for one that does not fit, with every missing, unexpected and mis-shaped key. Parameters on the meta
-    device take the file's tensors as they are.
+    for one that does not fit, counting and naming missing, unexpected and mis-shaped keys. Parameters on the
+    meta device take the file's tensors as they are.
     """
     state = read_weights(path)
     check_weights(expected_shapes(module), state, path)
