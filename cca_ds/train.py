@@ -41,9 +41,7 @@ def train(session: Session) -> bool:
         if stopping or session.checkpoints.due(done, session.steps):
             session.save(done, wait=stopping or done == session.steps)
         if stopping and done < session.steps:
-            session.log.say(
-                f"stopped by a signal after step {done}: checkpoint saved, start again to continue"
-            )
+            session.say_stopped(done)
             return False
     return True
 

@@ -100,14 +100,20 @@ def test_rows_are_found_by_step_and_place_and_checked_by_sample(tmp_path):
 
 def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path):
     cache = ReferenceCache(tmp_path, KEY)
-    waited_at = []
-    reference = CachedReference(cache, 0.5, speaks=True, waiting=waited_at.append)
+    asked = []
+
+    def alone(step: int, missing: bool, late: bool) -> tuple[bool, bool]:
+        asked.append((step, missing, late))
+        return missing, late
+
+    reference = CachedReference(cache, 0.5, speaks=True, agree=alone)
     started = time.monotonic()
     with pytest.raises(
         ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"
     ):
         reference(batch_of(2, slice(0, 4)), ())
-    assert 0.5 <= time.monotonic() - started < 5 and set(waited_at) == {2}
+    assert 0.5 <= time.monotonic() - started < 5
+    assert set(asked[:-1]) == {(2, True, False)} and asked[-1] == (2, True, True)
     assert cache.trainer_step() == 2  # producers see how far training has come
     cache.note_producer(1, "a40-7", 5)
     with pytest.raises(
@@ -125,6 +131,18 @@ def test_a_shard_that_comes_while_waiting_is_taken(tmp_path):
     found = CachedReference(cache, 30.0)(batch_of(2, slice(0, 4)), ())
     writer.join()
     assert found.tolist() == [-0.0, -1.0, -2.0, -3.0, -100.0, -101.0, -102.0, -103.0]
+
+
+def test_no_rank_goes_on_before_all_see_the_shard(tmp_path):
+    """Another rank's file system may show it later; and where another has waited too long, all give up."""
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(1, shard())
+    answers = [(True, False), (True, False), (False, False)]
+    reference = CachedReference(cache, 30.0, agree=lambda *_: answers.pop(0))
+    assert reference(batch_of(2, slice(0, 4)), ()).tolist()[:4] == [-0.0, -1.0, -2.0, -3.0]
+    assert answers == []
+    with pytest.raises(ReferenceCacheError, match=r"step 3 needs .*shard_000001"):
+        CachedReference(cache, 30.0, agree=lambda *_: (True, True))(batch_of(2, slice(0, 4)), ())
 
 
 def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_path):

@@ -42,6 +42,7 @@ class Checkpoints:
     def __init__(self, root: Path, ranks: Ranks, settings: Checkpoint, metadata: dict[str, Any]):
         self.root, self.ranks, self.settings, self.metadata = root, ranks, settings, metadata
         self._writer: BackgroundWriter | None = None
+        self._newest = -1  # step of the newest checkpoint in `root`, the one being written included
 
     def due(self, step: int, steps: int) -> bool:
         """Whether step `step` (1 after the first) is one to save."""
@@ -63,11 +64,22 @@ class Checkpoints:
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
             self._writer.submit(self._write, [(_to_host(state), path) for state, path in contents], partial)
-            if not wait:
-                return
-            self.close()
         else:
             self._write(contents, partial)
+        self._newest = step
+        if wait or not self.settings.asynchronous:
+            self._settle()
+
+    def ensure(self, policy: Policy, step: int) -> None:
+        """Return when the checkpoint of `step` is complete; written now if it is not the newest; collective."""
+        if step != self._newest:
+            self.save(policy, step, wait=True)
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Return when every rank has written; collective."""
+        self.close()
         deepspeed.comm.barrier()
 
     def _write(self, contents: list[tuple[Any, Path]], partial: Path) -> None:
@@ -100,6 +112,8 @@ class Checkpoints:
     def restore(self, policy: Policy, folder: Path) -> None:
         """Continue from `folder`: bit for bit on as many ranks and at the same stage as it was written on."""
         manifest = store.read_manifest(folder)
+        if folder.resolve().parent == self.root.resolve():
+            self._newest = manifest.step
         universal = f"{folder.name}.{UNIVERSAL}"
         if self.is_native(manifest):
             _let_deepspeed_load(policy, folder, folder, TAG)

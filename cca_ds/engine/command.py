@@ -23,6 +23,7 @@ from cca_ds.engine import launch, run_folder
 from cca_ds.engine.failures import explain, lost_connection
 from cca_ds.engine.preflight import check_ranks
 from cca_ds.engine.rank_logs import keep_rank_log, tell
+from cca_ds.engine.stop_signal import Stopped
 from cca_ds.engine.watchdog import Watchdog
 
 COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
@@ -91,13 +92,14 @@ def _run(
     torch.distributed.barrier()
     try:
         session = _begin(run, ds, arguments.resume, folder, ranks)
+        ready = _until_stopped(session, _check_start)
     except ValueError:
         if fresh:
             run_folder.discard(folder)
         raise
     started = time.perf_counter()
     try:
-        finished = train(session)
+        finished = ready and _until_stopped(session, train)
     except RuntimeError as error:
         if lost_connection(error) and (gone := session.watchdog.vanished()):
             raise RuntimeError(f"{gone}; start again to continue from the last checkpoint") from error
@@ -109,8 +111,7 @@ def _run(
 
 
 def _begin(run: RunConfig, ds: dict[str, Any], resume: str, folder: Path, ranks: launch.Ranks) -> Any:
-    """A session that is ready to train: ranks, data, weights and baseline are as they should be."""
-    from cca_ds.engine.baseline import check_baseline
+    """A session whose ranks, data and weights are as they should be."""
     from cca_ds.engine.inputs import open_table
     from cca_ds.engine.session import Session
 
@@ -126,10 +127,26 @@ def _begin(run: RunConfig, ds: dict[str, Any], resume: str, folder: Path, ranks:
     session.log.text("config", dump_recipe(run))
     session.log.hparams(hyperparameters(run))
     announce(session)
+    return session
+
+
+def _check_start(session: Any) -> bool:
+    """Before the first step of all: the baseline is as it should be, and its samples are drawn."""
+    from cca_ds.engine.baseline import check_baseline
+
     if session.first_step == 0:
         check_baseline(session)
         session.draw_samples(0)
-    return session
+    return True
+
+
+def _until_stopped(session: Any, work: Callable[[Any], bool]) -> bool:
+    """What `work` returns; False where a signal stopped the ranks while they waited within a step."""
+    try:
+        return work(session)
+    except Stopped as stopped:
+        session.stop_within_step(stopped.done)
+        return False
 
 
 def quiet_deepspeed() -> None:

@@ -26,7 +26,6 @@ def make_reference(session: Session) -> Reference:
         return ZeroReference(run, weights, session.precision, session.tokenizer)
     assert settings.cache is not None
     cache = ReferenceCache(settings.cache, cache_key(run, session.table, weights, session.precision))
-    streamed = settings.placement == "streamed"
-    return CachedReference(
-        cache, settings.wait_seconds if streamed else 0.0, session.ranks.rank == 0, session.beat_while_waiting
-    )
+    if settings.placement == "cached":
+        return CachedReference(cache)
+    return CachedReference(cache, settings.wait_seconds, session.ranks.rank == 0, session.agree_while_waiting)

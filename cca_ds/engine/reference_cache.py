@@ -160,12 +160,15 @@ class CachedReference:
 
     Args:
         speaks: True on the rank that tells producers how far training is, and the console for whom it waits.
+        agree: given the step, whether this rank misses the shard and whether it has waited too long, answers
+            whether any rank does; may be collective, as every rank comes to each shard at the same place and
+            leaves the wait with the same answer.
     """
 
     def __init__(self, cache: ReferenceCache, wait_seconds: float = 0.0, speaks: bool = False,
-                 waiting: Callable[[int], None] | None = None):  # fmt: skip
+                 agree: Callable[[int, bool, bool], tuple[bool, bool]] | None = None):  # fmt: skip
         self.cache, self.wait_seconds, self.speaks = cache, wait_seconds, speaks
-        self._waiting = waiting or (lambda step: None)
+        self._agree = agree or (lambda step, missing, late: (missing, late))
         self._number, self._shard = -1, None
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -193,9 +196,14 @@ class CachedReference:
 
     def _wait(self, number: int, step: int) -> None:
         started = spoke = time.monotonic()
-        while not self.cache.path(number).is_file():
+        while True:
             waited = time.monotonic() - started
-            if waited >= self.wait_seconds:
+            missing, late = self._agree(
+                step, not self.cache.path(number).is_file(), waited >= self.wait_seconds
+            )
+            if not missing:
+                return
+            if late:
                 after = f" after {waited:.0f} s" if self.wait_seconds else ""
                 raise ReferenceCacheError(
                     f"step {step + 1} needs {self.cache.path(number)}, which is missing{after}: "
@@ -204,5 +212,4 @@ class CachedReference:
             if self.speaks and time.monotonic() - spoke > _SPEAK_SECONDS:
                 say(f"step {step + 1} waits for shard {number}: {self.cache.producers()}")
                 spoke = time.monotonic()
-            self._waiting(step)
             time.sleep(_LOOK_SECONDS)

@@ -29,7 +29,7 @@ from cca_ds.engine.launchers import Ranks
 from cca_ds.engine.placements import make_reference
 from cca_ds.engine.policy import NonFinite, Policy, starting_weights
 from cca_ds.engine.samples import draw_samples
-from cca_ds.engine.stop_signal import StopSignal
+from cca_ds.engine.stop_signal import Stopped, StopSignal
 from cca_ds.engine.utilization import Utilization
 from cca_ds.engine.watchdog import Watchdog
 from cca_ds.telemetry import RunLog
@@ -160,10 +160,22 @@ class Session:
         if self.watchdog:
             self.watchdog.beat(0, doing)
 
-    def beat_while_waiting(self, step: int) -> None:
-        """Tell the watchdog that this rank waits for other nodes and is well."""
+    def agree_while_waiting(self, step: int, missing: bool, late: bool) -> tuple[bool, bool]:
+        """Whether any rank misses what it waits for from other nodes, and any has waited too long; collective.
+
+        Tells the watchdog that this rank is well.
+
+        Raises:
+            Stopped: on every rank, where something is missing and any rank was asked to stop.
+        """
         if self.watchdog:
             self.watchdog.beat(step, "waiting for the reference")
+        flags = torch.tensor([missing, late, self.stop.requested], dtype=torch.float32, device=self.device)
+        deepspeed.comm.all_reduce(flags)
+        missing, late, stop = (flags > 0).tolist()
+        if missing and stop:
+            raise Stopped(step)
+        return missing, late
 
     def zero_sums(self) -> Tensor:
         """An empty account of `SUMS`."""
@@ -235,6 +247,20 @@ class Session:
     def save(self, done: int, wait: bool = False) -> None:
         """Checkpoint after step number `done`, complete on return if `wait`; collective."""
         self.checkpoints.save(self.policy, done, wait)
+
+    def stop_within_step(self, done: int) -> None:
+        """Stop before step number `done` + 1 was computed, with the checkpoint of `done`; collective."""
+        if done:
+            self.checkpoints.ensure(self.policy, done)
+        self.say_stopped(done)
+
+    def say_stopped(self, done: int) -> None:
+        """The last line of a run that a signal ended early, its checkpoint complete."""
+        self.log.say(
+            f"stopped by a signal after step {done}: checkpoint saved, start again to continue"
+            if done
+            else "stopped by a signal before the first step was done: start again to begin"
+        )
 
     def close(self) -> None:
         """The end of a run that went well; collective."""

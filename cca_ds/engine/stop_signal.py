@@ -19,6 +19,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ONE_WISH_SECONDS = 1.0
 
 
+class Stopped(Exception):
+    """The ranks agreed to stop within a step, before any of them had begun to compute it.
+
+    Args:
+        done: number of the last finished step; 0 before the first.
+    """
+
+    def __init__(self, done: int):
+        super().__init__(f"stopped after step {done}")
+        self.done = done
+
+
 class StopSignal:
     """Remembers the first of SIGTERM, SIGUSR1 and SIGINT instead of ending the process.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cca_ds.config import ConfigError, load_recipe
+from cca_ds.engine.checkpoint_store import complete_checkpoints, verify
 from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
 
 pytestmark = pytest.mark.dist
@@ -144,12 +145,78 @@ def wait_until(condition, running) -> None:
         time.sleep(0.02)
 
 
-def test_a_trainer_whose_producers_are_dead_names_them_within_the_limit(tmp_path):
-    cache = tmp_path / "cache"
+def only_first_shards(cache: Path, count: int) -> Path:
+    """A cache whose producers are gone after `count` shards."""
     shutil.copytree(stored(), cache)
-    for path in cache.glob("shard_00000[1-9].arrow"):
+    for path in sorted(cache.glob("shard_*.arrow"))[count:]:
         path.unlink()
     (cache / "COMPLETED").unlink()
+    return cache
+
+
+def stop_while_waiting(folder: Path, settings: tuple[str, ...], done: int, rank: int, number: int) -> str:
+    """Two ranks that wait for the shard after `done` steps; a signal to one ends both soon. Rank 0's console."""
+    note = Path(next(s for s in settings if s.startswith("reference.cache="))[16:]) / "trainer.json"
+    note.unlink(missing_ok=True)
+    with start_training(2, folder, *settings) as running:
+        wait_until(lambda: note.is_file() and json.loads(note.read_text())["step"] == done, running)
+        time.sleep(1.0)
+        started = time.monotonic()
+        running.signal(rank, number)
+        outputs = running.wait(60)
+    assert time.monotonic() - started < 10  # below one on an idle machine; `wait_seconds` is 600
+    assert [output.returncode for output in outputs] == [0, 0], outputs
+    assert len(losses(folder)) == done
+    assert not (folder / "COMPLETED").exists() and not (folder / "summary.json").exists()
+    return outputs[0].stderr
+
+
+def bring(shards_of: Path, cache: Path) -> None:
+    for path in shards_of.glob("shard_*.arrow"):
+        shutil.copy(path, cache)
+
+
+@pytest.mark.parametrize(
+    ("number", "stopped", "settings"),
+    [
+        (signal.SIGUSR1, (1, 0), ("checkpoint.every_steps=1000",)),
+        (signal.SIGTERM, (0,), ("checkpoint.asynchronous=true",)),  # the checkpoint of step 2 is there before
+    ],
+    ids=["saved now, then stopped again", "saved before"],
+)
+def test_a_signal_ends_the_wait_for_a_shard_with_the_last_steps_checkpoint(
+    number, stopped, settings, tmp_path
+):
+    """Nobody produces, so two ranks wait after step 2; later they go on as if nothing had been."""
+    cache, folder = only_first_shards(tmp_path / "cache", 1), tmp_path / "run"
+    settings = streaming(cache, *settings)
+    written = []
+    for rank in stopped:
+        told = stop_while_waiting(folder, settings, 2, rank, number)
+        assert "stopped by a signal after step 2: checkpoint saved, start again to continue" in told
+        (saved,) = complete_checkpoints(folder / "checkpoints")
+        assert verify(saved).step == 2
+        written.append({path: path.stat().st_mtime_ns for path in saved.rglob("*")})
+    assert all(times == written[0] for times in written)  # nothing more, where no step came between
+    bring(stored(), cache)
+    train(2, folder, *settings)
+    assert_same_trajectory(losses(folder), usual_losses())
+
+
+@pytest.mark.parametrize("check", ["true", "false"], ids=["in the baseline", "in the first step"])
+def test_a_signal_before_the_first_shard_leaves_a_run_that_starts_again(check, tmp_path):
+    cache, folder = only_first_shards(tmp_path / "cache", 0), tmp_path / "run"
+    settings = streaming(cache, f"baseline.check={check}", "baseline.nll_band=null")
+    told = stop_while_waiting(folder, settings, 0, 1, signal.SIGTERM)
+    assert "stopped by a signal before the first step was done: start again to begin" in told
+    assert not complete_checkpoints(folder / "checkpoints")
+    bring(stored(), cache)
+    train(2, folder, *settings)
+    assert_same_trajectory(losses(folder), usual_losses())
+
+
+def test_a_trainer_whose_producers_are_dead_names_them_within_the_limit(tmp_path):
+    cache = only_first_shards(tmp_path / "cache", 1)
     started = time.monotonic()
     (output,) = train(1, tmp_path / "run", *streaming(cache, "reference.wait_seconds=4"), check=False)
     assert output.returncode == 1 and time.monotonic() - started < PATIENCE
