@@ -146,6 +146,8 @@ class Logging(Section):
 
 
 class Sampling(Section):
+    """Of `cca_ds.sample`, and of the grids while training."""
+
     guidance_scale: float = Field(default=0.0, ge=0.0)  # the paper's s: c + s (c - u); 0 is guidance-free
     guidance_schedule: Literal["constant", "linear"] = "constant"
     guidance_interval: tuple[int, int] | None = None

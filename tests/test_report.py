@@ -200,6 +200,13 @@ def test_command_prints_where_the_page_is(run_folder, capsys):
     assert capsys.readouterr().out.strip() == str(run_folder / "report.html")
 
 
+def test_grids_say_how_they_were_drawn(run_folder):
+    assert "(step 56, right), without guidance." in report_of(run_folder)[1].text
+    guided = dump_recipe(load_recipe("llamagen-l-cfg", ["sampling.guidance_scale=0.5"]))
+    (run_folder / "config.yaml").write_text(guided)
+    assert "(step 56, right), guidance s = 0.5." in report_of(run_folder)[1].text
+
+
 def test_grids_are_cut_into_columns():
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     grid = io.BytesIO()

@@ -58,6 +58,21 @@ def log_lambda(run: RunConfig) -> float | None:
     return math.log(run.sampling.lambda_ or run.loss.lambda_) if run.model.lambda_conditioning else None
 
 
+def drawing(run: RunConfig) -> dict[str, Any]:
+    """What `generate` takes from a recipe: guidance, the draw of a code, the seed, lambda."""
+    settings = run.sampling
+    names = (
+        "guidance_scale",
+        "guidance_schedule",
+        "guidance_interval",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+    )
+    return {**{name: getattr(settings, name) for name in names}, "log_lambda": log_lambda(run)}
+
+
 def on_first(ranks: Ranks, action: Callable[[], Any]) -> None:
     """Run `action` on rank 0; where it fails, every rank raises ValueError with its line. Collective."""
     if ranks.world_size == 1:
@@ -110,25 +125,18 @@ def draw_missing(
         side: resize to this many pixels a side; None leaves the tokenizer's.
         cuda_graphs: replay LlamaGen's decoding step as CUDA graphs where the device is a GPU.
     """
-    settings, model = run.sampling, sampler.model
+    model, size = sampler.model, run.sampling.batch_size
     missing = folder.missing(wanted[ranks.rank :: ranks.world_size])
-    batches = [missing[i : i + settings.batch_size] for i in range(0, len(missing), settings.batch_size)]
+    batches = [missing[i : i + size] for i in range(0, len(missing), size)]
     show = ranks.rank == 0 and run.logging.progress
     try:
         for indices in progress(batches, "sample", len(batches), show=show):
             codes_BL = generate(
                 model,
                 torch.tensor([index % model.num_classes for index in indices]),
-                guidance_scale=settings.guidance_scale,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                temperature=settings.temperature,
-                seed=settings.seed,
                 image_indices_B=indices,
-                guidance_schedule=settings.guidance_schedule,
-                guidance_interval=settings.guidance_interval,
-                log_lambda=log_lambda(run),
                 cuda_graphs=cuda_graphs and ranks.device.startswith("cuda"),
+                **drawing(run),
             )
             for start in range(0, len(indices), DECODED):
                 images_BCHW = decode(sampler.tokenizer, codes_BL[start : start + DECODED], side)

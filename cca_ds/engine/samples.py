@@ -1,4 +1,7 @@
-"""Sample grids of the policy as it stands, drawn by rank 0 from a whole copy of the weights."""
+"""Sample grids of the policy as it stands, drawn by rank 0 from a whole copy of the weights.
+
+They are drawn as `cca_ds.sample` would draw them, by the recipe's `sampling`: guidance, top-k, seed and all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 
 from cca_ds.config_schema import RunConfig
 from cca_ds.engine.policy import DTYPES, build_module
+from cca_ds.engine.sampler import drawing
+from cca_ds.sampling import generate
 from cca_ds.sampling.grid import image_grid
 
 if TYPE_CHECKING:
@@ -36,23 +41,10 @@ def _columns(run: RunConfig, module: torch.nn.Module) -> int:
 
 @torch.no_grad()
 def _sample(session: Session, module: torch.nn.Module) -> torch.Tensor:
-    from cca_ds.sampling import generate
-
     run = session.run
     columns = _columns(run, module)
     classes = torch.arange(columns) * (module.num_classes // columns)
     labels_B = classes.repeat(-(-run.logging.samples_per_grid // columns))[: run.logging.samples_per_grid]
-    conditioned = run.model.lambda_conditioning
-    codes_BL = generate(
-        module,
-        labels_B.to(session.device),
-        top_k=run.sampling.top_k,
-        top_p=run.sampling.top_p,
-        temperature=run.sampling.temperature,
-        seed=run.sampling.seed,
-        log_lambda=torch.tensor(run.sampling.lambda_ or run.loss.lambda_).log().item()
-        if conditioned
-        else None,
-    )
+    codes_BL = generate(module, labels_B.to(session.device), **drawing(run))
     tokenizer = session.tokenizer.to(session.device)
     return tokenizer.decode(codes_BL).float().cpu()

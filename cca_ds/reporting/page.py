@@ -121,7 +121,9 @@ def samples(run: RunFolder) -> str:
         for column, (before, after) in enumerate(zip(*strips, strict=True))
     ]
     size = " small" if _width(strips[0][0]) <= SMALL else ""
-    told = f"Before ({names[0]}, left) and after ({names[1]}, right), without guidance."
+    scale = _section(run.config, "sampling").get("guidance_scale")
+    guidance = f"guidance s = {scale:g}" if isinstance(scale, int | float) and scale else "without guidance"
+    told = f"Before ({names[0]}, left) and after ({names[1]}, right), {guidance}."
     return f'<p class="note">{told}</p><div class="pairs{size}">{"".join(figures)}</div>'
 
 
