@@ -21,4 +21,6 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
   m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
+  // A linear layer without gradients, for the few rows of a decoding step.
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }

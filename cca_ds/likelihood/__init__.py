@@ -3,6 +3,7 @@
 from cca_ds.likelihood.head import LikelihoodHead
 from cca_ds.likelihood.ops import (
     backend,
+    linear,
     linear_sequence_logp,
     linear_sequence_logp_reference,
     sequence_logp,
@@ -12,6 +13,7 @@ from cca_ds.likelihood.ops import (
 __all__ = [
     "LikelihoodHead",
     "backend",
+    "linear",
     "linear_sequence_logp",
     "linear_sequence_logp_reference",
     "sequence_logp",

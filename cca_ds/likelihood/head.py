@@ -5,7 +5,7 @@ Letters: B sequences, L codes a sequence, V vocabulary, D width.
 
 from torch import Tensor, nn
 
-from cca_ds.likelihood.ops import linear_sequence_logp
+from cca_ds.likelihood.ops import linear, linear_sequence_logp
 
 
 class LikelihoodHead(nn.Linear):
@@ -20,7 +20,7 @@ class LikelihoodHead(nn.Linear):
     def forward(self, hidden_BLD: Tensor, targets_BL: Tensor | None = None) -> Tensor:
         """Logits [B, L, V] in the weight's dtype; given targets [B, L], log p [B] in float32 instead."""
         if targets_BL is None:
-            return super().forward(hidden_BLD)
+            return linear(hidden_BLD, self.weight, self.bias)
         return linear_sequence_logp(
             hidden_BLD,
             self.weight,

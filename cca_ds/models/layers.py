@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cca_ds.likelihood import linear
+
 
 class Linear(nn.Linear):
     """`nn.Linear` whose weight starts normal with `std` and whose bias starts at 0.
@@ -29,6 +31,10 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -1,0 +1,58 @@
+"""The linear layer that a decoding step runs through on a CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cca_ds.likelihood import backend, linear
+from cca_ds.models.layers import Linear
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 3, 8, 11, 16])
+@pytest.mark.parametrize(("outputs", "width"), [(7, 32), (50, 96), (3, 75), (1, 5)])
+def test_products_of_few_rows(dtype, rows, outputs, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, width).to(dtype), torch.randn(outputs, width).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    for shift in (bias, None):
+        with torch.no_grad():
+            found = linear(x, weight, shift)
+        expected = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
+        assert found.dtype == dtype
+        error = (found.double() - expected).abs()
+        assert (error <= TOLERANCE[dtype] * (expected.abs() + width**0.5)).all()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, 100), torch.randn(33, 100)
+    with torch.no_grad():
+        together = linear(x, weight)
+        for row in range(16):
+            assert torch.equal(linear(x[row : row + 1], weight), together[row : row + 1])
+
+
+@torch.no_grad()
+def test_shapes_layouts_and_numbers_that_are_not_finite():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 10).t()  # not contiguous
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    torch.testing.assert_close(linear(x.transpose(0, 1), weight), F.linear(x.transpose(0, 1), weight))
+    x[1, 2, 5] = torch.nan
+    assert linear(x, weight).isnan().any(-1).tolist() == [[False] * 3, [False, False, True]]
+    assert linear(torch.empty(0, 64), weight).shape == (0, 10)
+
+
+def test_gradients_and_autocast_are_those_of_torch():
+    torch.manual_seed(0)
+    layer, x = Linear(16, 8, bias=True), torch.randn(4, 16)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(8, 16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
