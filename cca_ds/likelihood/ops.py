@@ -164,10 +164,10 @@ def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor
     There, without gradients, a kernel reads the weight once; sums run in float32, and a row's result does not depend
     on the rows beside it.
     """
-    few = x.device.type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1] and _BACKEND != "torch"
-    if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        if x.dtype == weight_FD.dtype and x.dtype in _FEW_ROWS_DTYPES:
-            return torch.ops.cca_ds.few_rows_linear(x, weight_FD, bias_F)
+    few = x.device.type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
+    plain = few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if plain and _BACKEND != "torch" and x.dtype == weight_FD.dtype and x.dtype in _FEW_ROWS_DTYPES:
+        return torch.ops.cca_ds.few_rows_linear(x, weight_FD, bias_F)
     return torch.nn.functional.linear(x, weight_FD, bias_F)
 
 
