@@ -116,7 +116,10 @@ class RunLog:
         self.bar.update(1)
         if not write:
             return
-        self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        try:
+            self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:  # of an open file: names none
+            raise OSError(error.errno, error.strerror, self.lines.name) from error
         for tag, value in values.items():
             if self.writer:
                 self.writer.add_scalar(tag, value, step)

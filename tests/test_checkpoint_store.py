@@ -273,13 +273,24 @@ def test_a_disk_that_is_really_full(small_disk):
 
 
 def test_a_folder_that_is_really_read_only(small_disk):
-    older = save(small_disk, 1)
+    older, partial = save(small_disk, 1), begin(small_disk, 2)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CheckpointError, match="not writable") as caught:
-        begin(small_disk, 2)
-    assert "\n" not in str(caught.value)
+        begin(small_disk, 3)
+    with (
+        pytest.raises(
+            CheckpointError, match=r"not writable \(Read-only file system\); make it"
+        ) as from_torch,
+        clear_errors(partial / "rank_0.pt"),  # as where it turns read-only while a thread writes
+    ):
+        torch.save(torch.zeros(2), partial / "rank_0.pt")
+    with pytest.raises(CheckpointError, match="not writable"):
+        publish(partial)
+    assert "\n" not in str(caught.value) + str(from_torch.value)
     assert newest_verified(small_disk)[0] == older
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert clean_partials(small_disk) == [partial]
+    save(small_disk, 2)
 
 
 def test_errors_that_are_not_the_disks_pass_unchanged(tmp_path):

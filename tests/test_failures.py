@@ -1,5 +1,7 @@
 """One line for what ended a rank: who, what, and what to do."""
 
+import errno
+
 import pytest
 import torch
 
@@ -50,3 +52,13 @@ def test_users_errors_stand_alone_and_others_with_their_kind():
     assert told(ValueError("lower it")) == "rank 3 on node7: lower it"
     assert told(RuntimeError("two\nlines")) == "rank 3 on node7: RuntimeError: two lines"
     assert told(KeyError()) == "rank 3 on node7: KeyError: KeyError"
+
+
+def test_a_disk_that_cannot_be_written_names_the_file_and_the_remedy():
+    line = told(OSError(errno.EROFS, "Read-only file system", "/runs/a/metrics.jsonl"))
+    assert line.endswith("node7: /runs/a/metrics.jsonl: not writable (Read-only file system); make it writable and "
+                         "start again to continue from the last checkpoint")  # fmt: skip
+    assert "no space left (No space left on device); free some" in told(
+        OSError(errno.ENOSPC, "No space left on device")
+    )
+    assert told(OSError(errno.EACCES, "Permission denied")).endswith("[Errno 13] Permission denied")

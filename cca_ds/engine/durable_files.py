@@ -12,6 +12,8 @@ from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+# torch.save reports a file it cannot open or write as a RuntimeError of its zip writer, without an errno
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
 class CheckpointError(ValueError):
@@ -26,9 +28,10 @@ def clear_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(_explain(error, folder)) from error
     except RuntimeError as error:
-        # torch.save reports a failed write as a RuntimeError of its zip writer, without an errno.
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        if not any(mark in str(error) for mark in _TORCH_SAVE):
             raise
+        if number := _errno_of_torch_save(str(error), folder):
+            raise CheckpointError(_explain(OSError(number, os.strerror(number)), folder)) from error
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise CheckpointError(
             f"checkpoint {folder}: torch.save could not write ({free:.0f} MiB free); free some space or "
@@ -79,6 +82,13 @@ def appears(folder: Path, seconds: float = 10.0) -> bool:
     return True
 
 
+def _errno_of_torch_save(text: str, path: Path) -> int | None:
+    """What kept torch.save from writing, where it says so or the file system shows it."""
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    return next((number for number in (*FORBIDDEN, *FULL) if os.strerror(number) in text), None)
+
+
 def _explain(error: OSError, folder: Path) -> str:
     if error.errno in FULL:
         return (
@@ -86,5 +96,8 @@ def _explain(error: OSError, folder: Path) -> str:
             "older checkpoints are untouched"
         )
     if error.errno in FORBIDDEN:
-        return f"checkpoint {folder}: not writable ({error.strerror}); choose another --output"
+        return (
+            f"checkpoint {folder}: not writable ({error.strerror}); make it writable and start again to continue "
+            "from the last checkpoint, or choose another --output; older checkpoints are untouched"
+        )
     return f"checkpoint {folder}: {error.strerror or error} ({error.filename})"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import torch
 
 from cca_ds.config_schema import RunConfig
+from cca_ds.engine.durable_files import FULL
 from cca_ds.engine.launchers import Ranks
 
 _CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
@@ -28,6 +30,8 @@ def explain(error: BaseException, run: RunConfig, ranks: Ranks) -> str:
             f"data-loader worker {died[1].strip()} {died[2]}; start again to continue from the last checkpoint, "
             "with a smaller data.workers or data.prefetch if memory was short"
         )
+    elif isinstance(error, OSError) and error.errno in (errno.EROFS, *FULL):
+        text = _unwritable(error)
     elif not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
     return f"rank {ranks.rank} on {ranks.host}: {text}"
@@ -42,6 +46,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank's process went away."""
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def _unwritable(error: OSError) -> str:
+    name = error.filename or "a file of the run"
+    fault = "not writable" if error.errno == errno.EROFS else "no space left"
+    mend = "make it writable" if error.errno == errno.EROFS else "free some"
+    return f"{name}: {fault} ({error.strerror}); {mend} and start again to continue from the last checkpoint"
 
 
 def _out_of_memory(error: BaseException, run: RunConfig) -> str:

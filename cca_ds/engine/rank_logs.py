@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,9 +17,10 @@ _console: TextIO | None = None  # of a rank whose stderr is its log
 
 def tell(line: str) -> None:
     """Say on stderr, and on the console too where stderr is a rank's log, what ended this rank."""
-    print(line, file=sys.stderr, flush=True)
     if _console is not None:
         _console.write(f"{line}\n")
+    with contextlib.suppress(OSError):  # the log may be on the disk that ended it
+        print(line, file=sys.stderr, flush=True)
 
 
 def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
@@ -77,7 +79,7 @@ def _replace_streams(out: _Tee, error: _Tee) -> None:
 
 
 class _Tee:
-    """A console stream whose finished lines are kept in a file too.
+    """A console stream whose finished lines are kept in a file too, as long as that can be written.
 
     A progress bar redraws its line after a carriage return: only its last state is kept.
     """
@@ -88,8 +90,9 @@ class _Tee:
     def write(self, text: str) -> int:
         written = self._console.write(text)
         *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            self._file.write(_last_state(line) + "\n")
+        with contextlib.suppress(OSError):  # what the disk does not take is still on the console
+            for line in lines:
+                self._file.write(_last_state(line) + "\n")
         self._line = _last_state(self._line) if "\r" in self._line else self._line
         return written
 

@@ -32,13 +32,9 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
     nearest = folder
     while not nearest.exists():
         nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):  # root is told that it may write where nobody can
-            pass
-    except OSError as error:
-        raise ConfigError(
-            [f"--output {folder}: {nearest} cannot be written ({error.strerror}); choose another folder"]
-        ) from None
+    for place in (nearest, folder / "checkpoints"):  # which may be a file system of its own
+        if place.exists():
+            _check_writable(place, folder)
     if resume not in ("auto", "never"):
         _check_resume(Path(resume), folder)
     if not (folder / "config.yaml").exists():
@@ -61,6 +57,16 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
         )
     if resume == "never":
         raise ConfigError([f"--output {folder}: already holds this run; use --resume auto or another folder"])
+
+
+def _check_writable(place: Path, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=place):  # root is told that it may write where nobody can
+            pass
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {folder}: {place} cannot be written ({error.strerror}); choose another folder"]
+        ) from None
 
 
 def _check_resume(checkpoint: Path, folder: Path) -> None:
