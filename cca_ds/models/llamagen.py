@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cca_ds.likelihood import LikelihoodHead
 from cca_ds.models.causal_attention import causal_attention
+from cca_ds.models.code_model import CodeModel
 from cca_ds.models.layers import (
     DropPath,
     Embedding,
@@ -175,16 +175,13 @@ class ZeroHead(LikelihoodHead):
         nn.init.zeros_(self.weight)
 
 
-class LlamaGen(nn.Module):
-    """`model(codes_BL, labels_B)` gives the log-likelihoods [B] float32; `logits` the distributions behind
-    them.
-    """
+class LlamaGen(CodeModel):
+    """Codes in raster order behind a class token; see `CodeModel`."""
 
     family = "llamagen"
 
     def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         std = config.initializer_range
         self.cls_embedding = _ClassEmbedding(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, std)
@@ -196,31 +193,14 @@ class LlamaGen(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = ZeroHead(config.dim, config.vocab_size, bias=False)
         self.register_buffer("freqs_cis", self._table(), persistent=False)
-        self.activation_checkpointing = False
 
-    @property
-    def num_classes(self) -> int:
-        """Real classes; labels are 0 to num_classes - 1."""
-        return self.config.num_classes
+    def embed_class(self, labels_B: Tensor) -> Tensor:
+        """The class token, [B] -> [B, D]."""
+        return self.cls_embedding(labels_B)
 
-    @property
-    def null_class(self) -> int:
-        """The label of no condition."""
-        return self.config.num_classes
-
-    @property
-    def sequence_length(self) -> int:
-        """Codes per image, L."""
-        return self.config.sequence_length
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes, V."""
-        return self.config.vocab_size
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only what passes between blocks while training; the backward computes each block again."""
-        self.activation_checkpointing = enabled
+    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V], or with codes their log-likelihoods [B]."""
+        return self.output(hidden_BLD, codes_BL)
 
     def _table(self) -> Tensor:
         return rotary_table(self.config.grid_size, self.config.head_dim, self.config.rope_base)
@@ -239,46 +219,10 @@ class LlamaGen(nn.Module):
         self.freqs_cis = self._table().to(self.freqs_cis.device)  # a cast or `to_empty` has just spoilt it
         return self
 
-    def condition(self, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """The class token [B, D]: the label's embedding, plus that of log lambda in a model conditioned on
-        it.
-        """
-        token_BD = self.cls_embedding(labels_B)
-        if not self.config.lambda_conditioning:
-            if log_lambda_B is not None:
-                raise ValueError("log_lambda given to a model without lambda conditioning: leave it out")
-            return token_BD
-        if log_lambda_B is None:
-            raise ValueError("this model is conditioned on lambda: log_lambda must be given")
-        return token_BD + self.lambda_embedding(log_lambda_B)
-
     def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
         """The output layer's input, [B, L, D]: position n has seen the label and the codes before n."""
         class_B1D = self.condition(labels_B, log_lambda_B).unsqueeze(1)
         x_BLD = torch.cat([class_B1D, self.tok_embeddings(codes_BL[:, :-1].long())], dim=1)
         x_BLD = self.tok_dropout(x_BLD)
         table_LP2 = self.rotary(x_BLD.device)[: x_BLD.shape[1]]
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            x_BLD = self._recomputed(layer, x_BLD, table_LP2) if recompute else layer(x_BLD, table_LP2)
-        return self.norm(x_BLD)
-
-    @staticmethod
-    def _recomputed(layer: Block, x_BLD: Tensor, table_LP2: Tensor) -> Tensor:
-        # no determinism check: under ZeRO-3 a weight's shape is that of its shard outside its module's
-        # forward
-        return checkpoint(layer, x_BLD, table_LP2, use_reentrant=False, determinism_check="none")
-
-    def logits(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] in the weights' dtype; arguments as in `forward`."""
-        return self.output(self.hidden(codes_BL, labels_B, log_lambda_B))
-
-    def forward(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """log p(codes | label) in nats, [B] float32.
-
-        `codes_BL` of any integer dtype, in [0, V); `labels_B` int64 in [0, num_classes], the last being the
-        null class; `log_lambda_B` natural logarithms of lambda for a model conditioned on it, and only for
-        one.
-        """
-        codes_BL = codes_BL.long()
-        return self.output(self.hidden(codes_BL, labels_B, log_lambda_B), codes_BL)
+        return self.norm(self.run_blocks(self.layers, x_BLD, table_LP2))

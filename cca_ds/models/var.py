@@ -15,8 +15,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from cca_ds.models.code_model import CodeModel
 from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
 from cca_ds.models.var_layers import Block, Head, HeadNorm, SharedModulation
 
@@ -87,9 +87,8 @@ class VARConfig:
         return (1.0 / self.dim / 3.0) ** 0.5
 
 
-class VAR(nn.Module):
-    """`model(codes_BL, labels_B)` gives the log-likelihoods [B] float32; `logits` the distributions behind
-    them.
+class VAR(CodeModel):
+    """Codes of one scale after another, coarse to fine; see `CodeModel`.
 
     Without a tokenizer the model can be built (on the meta device too), loaded and saved, but not called.
     """
@@ -97,8 +96,7 @@ class VAR(nn.Module):
     family = "var"
 
     def __init__(self, config: VARConfig, tokenizer: nn.Module | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         std, scales = config.initializer_range, config.scales
         self.pos_start = nn.Parameter(torch.empty(1, scales[0] ** 2, config.dim))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.sequence_length, config.dim))
@@ -116,7 +114,6 @@ class VAR(nn.Module):
         self.head_nm = HeadNorm(config.dim, config.norm_eps, std)
         self.head = Head(config.dim, config.vocab_size, std)
         self.reset_parameters()
-        self.activation_checkpointing = False
         self.pyramid: nn.Module | None = None
         if tokenizer is not None:
             self.attach_tokenizer(tokenizer)
@@ -126,29 +123,13 @@ class VAR(nn.Module):
         nn.init.normal_(self.pos_start, std=self.config.initializer_range)
         nn.init.normal_(self.pos_1LC, std=self.config.initializer_range)
 
-    @property
-    def num_classes(self) -> int:
-        """Real classes; labels are 0 to num_classes - 1."""
-        return self.config.num_classes
+    def embed_class(self, labels_B: Tensor) -> Tensor:
+        """The class embedding, [B] -> [B, D]."""
+        return self.class_emb(labels_B)
 
-    @property
-    def null_class(self) -> int:
-        """The label of no condition."""
-        return self.config.num_classes
-
-    @property
-    def sequence_length(self) -> int:
-        """Codes per image over all scales, L."""
-        return self.config.sequence_length
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes, V."""
-        return self.config.vocab_size
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only the stream between blocks while training, and compute each block again in the backward."""
-        self.activation_checkpointing = enabled
+    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V], or with codes their log-likelihoods [B]."""
+        return self.head(hidden_BLD, codes_BL)
 
     def attach_tokenizer(self, tokenizer: nn.Module) -> None:
         """Take a frozen copy of the codebook and residual convolutions of `tokenizer`, which must fit in
@@ -170,17 +151,6 @@ class VAR(nn.Module):
                 "this VAR has no tokenizer: give create_model(..., tokenizer=) or call attach_tokenizer"
             )
         return self.pyramid
-
-    def condition(self, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """The class embedding [B, D], plus that of log lambda in a model conditioned on it."""
-        class_BD = self.class_emb(labels_B)
-        if not self.config.lambda_conditioning:
-            if log_lambda_B is not None:
-                raise ValueError("log_lambda given to a model without lambda conditioning: leave it out")
-            return class_BD
-        if log_lambda_B is None:
-            raise ValueError("this model is conditioned on lambda: log_lambda must be given")
-        return class_BD + self.lambda_embedding(log_lambda_B)
 
     def positions(self) -> Tensor:
         """Position plus scale, [1, L, D]."""
@@ -212,28 +182,5 @@ class VAR(nn.Module):
             x_BLD = torch.cat([x_BLD, finer_BLD.to(x_BLD.dtype)], dim=1)
         if torch.is_autocast_enabled(x_BLD.device.type):
             x_BLD = x_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
-        modulation = self.shared_ada_lin(class_BD)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            x_BLD = self._recomputed(block, x_BLD, modulation) if recompute else block(x_BLD, modulation)
+        x_BLD = self.run_blocks(self.blocks, x_BLD, self.shared_ada_lin(class_BD))
         return self.head_nm(x_BLD, class_BD)
-
-    @staticmethod
-    def _recomputed(block: Block, x_BLD: Tensor, modulation: Tensor) -> Tensor:
-        # no determinism check: under ZeRO-3 a weight's shape is that of its shard outside its module's
-        # forward
-        return checkpoint(block, x_BLD, modulation, use_reentrant=False, determinism_check="none")
-
-    def logits(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] in the weights' dtype; arguments as in `forward`."""
-        return self.head(self.hidden(codes_BL, labels_B, log_lambda_B))
-
-    def forward(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """log p(codes | label) in nats, [B] float32.
-
-        `codes_BL` of any integer dtype, in [0, V), all scales concatenated; `labels_B` int64 in [0,
-        num_classes], the last being the null class; `log_lambda_B` natural logarithms of lambda for a model
-        conditioned on it, and only for one.
-        """
-        codes_BL = codes_BL.long()
-        return self.head(self.hidden(codes_BL, labels_B, log_lambda_B), codes_BL)
