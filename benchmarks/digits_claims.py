@@ -10,8 +10,18 @@ Claims = list[tuple[str, bool]]
 
 
 def check(found: dict[str, Rows]) -> dict[str, bool]:
-    """Claim (with its numbers) -> whether it holds."""
-    return dict([*_one_epoch(found), *_losses(found), *_frontier(found), *_rest(found), *_var(found)])
+    """Claim (with its numbers) -> whether it holds, for the claims whose experiments were run."""
+    groups = {
+        _one_epoch: {"guidance", "losses"},
+        _losses: {"guidance", "losses"},
+        _frontier: {"guidance", "frontier"},
+        _combined: {"guidance", "combined"},
+        _beta: {"beta"},
+        _conditioned: {"conditioned"},
+        _curves: {"curves"},
+        _var: {"var"},
+    }
+    return dict(claim for group, needed in groups.items() if needed <= found.keys() for claim in group(found))
 
 
 def at_accuracy(rows: Rows, accuracy: float, name: str) -> float:
@@ -89,33 +99,52 @@ def _frontier(found: dict[str, Rows]) -> Claims:
     ]
 
 
-def _rest(found: dict[str, Rows]) -> Claims:
+def _combined(found: dict[str, Rows]) -> Claims:
     combined = min(row["fid"]["mean"] for row in found["combined"])
     alone = min(row["fid"]["mean"] for row in found["guidance"])
+    return [
+        (
+            f"Figures 5, 6: CCA with a small lambda and guidance reaches guidance's best FID "
+            f"({combined:.3f} <= {alone:.3f} + 0.01)",
+            combined <= alone + 0.01,
+        )
+    ]
+
+
+def _beta(found: dict[str, Rows]) -> Claims:
     small, *_, large = (row["accuracy"]["mean"] for row in found["beta"])
-    low, *_, high, _ = (row["accuracy"]["mean"] for row in found["conditioned"])
+    return [
+        (
+            f"Figure 9: a smaller beta aligns more (accuracy {small:.3f} at 0.1, {large:.3f} at 2)",
+            small > large,
+        )
+    ]
+
+
+def _conditioned(found: dict[str, Rows]) -> Claims:
+    by_lambda = {row["lambda"]: row for row in found["conditioned"]}
+    accuracy, fid = (
+        [by_lambda[value][name]["mean"] for value in (1.0, 10.0, 100.0)] for name in ("accuracy", "fid")
+    )
+    numbers = f"accuracy {accuracy[0]:.3f} at 1, {accuracy[1]:.3f} at 10; FID {fid[0]:.3f}, {fid[1]:.3f}, "
+    return [
+        (
+            f"Table 5: lambda chosen at sampling time trades FID for fidelity ({numbers}{fid[2]:.3f} at 100)",
+            accuracy[0] < accuracy[1] and fid[0] < fid[1] < fid[2],
+        )
+    ]
+
+
+def _curves(found: dict[str, Rows]) -> Claims:
     last = found["curves"][-8:]
     up, down = (
         sum(row[tag]["mean"] for row in last) / len(last) for tag in ("logps/chosen", "logps/rejected")
     )
     return [
         (
-            f"Figures 5, 6: CCA with a small lambda and guidance reaches guidance's best FID "
-            f"({combined:.3f} <= {alone:.3f} + 0.01)",
-            combined <= alone + 0.01,
-        ),
-        (
-            f"Figure 9: a smaller beta aligns more (accuracy {small:.3f} at 0.1, {large:.3f} at 2)",
-            small > large,
-        ),
-        (
-            f"Table 5: lambda chosen at sampling time moves accuracy ({low:.3f} at 1, {high:.3f} at 1000)",
-            low < high,
-        ),
-        (
             f"Figure 10: negatives lose likelihood, positives much less ({down:.1f} against {up:+.1f} nats)",
             down < min(-1, up - 1),
-        ),
+        )
     ]
 
 
