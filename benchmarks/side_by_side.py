@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 KEEP_FREED_MEMORY = {
@@ -49,13 +50,36 @@ def peak_gib() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
-def serve(prepare: Callable[[], Callable[[], object]], threads: int) -> None:
-    """A worker: warm up, then one measured run for each line on stdin, answered by a line of JSON on stdout."""
+def floor(run: Callable[[], object], dtype: torch.dtype) -> dict[str, float]:
+    """What a run's matrix products alone would take at the rate of a large product, in the same process."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    factors, rates = [torch.randn(2048, 2048).to(dtype) for _ in range(2)], []
+    for _ in range(5):
+        start = time.perf_counter()
+        factors[0] @ factors[1]
+        rates.append(2 * 2048**3 / (time.perf_counter() - start))
+    rate = statistics.median(rates)
+    return {
+        "tflop": round(counter.get_total_flops() / 1e12, 3),
+        "tflop_per_second": round(rate / 1e12, 3),
+        "seconds": round(counter.get_total_flops() / rate, 3),
+    }
+
+
+def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torch.dtype) -> None:
+    """A worker: warm up, then one measured run for each line on stdin, answered by a line of JSON on stdout.
+
+    The line "floor" is answered with what the matrix products alone would take.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     run = prepare()
     run()
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "floor":
+            print(json.dumps(floor(run, dtype)), flush=True)
+            continue
         wall, processor = time.perf_counter(), time.process_time()
         run()
         seconds, processor_seconds = time.perf_counter() - wall, time.process_time() - processor
@@ -71,8 +95,8 @@ def _start(contender: str, threads: int) -> subprocess.Popen:
     )
 
 
-def _turn(worker: subprocess.Popen) -> dict[str, float]:
-    worker.stdin.write("go\n")
+def _turn(worker: subprocess.Popen, ask: str = "go") -> dict[str, float]:
+    worker.stdin.write(f"{ask}\n")
     worker.stdin.flush()
     for line in worker.stdout:
         if line.startswith("{"):
@@ -80,13 +104,14 @@ def _turn(worker: subprocess.Popen) -> dict[str, float]:
     raise SystemExit("a contender ended early; its own message is above")
 
 
-def compare(rounds: int, threads: int) -> dict[str, dict[str, float]]:
+def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict[str, float]]:
     """Medians of each contender's runs, taken in turn, and ours over the original's."""
     workers = {name: _start(name, threads) for name in CONTENDERS}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name in CONTENDERS:
             runs[name].append(_turn(workers[name]))
+    alone = {"products_alone": _turn(workers["original"], "floor")} if products else {}
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -95,7 +120,7 @@ def compare(rounds: int, threads: int) -> dict[str, dict[str, float]]:
         for name, taken in runs.items()
     }
     ratios = {key: round(medians["ours"][key] / medians["original"][key], 3) for key in medians["ours"]}
-    return {**medians, "ours_over_original": ratios}
+    return {**medians, "ours_over_original": ratios, **alone}
 
 
 def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> None:

@@ -136,11 +136,11 @@ def main() -> None:
     ours = {"llamagen": llamagen_ours, "var": var_ours}
     originals = {"llamagen": llamagen_original, "var": var_original}
     if arguments.worker == "ours":
-        serve(lambda: ours[arguments.family](dtype), arguments.threads)
+        serve(lambda: ours[arguments.family](dtype), arguments.threads, dtype)
     elif arguments.worker == "original":
-        serve(lambda: originals[arguments.family](dtype, checkout), arguments.threads)
+        serve(lambda: originals[arguments.family](dtype, checkout), arguments.threads, dtype)
     else:
-        result = compare(arguments.rounds, arguments.threads)
+        result = compare(arguments.rounds, arguments.threads, products=True)
         record("train_step", f"{arguments.family}-{arguments.dtype}", result, arguments)
 
 
