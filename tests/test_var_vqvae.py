@@ -71,7 +71,9 @@ def test_autocast_leaves_the_quantizer_in_float32(tokenizer, recorded, device):
         codes = tokenizer.encode(recorded["image"])
     assert seen.dtype == torch.float32
     torch.testing.assert_close(seen, recorded["var_input"], atol=1e-5, rtol=0)
-    assert (codes == recorded["codes"]).float().mean() > 0.8  # the encoder before it is in bf16
+    # the encoder before it is in bf16: a coarse code that tips over takes finer ones along, how many depends on
+    # the processor's convolutions; by chance 1 in 64 would agree
+    assert (codes == recorded["codes"]).float().mean() > 0.5
 
 
 def test_the_hash_outlives_a_cast_and_knows_the_weights(tokenizer, golden):
