@@ -48,7 +48,7 @@ def test_bad_input_gets_one_line(tokenizer):
     with pytest.raises(ValueError, match=r"takes codes of shape \[B, 64\], not \[2, 63\]"):
         tokenizer.decode(torch.zeros(2, 63, dtype=torch.long))
     for code in (17, -1):
-        with pytest.raises(ValueError, match=rf"code {code} is outside the digits vocabulary 0\.\.16"):
+        with pytest.raises(ValueError, match=rf"code {code} is outside the tokenizer's codebook 0\.\.16"):
             tokenizer.decode(torch.full((1, 64), code))
     with pytest.raises(ValueError, match="8 x 8 images, not 16"):
         tokenizer.sequence_length(16)

@@ -114,6 +114,9 @@ def test_bad_input_gets_one_line(tokenizer, golden, device):
         tokenizer.encode(torch.zeros(1, 3, 60, 60, device=device))
     with pytest.raises(ValueError, match="15 codes an image are no square"):
         tokenizer.decode(torch.zeros(1, 15, dtype=torch.long, device=device))
+    for code in (64, -1):
+        with pytest.raises(ValueError, match=rf"code {code} is outside the tokenizer's codebook 0\.\.63"):
+            tokenizer.decode(torch.full((1, 16), code, device=device))
     with pytest.raises(ValueError, match="channels=33 must be a multiple of 32"):
         create_tokenizer("llamagen-vq16", channels=33)
     with pytest.raises(ValueError, match="tokenizer 'vq8' is unknown"):

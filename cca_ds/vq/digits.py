@@ -10,6 +10,8 @@ import hashlib
 import torch
 from torch import nn
 
+from cca_ds.vq.tokenizer import checked_codes
+
 GREY_LEVELS = 17
 IMAGE_SIZE = 8
 
@@ -46,11 +48,7 @@ class DigitsTokenizer(nn.Module):
             raise ValueError(
                 f"the digits tokenizer takes codes of shape [B, {IMAGE_SIZE**2}], not {list(codes_BL.shape)}"
             )
-        codes_BL = codes_BL.long()
-        if codes_BL.numel() and not 0 <= int(codes_BL.min()) <= int(codes_BL.max()) < GREY_LEVELS:
-            worst = int(codes_BL.max()) if int(codes_BL.max()) >= GREY_LEVELS else int(codes_BL.min())
-            raise ValueError(f"code {worst} is outside the digits vocabulary 0..{GREY_LEVELS - 1}")
-        images_BL = codes_BL.float() * (2 / (GREY_LEVELS - 1)) - 1.0
+        images_BL = checked_codes(codes_BL, GREY_LEVELS).float() * (2 / (GREY_LEVELS - 1)) - 1.0
         return images_BL.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
     def hash(self) -> str:

@@ -14,33 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cca_ds.vq import weights_hash
+from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
+from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
 
 CODE_DIM = 8
 BLOCKS_PER_LEVEL = 2
 _ROWS_AT_ONCE = 4096  # of distances to all codes: 256 MiB in float32
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResnetBlock(nn.Module):
-    """Two convolutions behind norms, added to the input."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, Cin, H, W] -> [B, Cout, H, W]."""
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW), inplace=True))
-        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW), inplace=True))
-        return h_BCHW + (x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW))
 
 
 class AttentionBlock(nn.Module):
@@ -48,45 +27,17 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.norm = group_norm(channels)
+        self.q = convolution(channels, channels, 1)
+        self.k = convolution(channels, channels, 1)
+        self.v = convolution(channels, channels, 1)
+        self.proj_out = convolution(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
         normed_BCHW = self.norm(x_BCHW)
-        q, k, v = (
-            project(normed_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
-            for project in (self.q, self.k, self.v)
-        )
-        mixed_B1LC = F.scaled_dot_product_attention(q, k, v)
-        return x_BCHW + self.proj_out(mixed_B1LC.squeeze(1).transpose(1, 2).reshape(x_BCHW.shape))
-
-
-class Downsample(nn.Module):
-    """Halves height and width; the padding is at the right and the bottom only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
-        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles height and width, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        mixed_BCHW = attend(self.q(normed_BCHW), self.k(normed_BCHW), self.v(normed_BCHW))
+        return x_BCHW + self.proj_out(mixed_BCHW)
 
 
 class _Level(nn.Module):
@@ -99,7 +50,7 @@ class _Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [channels_in, *[channels_out] * blocks]
-        self.res = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(blocks if attention else 0))
         self.downsample = Downsample(channels_out) if change == "down" else None
         self.upsample = Upsample(channels_out) if change == "up" else None
@@ -115,7 +66,7 @@ class _Level(nn.Module):
 
 def _middle(channels: int) -> nn.ModuleList:
     return nn.ModuleList(
-        [ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)]
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
     )
 
 
@@ -126,7 +77,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv_in = convolution(3, channels)
         self.conv_blocks = nn.ModuleList(
             _Level(
                 [channels, *widths][i], widths[i], BLOCKS_PER_LEVEL, i == last, "down" if i < last else None
@@ -134,8 +85,8 @@ class Encoder(nn.Module):
             for i in range(len(widths))
         )
         self.mid = _middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = convolution(widths[-1], z_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, Z, h, w]."""
@@ -152,7 +103,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [channels * multiplier for multiplier in reversed(multipliers)]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
+        self.conv_in = convolution(z_channels, widths[0])
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
             _Level(
@@ -160,8 +111,8 @@ class Decoder(nn.Module):
             )
             for i in range(len(widths))
         )
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = convolution(widths[-1], 3)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, Z, h, w] -> [B, 3, H, W]."""
@@ -196,7 +147,7 @@ class _Codebook(nn.Module):
         return torch.cat(parts)
 
 
-class LlamaGenVQ(nn.Module):
+class LlamaGenVQ(LearnedTokenizer):
     """VQ-16: 384 px images <-> 576 codes. The defaults are the published tokenizer's shape."""
 
     def __init__(
@@ -214,9 +165,8 @@ class LlamaGenVQ(nn.Module):
         self.encoder = Encoder(channels, channel_multipliers, z_channels)
         self.decoder = Decoder(channels, channel_multipliers, z_channels)
         self.quantize = _Codebook(codebook_size)
-        self.quant_conv = nn.Conv2d(z_channels, CODE_DIM, 1)
-        self.post_quant_conv = nn.Conv2d(CODE_DIM, z_channels, 1)
-        self._hash: str | None = None
+        self.quant_conv = convolution(z_channels, CODE_DIM, 1)
+        self.post_quant_conv = convolution(CODE_DIM, z_channels, 1)
 
     def sequence_length(self, image_size: int) -> int:
         """Codes per square image of `image_size` pixels a side."""
@@ -245,12 +195,7 @@ class LlamaGenVQ(nn.Module):
             raise ValueError(
                 f"{codes_BL.shape[1]} codes an image are no square: they come from another tokenizer"
             )
-        chosen_BHWE = F.embedding(codes_BL.long(), self.quantize.directions()).unflatten(1, (side, side))
+        codes_BL = checked_codes(codes_BL, self.vocab_size)
+        chosen_BHWE = F.embedding(codes_BL, self.quantize.directions()).unflatten(1, (side, side))
         z_BEHW = chosen_BHWE.permute(0, 3, 1, 2).contiguous().to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z_BEHW))
-
-    def hash(self) -> str:
-        """SHA-256 of the weights, in hexadecimal: taken once, at the first call."""
-        if self._hash is None:
-            self._hash = weights_hash(self)
-        return self._hash

@@ -6,39 +6,15 @@ Legend: B images, I image channels, H height, W width, L codes over all scales, 
 h height and width of the finest scale.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cca_ds.vq import weights_hash
+from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
+from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid
 
 _RESIDUAL_BLOCKS = 2  # of a level of the encoder; the decoder has one more
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-
-def _conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, size, padding=size // 2)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions behind norms, added to the input."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(channels), _conv(channels, out_channels)
-        self.norm2, self.conv2 = _norm(out_channels), _conv(out_channels, out_channels)
-        self.nin_shortcut = nn.Identity() if channels == out_channels else _conv(channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, out_channels, H, W]."""
-        branch = self.conv1(F.silu(self.norm1(x), inplace=True))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(branch), inplace=True))
 
 
 class AttentionBlock(nn.Module):
@@ -46,38 +22,12 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
-        self.qkv, self.proj_out = _conv(channels, 3 * channels, 1), _conv(channels, channels, 1)
+        self.norm = group_norm(channels)
+        self.qkv, self.proj_out = convolution(channels, 3 * channels, 1), convolution(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> the same."""
-        cells = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]
-        mixed = F.scaled_dot_product_attention(*cells.chunk(3, dim=-1))[:, 0]
-        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Half the size, with a border added on the right and below only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, channels, H / 2, W / 2]."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the size."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, channels, 2 H, 2 W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x + self.proj_out(attend(*self.qkv(self.norm(x)).chunk(3, dim=1)))
 
 
 class Level(nn.Module):
@@ -118,7 +68,7 @@ class Encoder(nn.Module):
 
     def __init__(self, image_channels: int, widths: list[int], code_channels: int) -> None:
         super().__init__()
-        self.conv_in = _conv(image_channels, widths[0])
+        self.conv_in = convolution(image_channels, widths[0])
         self.down = nn.ModuleList()
         for index, (channels, out_channels) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             last = index == len(widths) - 1
@@ -127,7 +77,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(out_channels)
             self.down.append(level)
         self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = _norm(widths[-1]), _conv(widths[-1], code_channels)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), convolution(widths[-1], code_channels)
 
     def forward(self, images_BIHW: Tensor) -> Tensor:
         """[B, I, H, W] -> [B, Z, h, h]."""
@@ -142,7 +92,7 @@ class Decoder(nn.Module):
 
     def __init__(self, image_channels: int, widths: list[int], code_channels: int) -> None:
         super().__init__()
-        self.conv_in, self.mid = _conv(code_channels, widths[-1]), Middle(widths[-1])
+        self.conv_in, self.mid = convolution(code_channels, widths[-1]), Middle(widths[-1])
         self.up = nn.ModuleList()
         for index, out_channels in enumerate(widths):
             last = index == len(widths) - 1
@@ -151,7 +101,7 @@ class Decoder(nn.Module):
             if index > 0:
                 level.upsample = Upsample(out_channels)
             self.up.append(level)
-        self.norm_out, self.conv_out = _norm(widths[0]), _conv(widths[0], image_channels)
+        self.norm_out, self.conv_out = group_norm(widths[0]), convolution(widths[0], image_channels)
 
     def forward(self, features_BZhh: Tensor) -> Tensor:
         """[B, Z, h, h] -> [B, I, H, W]."""
@@ -161,7 +111,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
-class VARTokenizer(nn.Module):
+class VARTokenizer(LearnedTokenizer):
     """The multi-scale residual VQVAE; the defaults are the published one's: 256 px, 680 codes of ten scales."""
 
     def __init__(
@@ -180,8 +130,10 @@ class VARTokenizer(nn.Module):
         self.encoder = Encoder(image_channels, widths, z_channels)
         self.decoder = Decoder(image_channels, widths, z_channels)
         self.quantize = ResidualPyramid(codebook_size, z_channels, scales)
-        self.quant_conv, self.post_quant_conv = _conv(z_channels, z_channels), _conv(z_channels, z_channels)
-        self._hash: str | None = None
+        self.quant_conv, self.post_quant_conv = (
+            convolution(z_channels, z_channels),
+            convolution(z_channels, z_channels),
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -214,10 +166,7 @@ class VARTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Images [B, I, H, W] in [-1, 1], in the weights' dtype, of codes [B, L] of any integer dtype."""
-        codes_BL = codes_BL.long()
-        if codes_BL.numel() and not 0 <= int(codes_BL.min()) <= int(codes_BL.max()) < self.vocab_size:
-            worst = int(codes_BL.max()) if int(codes_BL.max()) >= self.vocab_size else int(codes_BL.min())
-            raise ValueError(f"code {worst} is outside the tokenizer's codebook 0..{self.vocab_size - 1}")
+        codes_BL = checked_codes(codes_BL, self.vocab_size)
         return self.decode_features(self.quantize.feature_sum(codes_BL)).clamp_(-1.0, 1.0)
 
     def decode_features(self, sum_BZhh: Tensor) -> Tensor:
@@ -240,9 +189,3 @@ class VARTokenizer(nn.Module):
         sum_BZhh, quantizer_loss = self.quantize.straight_through(self.features(images_BIHW), commitment)
         reconstruction_BIHW = self.decode_features(sum_BZhh)
         return F.mse_loss(reconstruction_BIHW, images_BIHW) + quantizer_loss, reconstruction_BIHW
-
-    def hash(self) -> str:
-        """SHA-256 of the weights, in hexadecimal; kept once the weights are frozen, so that no cast changes it."""
-        if self._hash is None or any(parameter.requires_grad for parameter in self.parameters()):
-            self._hash = weights_hash(self)
-        return self._hash
