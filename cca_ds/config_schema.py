@@ -11,14 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
+
 Probability = Field(ge=0.0, le=1.0)
 
-# the names of `cca_ds.models.PRESETS`, which cannot be asked here: it takes torch
-MODEL_PRESETS = (
-    *(f"llamagen-{size}" for size in ("b", "l", "xl", "xxl", "3b")),
-    *(f"var-d{depth}" for depth in (16, 20, 24, 30)),
-    "digits",
-)
+MODEL_PRESETS = (*LLAMAGEN_SHAPES, *VAR_SHAPES)
 
 
 class Section(BaseModel):
@@ -35,6 +32,11 @@ class Model(Section):
     activation_checkpointing: bool = False
     lambda_conditioning: bool = False  # Table 5: one model for every lambda
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the recipe changes of the preset's config, as `create_model` takes it."""
+        return self.overrides | ({"lambda_conditioning": True} if self.lambda_conditioning else {})
 
     @field_validator("preset")
     @classmethod

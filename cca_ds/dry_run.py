@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ import torch
 from cca_ds.config import dump_recipe
 from cca_ds.config_deepspeed import zero_stage
 from cca_ds.config_schema import RunConfig
-from cca_ds.data.manifest import MANIFEST_NAME, read_manifest
+from cca_ds.data.manifest import expected_images
 from cca_ds.engine.balance import cut
-from cca_ds.models import create_model, preset_name
+from cca_ds.models import create_model
 from cca_ds.planning.architecture import Architecture, architecture_of
 from cca_ds.planning.memory import Memory, Sharding, memory_of
 
-IMAGENET_IMAGES = 1_281_167  # the paper's training set
-DIGITS_IMAGES = 1_797
 USUAL_RANKS = 8
 MIB, GIB = 2**20, 2**30
 # of Memory's fields, in the order of the table
@@ -61,9 +58,8 @@ def describe(run: RunConfig, ds: dict[str, Any]) -> str:
 
 def meta_model(run: RunConfig) -> torch.nn.Module:
     """The recipe's model as shapes."""
-    conditioned = {"lambda_conditioning": True} if run.model.lambda_conditioning else {}
     with torch.device("meta"):
-        return create_model(run.model.preset, **run.model.overrides, **conditioned)
+        return create_model(run.model.preset, **run.model.shape)
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -86,19 +82,9 @@ def model_lines(run: RunConfig, module: torch.nn.Module) -> list[str]:
     ]
 
 
-def epoch_images(run: RunConfig) -> tuple[int, str]:
-    """(images of an epoch, where that number is from). Raises CodesError for a damaged manifest."""
-    if run.data.codes == "digits":
-        return DIGITS_IMAGES, "scikit-learn's digits"
-    folder = Path(run.data.codes).expanduser()
-    if (folder / MANIFEST_NAME).is_file():
-        return read_manifest(folder).images, f"the manifest of {run.data.codes}"
-    return IMAGENET_IMAGES, f"the paper's ImageNet; {run.data.codes} is not there yet"
-
-
 def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     """The global batch, its cut over equal ranks, and the steps."""
-    batch, (images, origin) = run.batch, epoch_images(run)
+    batch, (images, origin) = run.batch, expected_images(run.data.codes)
     an_epoch = images // batch.global_size
     steps = max(1, round(batch.epochs * an_epoch))
     limited = min(steps, batch.max_steps or steps)
@@ -123,10 +109,8 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
 def memory_lines(run: RunConfig, ds: dict[str, Any], parameters: int, ranks: int) -> list[str]:
     """A table of GiB a GPU: parts by ZeRO stage on `ranks` GPUs, then the file's stage on other numbers of them."""
     sharding, own = Sharding.of(ds), zero_stage(ds)
-    overrides = run.model.overrides | {"lambda_conditioning": run.model.lambda_conditioning}
-    if not run.model.dropout:
-        overrides |= {"resid_dropout": 0.0, "ffn_dropout": 0.0}
-    model = replace(architecture_of(preset_name(run.model.preset), overrides), parameters=parameters)
+    model = architecture_of(run.model.preset, run.model.shape, run.model.dropout)
+    model = replace(model, parameters=parameters)
     columns = [_bytes(run, model, _at_stage(sharding, stage), ranks) for stage in range(4)]
     heads = [f"stage {stage}{' *' if stage == own else ''}" for stage in range(4)]
     unit, name = (GIB, "GiB") if columns[0]["total"] > 4 * GIB else (MIB, "MiB")

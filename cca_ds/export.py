@@ -22,12 +22,10 @@ from cca_ds.config import ConfigError, RunConfig, dump_recipe, resolve_path
 
 # what is slow to import is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
-    import torch
-
     from cca_ds.engine.run_weights import RunWeights
 
 LAYOUTS = ("safetensors", "llamagen", "var")
-DTYPES = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="one of its checkpoints (default: the newest intact one)")
     add("--output", type=Path, required=True, help="file to write, whole or not at all")
     add("--layout", choices=LAYOUTS, default="safetensors", help="(default: safetensors)")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights in the file (default: fp32)")
+    add("--dtype", choices=PRECISIONS, default="fp32", help="of the weights in the file (default: fp32)")
     add("--lambda", type=float, dest="lambda_", metavar="LAMBDA",
         help="of a lambda-conditioned model: fix it, for the programs that know no such models")  # fmt: skip
     add("--ema", action="store_true", help="the policy's moving average instead of its last weights")
@@ -71,7 +69,7 @@ def export(arguments: argparse.Namespace) -> str:
     """Write the file; returns the line that says so. Raises ValueError before anything is written."""
     check_arguments(arguments)
     from cca_ds.engine.run_weights import recipe_of_run, run_weights
-    from cca_ds.models import check_weights, expected_shapes, fix_lambda, save_weights
+    from cca_ds.models import DTYPES, check_weights, expected_shapes, fix_lambda, save_weights
 
     folder, output = arguments.run.expanduser(), arguments.output.expanduser()
     run = recipe_of_run(folder)
@@ -86,7 +84,7 @@ def export(arguments: argparse.Namespace) -> str:
         module, state = empty_module(run, conditioned=False), fix_lambda(state, arguments.lambda_)
     card = describe(run, module.family, output, metrics) if arguments.model_card else None
     save_weights(
-        module, output, arguments.layout, state=state, dtype=torch_dtype(arguments.dtype),
+        module, output, arguments.layout, state=state, dtype=DTYPES[arguments.dtype],
         metadata=metadata_of(run, found, arguments), model_card=card,
     )  # fmt: skip
     parameters = sum(tensor.numel() for tensor in state.values())
@@ -142,16 +140,9 @@ def empty_module(run: RunConfig, conditioned: bool = True):
 
     from cca_ds.models import create_model
 
-    conditioning = {"lambda_conditioning": True} if conditioned and run.model.lambda_conditioning else {}
+    shape = run.model.shape if conditioned else run.model.overrides
     with torch.device("meta"):
-        return create_model(run.model.preset, **run.model.overrides, **conditioning)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """ "fp32" -> torch.float32."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        return create_model(run.model.preset, **shape)
 
 
 def metadata_of(run: RunConfig, found: RunWeights, arguments: argparse.Namespace) -> dict[str, str]:

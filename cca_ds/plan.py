@@ -13,13 +13,13 @@ from pathlib import Path
 from cca_ds.config import add_recipe_arguments, recipe_from_arguments
 from cca_ds.config_deepspeed import read_ds_config
 from cca_ds.config_schema import RunConfig
+from cca_ds.data.manifest import expected_images
 from cca_ds.planning.architecture import architecture_of
 from cca_ds.planning.devices import DEVICES, parse_nodes
 from cca_ds.planning.memory import Sharding
 from cca_ds.planning.outcomes import PLACEMENTS, Job, leaner_outcome, outcome
 from cca_ds.planning.report import COST_MODEL, as_tree, report
 
-IMAGENET_IMAGES, DIGITS_IMAGES = 1_281_167, 1_797
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 
 
@@ -74,14 +74,11 @@ def _job(run: RunConfig, sharding: Sharding, images: int | None) -> Job:
         ValueError: for a model that planning does not know, or no images.
     """
     if images is None:
-        images = _images(run)
+        images, _ = expected_images(run.data.codes)
     if images < 1:
         raise ValueError(f"--images {images}: an epoch has at least one image")
-    overrides = run.model.overrides | {"lambda_conditioning": run.model.lambda_conditioning}
-    if not run.model.dropout:
-        overrides |= {"resid_dropout": 0.0, "ffn_dropout": 0.0}
     return Job(
-        model=architecture_of(run.model.preset, overrides),
+        model=architecture_of(run.model.preset, run.model.shape, run.model.dropout),
         sharding=sharding,
         pairs=run.batch.global_size,
         images=images,
@@ -90,16 +87,6 @@ def _job(run: RunConfig, sharding: Sharding, images: int | None) -> Job:
         tensor_parallel=run.reference.tensor_parallel,
         element_bytes=4 if run.precision == "fp32" else 2,
     )
-
-
-def _images(run: RunConfig) -> int:
-    """As the table of codes says, if it is there already."""
-    if run.data.codes == "digits":
-        return DIGITS_IMAGES
-    manifest = Path(run.data.codes).expanduser() / "manifest.json"
-    if manifest.is_file():
-        return int(json.loads(manifest.read_text())["images"])
-    return IMAGENET_IMAGES
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 from cca_ds import train
 from cca_ds.config import load_recipe, recipe_names
 from cca_ds.config_deepspeed import read_ds_config
-from cca_ds.data.manifest import MANIFEST_NAME, Manifest, Shard
-from cca_ds.dry_run import describe, epoch_images, memory_lines, meta_model
+from cca_ds.data.manifest import MANIFEST_NAME, Manifest, Shard, expected_images
+from cca_ds.dry_run import describe, memory_lines, meta_model
 
 ZERO3 = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 NINE = [name for name in recipe_names() if name.startswith(("llamagen", "var")) and not name.endswith("-cfg")]
@@ -85,7 +85,7 @@ def test_images_of_an_epoch_from_the_manifest(tmp_path):
     )
     (tmp_path / MANIFEST_NAME).write_text(replace(manifest, label_histogram=(2048,) + (0,) * 9).to_json())
     run = load_recipe("llamagen-b", [f"data.codes={tmp_path}", "batch.epochs=3", "batch.max_steps=20"])
-    assert epoch_images(run)[0] == 2048
+    assert expected_images(run.data.codes)[0] == 2048
     text = describe(run, {})
     assert "2,048 images (the manifest of" in text and ", 8 steps" in text
     assert "3 epoch(s), 20 steps (batch.max_steps; 24 without)" in text

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cca_ds.config import load_recipe
-from cca_ds.models import PRESETS, LlamaGenConfig, create_model
+from cca_ds.models import LlamaGenConfig, create_model
 from cca_ds.plan import main
-from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES, architecture_of
+from cca_ds.planning.architecture import architecture_of
 from cca_ds.planning.timing import work_of
 
 PUBLISHED = {
@@ -37,12 +37,6 @@ MIXED = "4xh100:8,2xa100:8,4xa40:8"
 def test_parameters_are_the_published_models(golden, preset, recorded):
     shapes = json.loads((golden / "state_dict_shapes.json").read_text())
     assert architecture_of(preset).parameters == shapes[recorded]["params"]
-
-
-def test_shapes_are_those_of_the_models_module():
-    assert {name: ("llamagen", shape) for name, shape in LLAMAGEN_SHAPES.items()} | {
-        name: ("var", shape) for name, shape in VAR_SHAPES.items()
-    } == PRESETS
 
 
 @pytest.mark.parametrize(
@@ -166,6 +160,13 @@ def test_a_base_model_needs_no_reference(capsys):
 def test_bad_input_is_one_line(capsys, arguments, said):
     code, out, err = run_plan(capsys, *arguments)
     assert code == 2 and out == "" and said in err and err.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_read_is_one_line(capsys, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    code, out, err = run_plan(capsys, "--nodes", "1xa40:4", "--set", f"data.codes={tmp_path}")
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and "encode the images again" in err
 
 
 @pytest.mark.parametrize("nodes", ["1xh100:8", "512xh100:8", "256xh100:8,128xa100:8,128xa40:8"])

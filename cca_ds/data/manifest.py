@@ -14,6 +14,8 @@ from pathlib import Path
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+IMAGENET_IMAGES = 1_281_167  # the paper's training set
+DIGITS_IMAGES = 1_797
 
 
 class CodesError(ValueError):
@@ -95,6 +97,16 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{sum(manifest.label_histogram)} labels of {manifest.classes} classes; encode the images again"
         )
     return manifest
+
+
+def expected_images(codes: str) -> tuple[int, str]:
+    """Images of the recipe's `data.codes`, there already or not, and where the number is from. Raises CodesError."""
+    if codes == "digits":
+        return DIGITS_IMAGES, "scikit-learn's digits"
+    folder = Path(codes).expanduser()
+    if (folder / MANIFEST_NAME).is_file():
+        return read_manifest(folder).images, f"the manifest of {codes}"
+    return IMAGENET_IMAGES, f"the paper's ImageNet; {codes} is not there yet"
 
 
 def package_version() -> str:

@@ -25,8 +25,6 @@ from cca_ds.models import create_model
 from cca_ds.models.layers import DropPath
 from cca_ds.models.weights import load_weights
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 class NonFinite(RuntimeError):
     """A loss or gradient that is not finite; the optimizer has not stepped."""
@@ -34,12 +32,7 @@ class NonFinite(RuntimeError):
 
 def build_module(run: RunConfig, tokenizer: nn.Module | None = None) -> nn.Module:
     """The recipe's model, its dropouts on or off, with fresh weights."""
-    overrides: dict[str, Any] = dict(run.model.overrides)
-    if run.model.lambda_conditioning:
-        overrides["lambda_conditioning"] = True
-    if tokenizer is not None and run.model.preset.startswith("var"):
-        overrides["tokenizer"] = tokenizer
-    module = create_model(run.model.preset, **overrides)
+    module = create_model(run.model.preset, tokenizer, **run.model.shape)
     if not run.model.dropout:
         _switch_off_dropout(module)
     module.set_activation_checkpointing(run.model.activation_checkpointing)

@@ -20,9 +20,9 @@ from cca_ds.config_deepspeed import zero_stage
 from cca_ds.config_schema import RunConfig
 from cca_ds.engine.balance import largest_micro, measure_speed
 from cca_ds.engine.failures import is_out_of_memory
-from cca_ds.engine.policy import DTYPES, build_module
+from cca_ds.engine.policy import build_module
 from cca_ds.engine.slowdown import Slowdown
-from cca_ds.models import model_config
+from cca_ds.models import DTYPES, model_config
 
 _MOST_BLOCKS = 4
 _REPEATS = 3

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from cca_ds.config_schema import RunConfig
 from cca_ds.data.batches import MicroBatch
-from cca_ds.engine.policy import DTYPES, build_module, copy_weights
+from cca_ds.engine.policy import build_module, copy_weights
 from cca_ds.engine.tensor_parallel import Group, log_likelihoods, split_module
+from cca_ds.models import DTYPES
 
 
 class Reference(Protocol):

@@ -19,13 +19,12 @@ from cca_ds.config import resolve_path
 from cca_ds.config_schema import RunConfig
 from cca_ds.engine.launchers import Ranks
 from cca_ds.engine.run_weights import fill_module, share_module
-from cca_ds.models import PRESETS, create_model, preset_name
+from cca_ds.models import DTYPES, PRESETS, create_model, preset_name
 from cca_ds.sampling import generate
 from cca_ds.sampling.image_folder import SampleFolder, to_pixels
 from cca_ds.telemetry import progress
 from cca_ds.vq import create_tokenizer, weights_hash
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DECODED = 32  # images that the tokenizer decodes at once
 
 
@@ -101,11 +100,8 @@ def load_sampler(run: RunConfig, source: Source, ranks: Ranks, precision: str) -
         )
     weights = resolve_path(run.tokenizer.weights) if run.tokenizer.weights else None
     tokenizer = create_tokenizer(run.tokenizer.name, weights=weights, **run.tokenizer.options)
-    overrides = dict(run.model.overrides)
-    if run.model.lambda_conditioning:
-        overrides["lambda_conditioning"] = True
     with torch.device(ranks.device):  # first weights of 3 B parameters take a CPU half a minute
-        model = create_model(run.model.preset, tokenizer if family_of(run) == "var" else None, **overrides)
+        model = create_model(run.model.preset, tokenizer, **run.model.shape)
     _check_fit(run, model, tokenizer)
     on_first(ranks, lambda: fill_module(model, source.path, source.checkpoint, source.average))
     sha256 = weights_hash(model) if ranks.rank == 0 else ""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cca_ds.config_schema import RunConfig
-from cca_ds.engine.policy import DTYPES, build_module
+from cca_ds.engine.policy import build_module
 from cca_ds.engine.sampler import drawing
+from cca_ds.models import DTYPES
 from cca_ds.sampling import generate
 from cca_ds.sampling.grid import image_grid
 

@@ -4,9 +4,17 @@ from cca_ds.models.llamagen import LlamaGenConfig
 from cca_ds.models.presets import PRESETS, create_model, model_config, preset_name
 from cca_ds.models.var import VARConfig
 from cca_ds.models.weight_files import WeightsError, read_weights
-from cca_ds.models.weights import check_weights, expected_shapes, fix_lambda, load_weights, save_weights
+from cca_ds.models.weights import (
+    DTYPES,
+    check_weights,
+    expected_shapes,
+    fix_lambda,
+    load_weights,
+    save_weights,
+)
 
 __all__ = [
+    "DTYPES",
     "PRESETS",
     "LlamaGenConfig",
     "VARConfig",

@@ -8,30 +8,12 @@ from typing import Any
 from torch import nn
 
 from cca_ds.models.llamagen import LlamaGen, LlamaGenConfig
+from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
 
 # name -> (family, what differs from the family's defaults)
 PRESETS: dict[str, tuple[str, dict[str, int]]] = {
-    "llamagen-b": ("llamagen", {"n_layer": 12, "n_head": 12, "dim": 768}),
-    "llamagen-l": ("llamagen", {"n_layer": 24, "n_head": 16, "dim": 1024}),
-    "llamagen-xl": ("llamagen", {"n_layer": 36, "n_head": 20, "dim": 1280}),
-    "llamagen-xxl": ("llamagen", {"n_layer": 48, "n_head": 24, "dim": 1536}),
-    "llamagen-3b": ("llamagen", {"n_layer": 24, "n_head": 32, "dim": 3200}),
-    "var-d16": ("var", {"depth": 16}),
-    "var-d20": ("var", {"depth": 20}),
-    "var-d24": ("var", {"depth": 24}),
-    "var-d30": ("var", {"depth": 30}),
-    "digits": (
-        "llamagen",
-        {
-            "n_layer": 4,
-            "n_head": 4,
-            "dim": 128,
-            "vocab_size": 17,
-            "sequence_length": 64,
-            "num_classes": 10,
-            "multiple_of": 32,
-        },
-    ),
+    **{name: ("llamagen", shape) for name, shape in LLAMAGEN_SHAPES.items()},
+    **{name: ("var", shape) for name, shape in VAR_SHAPES.items()},
 }
 
 

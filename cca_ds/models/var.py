@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from cca_ds.models.code_model import CodeModel
 from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
 from cca_ds.models.var_layers import Block, Head, HeadNorm, SharedModulation
-
-SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+from cca_ds.planning.architecture import SCALES_256
 
 
 @dataclass(frozen=True)

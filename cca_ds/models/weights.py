@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cca_ds.models.layers import LambdaEmbedding
 from cca_ds.models.weight_files import WeightsError, read_metadata, read_weights, replace_file
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as recipes name them
 LAYOUTS = ("llamagen", "var", "safetensors")
 _NAMED_KEYS = 5  # of each kind of problem in an error's one line
 

@@ -24,7 +24,7 @@ LLAMAGEN_SHAPES = {
     },
 }
 VAR_SHAPES = {f"var-d{depth}": {"depth": depth} for depth in (16, 20, 24, 30)}
-VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 LAMBDA_FREQUENCIES = 128
 
 
@@ -56,13 +56,17 @@ class Architecture:
         return float(matrices + attention)
 
 
-def architecture_of(preset: str, overrides: dict[str, Any] | None = None) -> Architecture:
+def architecture_of(
+    preset: str, overrides: dict[str, Any] | None = None, dropout: bool = True
+) -> Architecture:
     """The architecture of a preset with some of its config's fields replaced, as a recipe names them.
+
+    Without `dropout` none is kept for the backward.
 
     Raises:
         ValueError: for an unknown preset, with the nearest one.
     """
-    overrides = overrides or {}
+    overrides = (overrides or {}) | ({} if dropout else {"resid_dropout": 0.0, "ffn_dropout": 0.0})
     if preset in LLAMAGEN_SHAPES:
         return _llamagen(preset, **(LLAMAGEN_SHAPES[preset] | overrides))
     if preset in VAR_SHAPES:
@@ -112,7 +116,7 @@ def _var(
     depth: int,
     num_classes: int = 1000,
     vocab_size: int = 4096,
-    scales: tuple[int, ...] = VAR_SCALES,
+    scales: tuple[int, ...] = SCALES_256,
     shared_aln: bool = False,
     width: int | None = None,
     heads: int | None = None,

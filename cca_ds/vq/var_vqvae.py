@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cca_ds.planning.architecture import SCALES_256
 from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid
@@ -120,7 +121,7 @@ class VARTokenizer(LearnedTokenizer):
         channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         z_channels: int = 32,
         codebook_size: int = 4096,
-        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        scales: tuple[int, ...] = SCALES_256,
         image_channels: int = 3,
     ) -> None:
         super().__init__()
