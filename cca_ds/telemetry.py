@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +18,23 @@ Item = TypeVar("Item")
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: a sibling is written, fsynced, and renamed over it."""
-    path = Path(path)
     data = content.encode() if isinstance(content, str) else content
+    write_streamed(Path(path), lambda file: file.write(data))
+
+
+def write_streamed(path: Path, write: Callable[[Any], Any]) -> Path:
+    """As `write_atomic`, for what does not fit into memory: `write` gets the open file. Returns `path`."""
     sibling = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(sibling, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(sibling, path)
     except BaseException:
         sibling.unlink(missing_ok=True)
         raise
+    return path
 
 
 def say(message: str) -> None:

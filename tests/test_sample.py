@@ -15,14 +15,15 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from cca_ds import sample as entry
+from cca_ds import telemetry
 from cca_ds.config import load_recipe
 from cca_ds.config_schema import RunConfig
 from cca_ds.engine import sampler
 from cca_ds.metrics.images import open_images
 from cca_ds.models import create_model, load_weights, save_weights
 from cca_ds.reporting.scores import sampler_settings
-from cca_ds.sampling import generate, image_folder
-from cca_ds.sampling.image_folder import SampleFolder, SamplesError, to_pixels, wanted_images, write_streamed
+from cca_ds.sampling import generate
+from cca_ds.sampling.image_folder import SampleFolder, SamplesError, to_pixels, wanted_images
 from cca_ds.vq import create_tokenizer
 from tests.trained_run import REPOSITORY, trained_run
 
@@ -306,12 +307,12 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_folder.os, "fsync", full)
+    monkeypatch.setattr(telemetry.os, "fsync", full)
     folder.write([0, 1], np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(OSError, match="No space left"):
         folder.close()
     with pytest.raises(OSError, match="No space left"):
-        write_streamed(tmp_path / "x.npz", lambda file: file.write(b"x"))
+        telemetry.write_streamed(tmp_path / "x.npz", lambda file: file.write(b"x"))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sampling.json"]
 
 

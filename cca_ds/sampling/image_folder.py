@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from cca_ds.sampling.grid import image_grid
-from cca_ds.telemetry import write_atomic
+from cca_ds.telemetry import write_atomic, write_streamed
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
@@ -194,21 +193,6 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
         encoded, format="PNG", compress_level=1
     )  # the level costs time and gains a tenth of the size
     return encoded.getvalue()
-
-
-def write_streamed(path: Path, write: Callable[[Any], None]) -> Path:
-    """As `write_atomic`, for what does not fit into memory: `write` gets the open file. Returns `path`."""
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(sibling, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(sibling, path)
-    except BaseException:
-        sibling.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
