@@ -40,6 +40,12 @@ def conflicts(ds: dict[str, Any], run: RunConfig, source: str = "ds_config") -> 
     stage = zero_stage(ds)
     if stage not in (0, 1, 2, 3):
         found.append(f"{source}: zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
+    if stage == 0 and "fp16" in (run.precision, _precision_of_file(ds) if run.precision == "auto" else None):
+        # seen with DeepSpeed 0.19.8: the loss is not multiplied by the scale, the gradients are divided by it
+        found.append(
+            f"{source}: zero_optimization.stage=0 with precision=fp16 loses DeepSpeed's loss scaling; use stage 1, "
+            "2 or 3, or precision=bf16"
+        )
     if _look_up(ds, "zero_optimization.round_robin_gradients") is True:
         # seen with DeepSpeed 0.19.8 on two ranks: zero_to_fp32 puts the weights together in another order
         found.append(
@@ -84,14 +90,18 @@ def resolve_precision(ds: dict[str, Any], run: RunConfig, has_gpu: bool) -> str:
         ConfigError: fp16 without a GPU.
     """
     precision = run.precision
-    for name in ("bf16", "fp16"):
-        if precision == "auto" and _look_up(ds, f"{name}.enabled") is True:
-            precision = name
+    if precision == "auto":
+        precision = _precision_of_file(ds)
     if precision == "auto":
         precision = "bf16" if has_gpu and _look_up(ds, "bf16.enabled") is not False else "fp32"
     if precision == "fp16" and not has_gpu:
         raise ConfigError(["precision=fp16 needs a GPU; on a CPU use precision=fp32 or bf16"])
     return precision
+
+
+def _precision_of_file(ds: dict[str, Any]) -> str:
+    """What the file switches on; "auto" where that is nothing."""
+    return next((name for name in ("bf16", "fp16") if _look_up(ds, f"{name}.enabled") is True), "auto")
 
 
 def fill_ds_config(

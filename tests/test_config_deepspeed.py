@@ -80,6 +80,20 @@ def test_a_conflict_names_both(ds, both):
     assert found[0].startswith("my.json") and all(part in found[0] for part in both), found
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_wants_a_stage_that_scales_the_loss(stage):
+    by_file = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True}}
+    by_recipe = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": "auto"}}
+    found = [
+        conflicts(by_file, load_recipe("digits")),
+        conflicts(by_recipe, load_recipe("digits", ["precision=fp16"])),
+    ]
+    for problems in found:
+        assert len(problems) == (stage == 0)
+        assert all("stage=0 with precision=fp16" in line and "use stage 1" in line for line in problems)
+    assert conflicts(by_recipe, load_recipe("digits", ["precision=bf16"])) == []
+
+
 def test_all_conflicts_at_once():
     assert len(conflicts({"train_batch_size": 1, "gradient_clipping": 9}, load_recipe("digits"))) == 2
 

@@ -61,11 +61,13 @@ class Checkpoints:
         contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.pt"))
         if policy.average is not None:
             contents.append((policy.average.shards, partial / f"average_rank_{self.ranks.rank:05d}.pt"))
+        metadata = self.metadata | policy.scaling()
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
-            self._writer.submit(self._write, [(_to_host(state), path) for state, path in contents], partial)
+            on_host = [(_to_host(state), path) for state, path in contents]
+            self._writer.submit(self._write, on_host, partial, metadata)
         else:
-            self._write(contents, partial)
+            self._write(contents, partial, metadata)
         self._newest = step
         if wait or not self.settings.asynchronous:
             self._settle()
@@ -82,7 +84,7 @@ class Checkpoints:
         self.close()
         deepspeed.comm.barrier()
 
-    def _write(self, contents: list[tuple[Any, Path]], partial: Path) -> None:
+    def _write(self, contents: list[tuple[Any, Path]], partial: Path, metadata: dict[str, Any]) -> None:
         try:
             for state, path in contents:
                 with clear_errors(path):
@@ -93,7 +95,7 @@ class Checkpoints:
             raise
         files = [path for _, path in contents]
         published = store.publish(
-            partial, self.ranks.rank, self.ranks.world_size, files=files, metadata=self.metadata
+            partial, self.ranks.rank, self.ranks.world_size, files=files, metadata=metadata
         )
         if published:
             store.retain(self.root, self.settings.keep_last, self.settings.keep_every)
@@ -123,7 +125,9 @@ class Checkpoints:
             _let_deepspeed_load(policy, folder, folder.parent, universal)
             policy.mend_universal_state()
         else:
-            load_universal(policy, folder.with_name(universal), manifest.step)
+            taken = manifest.step - manifest.metadata.get("skipped_steps", 0)
+            load_universal(policy, folder.with_name(universal), taken)
+            policy.continue_after(manifest.step, manifest.metadata)
         if policy.average is not None:
             shards = [_load(folder / f"average_rank_{r:05d}.pt") for r in range(manifest.world_size)]
             policy.average.restore(shards)

@@ -25,6 +25,12 @@ from cca_ds.models import create_model
 from cca_ds.models.layers import DropPath
 from cca_ds.models.weights import load_weights
 
+<<<<<<< Updated upstream
+=======
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+>>>>>>> Stashed changes
 
 class NonFinite(RuntimeError):
     """A loss or gradient that is not finite; the optimizer has not stepped."""
@@ -121,22 +127,73 @@ class Policy:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the forward, which is how DeepSpeed knows the step's last one
 
-    def step(self, learning_rate: float, weight_decay: float) -> float:
-        """Clip, step, and forget the gradients. Returns the gradient norm before clipping.
+    def step(self, learning_rate: float, weight_decay: float) -> float | None:
+        """Clip, step, and forget the gradients.
+
+        Returns:
+            The gradient norm before clipping; None where DeepSpeed's dynamic loss scaler skipped the step (fp16), which
+            changed its scale and nothing else.
 
         Raises:
-            NonFinite: the gradient is not finite; nothing was changed.
+            NonFinite: the gradient is not finite, and there is no lower loss scale to try; nothing was changed.
         """
         for group, decays in zip(self.optimizer.param_groups, self._decays, strict=True):
             group["lr"] = learning_rate
             group["weight_decay"] = weight_decay if decays else 0.0
         norm = self._plain_gradient_norm() if self.stage == 0 else None
-        self.engine.step()
-        if not self.engine._step_applied:  # ZeRO skips the step when the norm is not finite
-            raise NonFinite("the gradient is not finite")
+        scale = self.loss_scale
+        if not self._let_deepspeed_step(scale):
+            return None
         if self.average is not None:
             self.average.update()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        # stage 3 divides by the next step's scale, which may have grown just now
+        return norm * self.loss_scale / scale if scale is not None and self.stage == 3 else norm
+
+    def _let_deepspeed_step(self, scale: float | None) -> bool:
+        """False where a dynamic loss scaler, now at `scale`, skipped the step."""
+        dynamic = scale is not None and self.optimizer.dynamic_loss_scale
+        try:
+            self.engine.step()
+        except Exception as error:
+            # a scaler that finds no lower scale raises an exception of no kind of its own
+            lowest = dynamic and self.optimizer.overflow and scale <= self.optimizer.loss_scaler.min_scale
+            if not lowest:
+                raise
+            raise NonFinite(
+                f"the gradient is not finite at the lowest loss scale, {scale:.10g} (fp16.min_loss_scale)"
+            ) from error
+        if self.engine.was_step_applied() or dynamic:
+            return self.engine.was_step_applied()
+        fixed = f" at the fixed loss scale {scale:.10g} (fp16.loss_scale)" if scale is not None else ""
+        raise NonFinite(f"the gradient is not finite{fixed}")  # ZeRO skips the step
+
+    @property
+    def loss_scale(self) -> float | None:
+        """By which DeepSpeed multiplies the next loss in fp16; None in another precision."""
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run that the loss scaler has skipped, those before a resumption included."""
+        return self.engine.skipped_steps
+
+    def scaling(self) -> dict[str, Any]:
+        """What fp16 counts, in numbers for a checkpoint's manifest; empty in another precision."""
+        if self.loss_scale is None:
+            return {}
+        scaler = vars(self.optimizer.loss_scaler)
+        return {
+            "skipped_steps": self.skipped_steps,
+            "loss_scaler": {name: scaler[name] for name in _SCALER_STATE if name in scaler},
+        }
+
+    def continue_after(self, step: int, scaling: dict[str, Any]) -> None:
+        """Go on after `step` steps with the `scaling` of then, where DeepSpeed has not read its own counts."""
+        self.engine.global_steps = step
+        self.engine.skipped_steps = scaling.get("skipped_steps", 0)
+        if self.loss_scale is not None and self.optimizer.dynamic_loss_scale:
+            vars(self.optimizer.loss_scaler).update(scaling.get("loss_scaler", {}))
 
     def mend_universal_state(self) -> None:
         """Undo what DeepSpeed's universal checkpoint does to AdamW: one step counter that all groups share.

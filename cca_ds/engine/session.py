@@ -210,16 +210,30 @@ class Session:
         )
 
     def optimizer_step(self, step: int) -> dict[str, float]:
-        """Set rate and decay of step `step`, clip, and step. Returns what is logged of it."""
-        run = self.run
-        rate = schedule.learning_rate(step, self.steps, self.steps_per_epoch, run.optimizer, run.schedule)
-        decay = schedule.weight_decay(step, self.steps, run.optimizer)
+        """Set rate and decay of step `step`, clip, and step. Returns what is logged of it.
+
+        As in DeepSpeed, a step that the loss scaler skips (fp16) counts as a step and leaves the schedules where they
+        were.
+        """
+        run, scale = self.run, self.policy.loss_scale
+        taken = step - self.policy.skipped_steps
+        rate = schedule.learning_rate(taken, self.steps, self.steps_per_epoch, run.optimizer, run.schedule)
+        decay = schedule.weight_decay(taken, self.steps, run.optimizer)
         try:
             norm = self.policy.step(rate, decay)
         except NonFinite as error:
             raise NonFinite(f"step {step + 1}: {error}; the optimizer has not stepped; resume from the last checkpoint "
                             "with a lower optimizer.learning_rate") from None  # fmt: skip
-        return {"lr": rate, "grad_norm": norm}
+        values = {"lr": rate} if norm is None else {"lr": rate, "grad_norm": norm}
+        if scale is None:
+            return values
+        scale_now, skipped = self.policy.loss_scale, self.policy.skipped_steps
+        if norm is None:
+            self.log.say(
+                f"WARNING: step {step + 1} was skipped: its gradient overflowed in fp16 at loss scale {scale:.10g}; "
+                f"loss scale now {scale_now:.10g}, {skipped} step(s) skipped so far"
+            )
+        return values | {"loss_scale": scale_now, "skipped_steps": float(skipped)}
 
     def report(self, done: int, sums: Tensor, extra: dict[str, float]) -> None:
         """Log step number `done` (1 after the first), averaged over the whole global batch."""

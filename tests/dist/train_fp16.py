@@ -1,0 +1,14 @@
+"""cca_ds/train.py with precision=fp16 on a CPU, for tests: the two questions whether the device has fp16 are answered
+yes, though few CPUs compute in it natively; DeepSpeed's engine, its loss scaler and all else are as they are."""
+
+import sys
+
+from deepspeed.accelerator import get_accelerator
+
+from cca_ds import config_deepspeed
+from cca_ds.engine import session
+from cca_ds.train import main
+
+get_accelerator().is_fp16_supported = lambda: True
+session.resolve_precision = lambda ds, run, _has_gpu: config_deepspeed.resolve_precision(ds, run, has_gpu=True)
+sys.exit(main())
