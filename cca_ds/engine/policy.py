@@ -25,12 +25,8 @@ from cca_ds.models import create_model
 from cca_ds.models.layers import DropPath
 from cca_ds.models.weights import load_weights
 
-<<<<<<< Updated upstream
-=======
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
->>>>>>> Stashed changes
 
 class NonFinite(RuntimeError):
     """A loss or gradient that is not finite; the optimizer has not stepped."""
