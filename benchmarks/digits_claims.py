@@ -25,8 +25,12 @@ def check(found: dict[str, Rows]) -> dict[str, bool]:
 
 
 def at_accuracy(rows: Rows, accuracy: float, name: str) -> float:
-    """`name` of a guided model at the guidance scale of this accuracy, between the two measured ones around it."""
-    points = sorted((row["accuracy"]["mean"], row[name]["mean"]) for row in rows)
+    """`name` of a guided model at the guidance scale of this accuracy, between the two measured ones around it.
+
+    Scales beyond the most accurate one, where guidance only does harm, take no part.
+    """
+    points = [(row["accuracy"]["mean"], row[name]["mean"]) for row in sorted(rows, key=lambda row: row["s"])]
+    points = points[: points.index(max(points)) + 1]
     for (low, value_low), (high, value_high) in itertools.pairwise(points):
         if low <= accuracy <= high:
             share = (accuracy - low) / max(high - low, 1e-9)

@@ -165,3 +165,8 @@ def mean_and_spread(values: list[float]) -> dict[str, float]:
 def average(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and spread of every number over repeats."""
     return {name: mean_and_spread([repeat[name] for repeat in repeats]) for name in repeats[0]}
+
+
+def untimed(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """`average` where the time of sampling is that of any model without guidance, and says nothing."""
+    return {name: value for name, value in average(repeats).items() if name != "seconds"}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import digits_claims
 import digits_plots
 import torch
-from digits_lab import Digits, average, fine_tune, judge, likelihood_change
+from digits_lab import Digits, average, fine_tune, judge, likelihood_change, untimed
 
 from cca_ds.telemetry import progress, write_atomic
 
@@ -81,7 +81,7 @@ def _sweep(digits: Digits, seeds: range, name: str, points: list[tuple[float, li
     rows = []
     for value, overrides in progress(points, f"CCA over {name}"):
         repeats = [judge(digits, fine_tune(digits, seed, overrides).model, 0.0, seed) for seed in seeds]
-        rows.append({"name": "CCA", "s": 0.0, name: value, **average(repeats)})
+        rows.append({"name": "CCA", "s": 0.0, name: value, **untimed(repeats)})
     return rows
 
 
@@ -92,7 +92,7 @@ def combined(digits: Digits, seeds: range) -> list[dict]:
         models = [fine_tune(digits, seed, [f"loss.lambda={value}"]).model for seed in seeds]
         for scale in SCALES[:4]:
             repeats = [judge(digits, model, scale, seed) for model, seed in zip(models, seeds, strict=True)]
-            rows.append({"name": "CCA + guidance", "lambda": value, "s": scale, **average(repeats)})
+            rows.append({"name": "CCA + guidance", "lambda": value, "s": scale, **untimed(repeats)})
     return rows
 
 
@@ -106,7 +106,7 @@ def conditioned(digits: Digits, seeds: range) -> list[dict]:
         repeats = [
             judge(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)
         ]
-        rows.append({"name": "CCA, conditioned", "s": 0.0, "lambda": value, **average(repeats)})
+        rows.append({"name": "CCA, conditioned", "s": 0.0, "lambda": value, **untimed(repeats)})
     return rows
 
 
