@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import sequence_logp_targets as targets
 import sequence_logp_variants as variants
 
 SHAPES = {  # sequences, tokens, vocabulary, width, bias
@@ -174,7 +175,7 @@ def table(report: dict) -> str:
     for case in report["cases"]:
         for name, reason in case["left_out"].items():
             lines.append(f"\nLeft out: {case['shape']} {case['dtype']} {case['face']} {name}: {reason}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *targets.section(report)]) + "\n"
 
 
 def describe_device(device: str) -> str:
@@ -214,6 +215,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--report", type=Path, help="measure nothing: write the table of this JSON, one of a run before"
+    )
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -224,6 +228,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         print(measure_memory(*arguments.memory_of))
+        return
+    if arguments.report:
+        arguments.report.with_suffix(".md").write_text(table(json.loads(arguments.report.read_text())))
         return
     from cca_ds.likelihood import backend
 
@@ -239,6 +246,7 @@ def main() -> None:
         "command": "python benchmarks/sequence_logp.py " + " ".join(sys.argv[1:]),
         "date": today,
         "device": describe_device(arguments.device),
+        "device_type": arguments.device,
         "commit": commit(),
         "torch": torch.__version__,
         "backend": backend(),

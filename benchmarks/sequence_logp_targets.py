@@ -1,0 +1,62 @@
+"""What the sequence log-likelihood is asked for on a CPU, beside what `sequence_logp.py` found there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHAPE, GRADIENT_MIB = "llamagen-b", {"fp32": 72, "bf16": 36}  # of 2 x 576 x 16384 logits
+TIMES_EAGER = {"fp32": 4.0, "bf16": 8.0}
+COMPILED = ("compiled eager", "compiled cross_entropy")
+
+
+def section(report: dict[str, Any]) -> list[str]:
+    """Markdown lines; none where the shape that the targets speak of was not measured, or on a GPU."""
+    cases = {
+        (case["dtype"], case["face"]): case["variants"]
+        for case in report["cases"]
+        if case["shape"] == SHAPE and report["device_type"] == "cpu"
+    }
+    rows = []
+    for dtype in TIMES_EAGER:
+        rows += _from_logits(cases[dtype, "logits"], dtype) if (dtype, "logits") in cases else []
+        rows += _with_head(cases[dtype, "linear"], dtype) if (dtype, "linear") in cases else []
+    if not rows:
+        return []
+    head = [
+        "",
+        f"Against the targets, {SHAPE}, by the thread's own time:",
+        "",
+        "| target | asked | found | |",
+    ]
+    return [*head, "|---|--:|--:|---|", *rows]
+
+
+def _from_logits(found: dict[str, Any], dtype: str) -> list[str]:
+    own = found["cca_ds"]["thread_ms"]
+    eager, compiled = found["eager"]["thread_ms"] / own, _best(found, COMPILED) / own
+    memory = found["cca_ds"]["memory_mib"] - GRADIENT_MIB[dtype]
+    asked = TIMES_EAGER[dtype]
+    return [
+        _row(f"from logits, {dtype}: faster than eager", f"{asked:g}x", f"{eager:.1f}x", eager >= asked),
+        _row(f"from logits, {dtype}: faster than torch.compile", "3x", f"{compiled:.1f}x", compiled >= 3),
+        _row(f"from logits, {dtype}: MiB beyond the gradient", "0", f"{memory:.0f}", memory < 1),
+    ]
+
+
+def _with_head(found: dict[str, Any], dtype: str) -> list[str]:
+    products = found["cca_ds"]["thread_ms"] / found["products alone"]["thread_ms"]
+    memory = found["cca_ds"]["memory_mib"] / found["eager"]["memory_mib"]
+    return [
+        _row(
+            f"with the head, {dtype}: of the three products' time", "1.1", f"{products:.2f}", products <= 1.1
+        ),
+        _row(f"with the head, {dtype}: of eager's memory", "60%", f"{memory:.0%}", memory <= 0.6),
+    ]
+
+
+def _best(found: dict[str, Any], names: tuple[str, ...]) -> float:
+    return min(found[name]["thread_ms"] for name in names if name in found)
+
+
+def _row(target: str, asked: str, found: str, met: bool) -> str:
+    return f"| {target} | {asked} | {found} | {'met' if met else '**missed**'} |"
