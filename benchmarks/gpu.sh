@@ -27,7 +27,8 @@ CCA_DS_BUILD=cuda timeout "$(left)" "$python" setup.py build_ext --inplace >"$sc
 
 # The kernels' tests, then what the rest of the package marks for a GPU.
 tests=passed
-timeout 150 "$python" -m pytest -q tests/test_likelihood.py --deselect tests/test_likelihood.py::test_every_instruction_set ||
+timeout 150 "$python" -m pytest -q tests/test_likelihood.py tests/test_likelihood_head.py \
+  --deselect tests/test_likelihood.py::test_every_instruction_set ||
   tests=failed
 timeout 60 "$python" -m pytest -q -m gpu tests
 code=$?

@@ -1,4 +1,4 @@
-"""The log-likelihood ops against float64, per dtype, and under everything that wraps a module in training."""
+"""The log-likelihood ops against float64, per dtype, instruction set and edge."""
 
 import os
 import subprocess
@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from cca_ds.likelihood import (
-    LikelihoodHead,
     backend,
     linear_sequence_logp,
     linear_sequence_logp_reference,
@@ -19,6 +17,7 @@ from cca_ds.likelihood import (
     sequence_logp,
     sequence_logp_reference,
 )
+from tests.likelihood_inputs import leaves, relative, sample
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -38,23 +37,6 @@ def by_hand(logits_BLV, targets_BL):
             )
         )
     return torch.stack([torch.as_tensor(s, dtype=torch.float64, device=logits_BLV.device) for s in sums])
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-def sample(device, dtype, sequences=2, tokens=7, vocabulary=1000, width=64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(sequences, tokens, width, generator=g).to(device, dtype)
-    weight = (torch.randn(vocabulary, width, generator=g) / 4).to(device, dtype)
-    bias = torch.randn(vocabulary, generator=g).to(device, dtype)
-    targets = torch.randint(vocabulary, (sequences, tokens), generator=g).to(device)
-    return hidden, weight, bias, targets
-
-
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
 
 def test_by_hand():
@@ -270,65 +252,6 @@ def test_opcheck(device):
     rows = (logits.detach().view(14, 33), bias.detach(), targets.view(-1), out)
     utilities = ("test_schema",)  # the declared mutation; it is called from C++ only, and has no fake kernel
     torch.library.opcheck(torch.ops.cca_ds.row_residual.default, rows, test_utils=utilities)
-
-
-def step(model, hidden, targets):
-    model.zero_grad()
-    inputs = hidden.detach().clone().requires_grad_()
-    logp = model(inputs, targets)
-    logp.sum().backward()
-    return [logp.detach(), inputs.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_head_is_a_linear_with_a_second_face(device, bias):
-    head = LikelihoodHead(64, 1000, bias=bias).to(device)
-    hidden, _, _, targets = sample(device, torch.float32)
-    assert sorted(head.state_dict()) == (["bias", "weight"] if bias else ["weight"])
-    logits = head(hidden)
-    torch.testing.assert_close(logits, F.linear(hidden, head.weight, head.bias))
-    torch.testing.assert_close(head(hidden, targets), sequence_logp_reference(logits, targets))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(device, reentrant):
-    head = LikelihoodHead(64, 1000).to(device)
-    hidden, _, _, targets = sample(device, torch.float32)
-
-    class Checkpointed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = head
-
-        def forward(self, h, t):
-            return checkpoint(self.head, h, t, use_reentrant=reentrant)
-
-    for a, b in zip(step(head, hidden, targets), step(Checkpointed(), hidden, targets), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.slow
-@kernels
-def test_torch_compile(device):
-    head = LikelihoodHead(64, 1000).to(device)
-    hidden, _, _, targets = sample(device, torch.float32)
-    compiled = torch.compile(head, fullgraph=True)
-    for a, b in zip(step(head, hidden, targets), step(compiled, hidden, targets), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_autocast(device):
-    head = LikelihoodHead(64, 1000).to(device)
-    hidden, _, _, targets = sample(device, torch.float32)
-    narrow = [t.detach().bfloat16() for t in (hidden, head.weight, head.bias)]
-    expected = linear_sequence_logp(narrow[0], narrow[1], targets, narrow[2])
-    with torch.autocast(device, dtype=torch.bfloat16):
-        logp = head(hidden, targets)
-        assert logp.dtype == torch.float32 and torch.equal(logp, expected)
-        logits = head(hidden)
-        assert logits.dtype == torch.bfloat16 and sequence_logp(logits, targets).dtype == torch.float32
-    logp.sum().backward()
-    assert head.weight.grad.dtype == torch.float32 and head.weight.grad.abs().sum() > 0
 
 
 def test_only_the_gradients_that_are_asked_for(device):

@@ -1,19 +1,17 @@
-"""VAR: recorded logits, published names, attention against its masked definition, conditioning and training modes."""
+"""VAR: recorded logits, published names, what a code sees, conditioning and training modes."""
 
 import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from cca_ds.models import create_model, load_weights
-from cca_ds.models.var import SCALES_256, VAR, VARConfig
-from cca_ds.models.var_attention import block_causal_attention, normalised_heads, segments
-from cca_ds.models.var_functions import gelu_linear, modulated_linear, modulated_norm
+from cca_ds.models.var import VAR, VARConfig
 from cca_ds.models.var_layers import Block
 from cca_ds.vq import create_tokenizer
+from tests.compare import error
 
 SCALES = (1, 2, 3, 4)
 CONFIG = VARConfig(depth=2, num_classes=10, vocab_size=64, scales=SCALES, width=128)
@@ -39,12 +37,6 @@ def model(golden, device, tokenizer):
 @pytest.fixture(scope="module")
 def recorded(golden, device):
     return {name: tensor.to(device) for name, tensor in load_file(golden / "var_io.safetensors").items()}
-
-
-def error(found, expected):
-    return float(
-        (found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm()
-    )
 
 
 # --- the recorded numbers and names
@@ -101,73 +93,6 @@ def test_the_tokenizer_in_the_model_is_frozen_and_no_part_of_its_weights(model, 
     assert model.pyramid.embedding.weight.data_ptr() != tokenizer_weight.data_ptr()
 
 
-# --- block-causal attention
-
-
-def masked_attention(qkv, scale, scales):
-    """The definition: softmax over all keys, with minus infinity where a key's scale is finer than the query's."""
-    q, k, v = qkv.unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)
-    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) * scale[:, None, None]
-    level = torch.cat([torch.full((size**2,), index) for index, size in enumerate(scales)]).to(qkv.device)
-    scores = scores.masked_fill(level[:, None] < level, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("scales", [(1,), SCALES, (2, 12), (5, 11, 13), SCALES_256], ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
-)
-def test_attention_and_its_gradients(device, scales, dtype, tolerance):
-    torch.manual_seed(0)
-    length = sum(size**2 for size in scales)
-    qkv = torch.randn(2, length, 3 * 2 * 16, device=device).to(dtype)
-    scale = torch.tensor([3.0, 20.0], device=device, dtype=torch.promote_types(dtype, torch.float32))
-    grad = torch.randn(2, length, 32, device=device).to(dtype)
-    exact = [qkv.double().clone().requires_grad_(), scale.double().clone().requires_grad_()]
-    expected = masked_attention(*exact, scales)
-    expected.backward(grad.double())
-    inputs = [qkv.clone().requires_grad_(), scale.clone().requires_grad_()]
-    found = block_causal_attention(*inputs, scales)
-    found.backward(grad)
-    assert found.dtype == dtype
-    assert error(found, expected) < tolerance
-    for mine, true in zip(inputs, exact, strict=True):
-        if true.grad.norm() > 1e-9:  # a single key's weight is 1 whatever the query
-            assert mine.grad.dtype == mine.dtype
-            assert error(mine.grad, true.grad) < 2 * tolerance
-
-
-def test_large_scores_keep_their_precision_in_bf16(device):
-    torch.manual_seed(0)
-    qkv = torch.randn(1, 680, 3 * 64, device=device).bfloat16()
-    scale = torch.tensor([100.0], device=device)
-    grad = torch.randn(1, 680, 64, device=device).bfloat16()
-    exact = [qkv.double().clone().requires_grad_(), scale.double().clone().requires_grad_()]
-    masked_attention(*exact, SCALES_256).backward(grad.double())
-    inputs = [qkv.clone().requires_grad_(), scale.clone().requires_grad_()]
-    block_causal_attention(*inputs, SCALES_256).backward(grad)
-    plain = [qkv.clone().requires_grad_(), scale.clone().requires_grad_()]
-    q, k, v = normalised_heads(*plain)
-    level = torch.cat([torch.full((size**2,), size) for size in SCALES_256]).to(device)
-    F.scaled_dot_product_attention(q, k, v, attn_mask=level[:, None] >= level, scale=1.0).transpose(
-        1, 2
-    ).flatten(2).backward(grad)
-    # no worse than PyTorch's own attention with a mask
-    assert error(inputs[0].grad, exact[0].grad) < 1.2 * error(plain[0].grad, exact[0].grad)
-
-
-def test_no_hidden_score_is_computed_but_among_the_coarsest():
-    parts = segments(SCALES_256)
-    assert [part.end for part in parts] == [91, 155, 255, 424, 680]
-    assert [part.start for part in parts] == [0, 91, 155, 255, 424]
-    assert [part.mask(torch.device("cpu")) is None for part in parts] == [False, True, True, True, True]
-    assert parts[0].mask(torch.device("cpu")).shape == (91, 91)
-    computed = sum((part.end - part.start) * part.end for part in parts)
-    visible = sum(size**2 * sum(s**2 for s in SCALES_256 if s <= size) for size in SCALES_256)
-    assert visible / 680**2 == pytest.approx(0.63, abs=0.02)
-    assert computed / visible < 1.02
-
-
 @torch.no_grad()
 def test_a_code_is_seen_by_finer_scales_only(model, recorded):
     codes, labels = recorded["codes"][:1], recorded["labels"][:1]
@@ -188,57 +113,6 @@ def test_the_learned_scale_is_capped_at_100(model, recorded):
 
     assert torch.equal(logits_at(math.log(100.0) + 3.0), logits_at(math.log(100.0) + 1.0))
     assert not torch.equal(logits_at(math.log(99.0)), logits_at(math.log(100.0)))
-
-
-# --- adaptive layer norm
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
-def test_modulated_norm_and_its_gradients(device, dtype, tolerance):
-    torch.manual_seed(0)
-    x, scale, shift, grad = (
-        torch.randn(shape, device=device).to(dtype) for shape in [(3, 7, 32), (3, 32), (3, 32), (3, 7, 32)]
-    )
-    exact = [tensor.double().clone().requires_grad_() for tensor in (x, scale, shift)]
-    centred = exact[0] - exact[0].mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    expected = normed * (1 + exact[1][:, None]) + exact[2][:, None]
-    expected.backward(grad.double())
-    inputs = [tensor.clone().requires_grad_() for tensor in (x, scale, shift)]
-    found = modulated_norm(*inputs, 1e-6)
-    found.backward(grad)
-    assert found.dtype == dtype and error(found, expected) < tolerance
-    for mine, true in zip(inputs, exact, strict=True):
-        assert mine.grad.dtype == dtype and error(mine.grad, true.grad) < tolerance
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
-def test_the_linear_layers_and_their_gradients(device, dtype, tolerance):
-    torch.manual_seed(0)
-    shapes = [(3, 7, 32), (3, 32), (3, 32), (48, 32), (48,), (3, 7, 48)]
-    x, scale, shift, weight, bias, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
-
-    def both(x, scale, shift, weight, bias, back):
-        normed = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-        return F.linear(normed, weight, bias), F.linear(F.gelu(x, approximate="tanh"), back.t())
-
-    exact = [
-        tensor.double().clone().requires_grad_() for tensor in (x, scale, shift, weight, bias, weight.t())
-    ]
-    inputs = [tensor.clone().requires_grad_() for tensor in (x, scale, shift, weight, bias, weight.t())]
-    expected = both(*exact)
-    mine, zero = inputs, torch.zeros(48, dtype=dtype, device=device, requires_grad=True)
-    found = (
-        modulated_linear(*mine[:3], 1e-6, *mine[3:5]),
-        gelu_linear(mine[0], mine[5].t(), zero),
-    )
-    for index in range(2):
-        assert found[index].dtype == dtype and error(found[index], expected[index]) < tolerance
-        expected[index].backward(grad.double())
-        found[index].backward(grad)
-    assert error(zero.grad, grad.double().sum((0, 1))) < tolerance
-    for tensor, true in zip(inputs, exact, strict=True):
-        assert tensor.grad.dtype == dtype and error(tensor.grad, true.grad) < tolerance
 
 
 @torch.no_grad()

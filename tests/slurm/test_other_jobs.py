@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.hellos import hellos
 from tests.slurm.runs import ONE_RANK, STEPS, Run
-from tests.test_launch import hellos
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -1,0 +1,77 @@
+"""How images reach the tokenizer, and how ranks keep out of each other's way."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cca_ds.data.codes import CodesError
+from cca_ds.data.images import open_images
+
+
+class Counting(torch.nn.Module):
+    """A tokenizer that shows how it is called: the code is the mean grey level."""
+
+    vocab_size = 256
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def sequence_length(self, image_size):
+        return 1
+
+    def encode(self, images_BCHW):
+        self.batches.append(len(images_BCHW))
+        assert images_BCHW.is_contiguous() and images_BCHW.dtype == torch.float32
+        return ((images_BCHW.mean((1, 2, 3)) + 1) * 127.5).round().long()[:, None]
+
+
+def test_forwards_are_batched_across_images(tmp_path, device):
+    from cca_ds.data.crops import CropSettings
+    from cca_ds.data.encoding import ImageEncoder
+
+    for number in range(9):
+        (tmp_path / "i" / "c").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number * 20,) * 3).save(tmp_path / "i" / "c" / f"{number}.png")
+    tokenizer = Counting()
+    settings = CropSettings("ten_crop", 16, (1.1,))
+    encoder = ImageEncoder(open_images(tmp_path / "i"), settings, tokenizer, device, batch_size=40)
+    seen = []
+    content = encoder(range(1, 9), lambda: seen.append(1))
+    assert tokenizer.batches == [40, 40] and len(seen) == 8
+    assert content.codes_NCL.tolist() == [[[number * 20]] * 10 for number in range(1, 9)]
+
+
+def test_pixels_are_scaled_as_the_originals_do(device):
+    """ToTensor and Normalize(0.5, 0.5), and VAR's x + x - 1, to the last bit."""
+    from cca_ds.data.crops import CropSettings
+    from cca_ds.data.encoding import ImageEncoder
+
+    class Recording(Counting):
+        def encode(self, images_BCHW):
+            self.images_BCHW = images_BCHW.cpu()
+            return super().encode(images_BCHW)
+
+    tokenizer = Recording()
+    encoder = ImageEncoder([], CropSettings("none", 16), tokenizer, device)
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    encoder._encode(np.stack([pixels, pixels.T, 255 - pixels], axis=-1)[None, None])
+    unit = torch.from_numpy(pixels).float().div(255)
+    torch.testing.assert_close(tokenizer.images_BCHW[0, 0], (unit - 0.5) / 0.5, rtol=0, atol=0)
+    torch.testing.assert_close(tokenizer.images_BCHW[0, 1], unit.T.add(unit.T).add(-1), rtol=0, atol=0)
+
+
+def test_one_place_per_rank(tmp_path):
+    from cca_ds.data.building import Plan, TableBuilder
+    from cca_ds.data.manifest import Manifest
+
+    builder = TableBuilder(tmp_path / "t", Plan(Manifest(0, 1, 1, 1, 2, "llamagen", "x", ""), 4, 2, {}))
+    builder.begin()
+    with builder.as_rank(0):
+        with pytest.raises(CodesError, match="as rank 0: wait for it"), builder.as_rank(0):
+            pass
+        with builder.as_rank(1):
+            pass
+    with builder.as_rank(0):
+        pass
