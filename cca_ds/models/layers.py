@@ -50,9 +50,7 @@ class Embedding(nn.Embedding):
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Stochastic depth: leaves out a sample's branch with probability `rate`, the others grow by 1 / (1 -
-    rate).
-    """
+    """x / rms(x) * weight in the input's dtype, keeping the input and one float32 number a row."""
 
     @staticmethod
     def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
