@@ -9,6 +9,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <exception>
+#include <vector>
 
 namespace cca_ds {
 namespace {
@@ -40,10 +42,25 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+// Whether the vendor's bf16 x bf16 -> float32 product runs on this processor (AMX, or AVX-512 with bf16): found by trying.
+bool runs_wide_product() {
+  std::vector<at::BFloat16> ones(32 * 32, at::BFloat16(1.0f));
+  std::vector<float> out(32 * 32, 0.0f);
+  try {
+    at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, ones.data(), ones.data(), out.data(), /*is_vnni=*/true);
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return std::all_of(out.begin(), out.end(), [](float x) { return x == 32.0f; });
+}
+#endif
+
 bool has_wide_product(const Tensor& weight_VD) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-  return weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && weight_VD.numel() > 0 &&
-         at::native::cpublas::could_pack(at::kBFloat16);
+  static const bool runs = runs_wide_product();
+  return runs && weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && weight_VD.numel() > 0;
 #else
   return false;
 #endif
