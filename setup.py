@@ -16,7 +16,7 @@ from setuptools import Extension, find_packages, setup
 
 CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
-CPU_SOURCES = ["csrc/sequence_logp_cpu.cpp", "csrc/matmul_cpu.cpp", "csrc/few_rows_cpu.cpp"]
+CPU_SOURCES = ["csrc/sequence_logp_cpu.cpp", "csrc/matmul_cpu.cpp", "csrc/decoding_cpu.cpp"]
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/linear_sequence_logp.cpp"]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/sequence_logp_cuda.cu"]
 HEADERS = ["csrc/sequence_logp.h", "csrc/sequence_logp_cuda.h", "csrc/vector_math.h", "csrc/huge_pages.h"]

@@ -21,6 +21,7 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
   m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
-  // A linear layer without gradients, for the few rows of a decoding step.
+  // A decoding step, without gradients: a linear layer of few rows, and attention of one query to a head's live slots.
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("one_query_attention(Tensor query, Tensor keys, Tensor values) -> Tensor");
 }

@@ -1,6 +1,5 @@
 """Raster sampling: greedy decodes equal the recorded ones, and an image depends on its own seed only."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,14 +106,13 @@ def test_guidance_free_never_runs_the_unconditional_half(model):
 
 def test_attention_sees_the_live_slots_only_and_copies_no_cache(model, monkeypatch):
     seen = []
-    plain = nn.functional.scaled_dot_product_attention
+    plain = raster.one_query_attention
 
-    def recording(query, keys, values, **options):
+    def recording(query, keys, values):
         seen.append((keys.shape[2], keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
-        return plain(query, keys, values, **options)
+        return plain(query, keys, values)
 
-    functional = SimpleNamespace(**{**vars(nn.functional), "scaled_dot_product_attention": recording})
-    monkeypatch.setattr(raster, "F", functional)
+    monkeypatch.setattr(raster, "one_query_attention", recording)
     generate(model, torch.arange(3))
     assert [slots for slots, _, _ in seen] == [step + 1 for step in range(16) for _ in range(2)]
     assert len({pointer for _, *pointers in seen for pointer in pointers}) == 4  # two layers, keys and values

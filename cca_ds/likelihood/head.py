@@ -5,7 +5,8 @@ Letters: B sequences, L codes a sequence, V vocabulary, D width.
 
 from torch import Tensor, nn
 
-from cca_ds.likelihood.ops import linear, linear_sequence_logp
+from cca_ds.likelihood.decoding import linear
+from cca_ds.likelihood.ops import linear_sequence_logp
 
 
 class LikelihoodHead(nn.Linear):

@@ -144,31 +144,13 @@ def _register() -> None:
     fake("cca_ds::linear_sequence_logp", _fake_linear_sequence_logp)
     fake("cca_ds::linear_sequence_logp_backward", _fake_linear_backward)
     fake("cca_ds::few_rows_linear", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
+    fake("cca_ds::one_query_attention", lambda query, keys, values: keys.new_empty(query.shape))
     differentiate("cca_ds::sequence_logp", _sequence_gradient, setup_context=_save_for_sequence)
     differentiate("cca_ds::linear_sequence_logp", _linear_gradient, setup_context=_save_for_linear)
 
 
 if _BACKEND != "torch":
     _register()
-
-
-# ---- a linear layer ------------------------------------------------------------------------------------------------
-
-_FEW_ROWS = 16
-_FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: [..., D] -> [..., F]; faster on a CPU where a decoding step has up to 16 rows.
-
-    There, without gradients, a kernel reads the weight once; sums run in float32, and a row's result does not depend
-    on the rows beside it.
-    """
-    few = x.device.type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
-    plain = few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if plain and _BACKEND != "torch" and x.dtype == weight_FD.dtype and x.dtype in _FEW_ROWS_DTYPES:
-        return torch.ops.cca_ds.few_rows_linear(x, weight_FD, bias_F)
-    return torch.nn.functional.linear(x, weight_FD, bias_F)
 
 
 # ---- the two faces -------------------------------------------------------------------------------------------------

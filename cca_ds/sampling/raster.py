@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cca_ds.likelihood import one_query_attention
 from cca_ds.models.llamagen import LlamaGen
 from cca_ds.sampling.guidance import Draw, guide
 
@@ -99,7 +100,7 @@ class _EagerStep:
             keys_RHSC[:, :, step] = k_RH1C[:, :, 0]
             values_RHSC[:, :, step] = v_RH1C[:, :, 0]
             live = slice(0, step + 1)
-            return F.scaled_dot_product_attention(q_RH1C, keys_RHSC[:, :, live], values_RHSC[:, :, live])
+            return one_query_attention(q_RH1C, keys_RHSC[:, :, live], values_RHSC[:, :, live])
 
         return _run(self.model, x_RD, self.table[step : step + 1], attend)
 

@@ -1,10 +1,10 @@
-"""The linear layer that a decoding step runs through on a CPU."""
+"""What a decoding step runs through on a CPU: a linear layer of few rows, and attention of one query."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cca_ds.likelihood import backend, linear
+from cca_ds.likelihood import backend, linear, one_query_attention
 from cca_ds.models.layers import Linear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -56,3 +56,29 @@ def test_gradients_and_autocast_are_those_of_torch():
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(8, 16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("slots", "channels"), [(1, 64), (5, 100), (37, 32), (300, 20)])
+def test_attention_of_one_query_to_the_live_slots_of_a_cache(dtype, slots, channels):
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, 1, channels).mul(2).to(dtype)
+    caches = [torch.full((4, 3, 310, channels), torch.nan, dtype=dtype) for _ in range(2)]
+    live = [cache[:2, :, :slots] for cache in caches]  # what lies behind is never read
+    for cache in live:
+        cache.copy_(torch.randn(2, 3, slots, channels))
+    found = one_query_attention(query, *live)
+    expected = F.scaled_dot_product_attention(query.double(), *(cache.double() for cache in live))
+    assert found.dtype == dtype and found.shape == query.shape
+    torch.testing.assert_close(found.double(), expected, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_attention_of_one_query_to_numbers_that_are_not_finite():
+    query, keys, values = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 40, 64), torch.randn(1, 2, 40, 64)
+    keys[0, 1, 17, 3] = torch.nan
+    found = one_query_attention(query, keys, values)
+    assert found[0, 0].isfinite().all() and found[0, 1].isnan().all()
+    query[0, 0] = 1e4  # a softmax of large scores
+    assert one_query_attention(query, keys, values)[0, 0].isfinite().all()

@@ -1,13 +1,15 @@
-// x W^T for the few rows of a decoding step. Then the weight is all there is to read, and the vendor's product, made for
-// many rows, reads it at a third of the memory's speed. Compiled once per instruction set, beside matmul_cpu.cpp.
+// A decoding step on a CPU: x W^T for few rows, and attention of one query. Weights and cache are all there is to read,
+// and what serves many rows or queries reads them at a fraction of the memory's speed. Compiled once per instruction set.
 //
-// Letters: R rows, F output width, D width.
+// Letters: R rows, F output width, D width, H heads, S live slots of the cache, C channels of a head.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
+#include <vector>
 
 #include "vector_math.h"
 
@@ -76,21 +78,21 @@ void dot_products(const float* x, const T* weight, int64_t width, float (&out)[k
   }
 }
 
-template <int kRows, int kCount, class T>
-void write_outputs(const float* x, const T* weight, const T* bias, T* out, int64_t width, int64_t outputs, int64_t first) {
+template <int kRows, int kCount, class T, class O>
+void write_outputs(const float* x, const T* weight, const T* bias, O* out, int64_t width, int64_t outputs, int64_t first) {
   float products[kRows][kCount];
   dot_products<kRows, kCount>(x, weight + first * width, width, products);
   for (int r = 0; r < kRows; ++r) {
     for (int j = 0; j < kCount; ++j) {
       const float shift = bias ? static_cast<float>(bias[first + j]) : 0.0f;
-      out[r * outputs + first + j] = static_cast<T>(products[r][j] + shift);
+      out[r * outputs + first + j] = static_cast<O>(products[r][j] + shift);
     }
   }
 }
 
 // [first, last) of the outputs, for `rows` <= kRows rows.
-template <int kRows, class T>
-void write_range(int64_t rows, const float* x, const T* weight, const T* bias, T* out, int64_t width, int64_t outputs,
+template <int kRows, class T, class O>
+void write_range(int64_t rows, const float* x, const T* weight, const T* bias, O* out, int64_t width, int64_t outputs,
                  int64_t first, int64_t last) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return write_range<kRows - 1>(rows, x, weight, bias, out, width, outputs, first, last);
@@ -139,8 +141,89 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optiona
   return out_RF.view(shape);
 }
 
+// scores[s] = softmax(scores)[s], in place.
+void softmax(float* scores, int64_t slots) {
+  const float max = *std::max_element(scores, scores + slots);
+  const Vectorized<float> shift(max);
+  constexpr int64_t kLanes = Vectorized<float>::size();
+  float sum = 0.0f;
+  int64_t s = 0;
+  for (; s + kLanes <= slots; s += kLanes) {
+    const auto power = exp_of(Vectorized<float>::loadu(scores + s) - shift);
+    power.store(scores + s);
+    sum += at::vec::vec_reduce_all<float>([](auto& p, auto& q) { return p + q; }, power);
+  }
+  for (; s < slots; ++s) sum += scores[s] = std::exp(scores[s] - max);
+  const float scale = 1.0f / sum;
+  for (s = 0; s < slots; ++s) scores[s] *= scale;
+}
+
+// out = sum_s weights[s] values[s] over rows of `channels`.
+template <class T>
+void weighted_sum(const float* weights, const T* values, int64_t slots, int64_t channels, T* out) {
+  constexpr int64_t kStep = step_of<T>();
+  int64_t i = 0;
+  for (; i + kStep <= channels; i += kStep) {
+    Two<float> sum{Vectorized<float>(0.0f), Vectorized<float>(0.0f)};
+    for (int64_t s = 0; s < slots; ++s) {
+      const auto value = load_two(values + s * channels + i);
+      const Vectorized<float> weight(weights[s]);
+      sum = {at::vec::fmadd(weight, value.a, sum.a), at::vec::fmadd(weight, value.b, sum.b)};
+    }
+    store_two(out + i, sum);
+  }
+  for (; i < channels; ++i) {
+    float sum = 0.0f;
+    for (int64_t s = 0; s < slots; ++s) sum += weights[s] * static_cast<float>(values[s * channels + i]);
+    out[i] = static_cast<T>(sum);
+  }
+}
+
+template <class T>
+void attend(const Tensor& q_MC, const Tensor& keys, const Tensor& values, Tensor& out_MC) {
+  const int64_t heads = keys.size(1), slots = keys.size(2), channels = keys.size(3);
+  const float* q = q_MC.const_data_ptr<float>();
+  at::parallel_for(0, q_MC.size(0), 1, [&](int64_t first, int64_t last) {
+    std::vector<float> scores(slots);
+    for (int64_t m = first; m < last; ++m) {
+      const auto of_head = [&](const Tensor& cache) {
+        return cache.const_data_ptr<T>() + m / heads * cache.stride(0) + m % heads * cache.stride(1);
+      };
+      write_range<1>(1, q + m * channels, of_head(keys), static_cast<const T*>(nullptr), scores.data(), channels, slots, 0,
+                     slots);
+      softmax(scores.data(), slots);
+      weighted_sum(scores.data(), of_head(values), slots, channels, out_MC.data_ptr<T>() + m * channels);
+    }
+  });
+}
+
+Tensor one_query_attention(const Tensor& query, const Tensor& keys, const Tensor& values) {
+  const int64_t slots = keys.size(2), channels = keys.size(3);
+  for (const Tensor& cache : {keys, values}) {
+    TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == channels, "a head's slots must lie one after another");
+  }
+  TORCH_CHECK(query.size(2) == 1 && slots > 0 && values.sizes() == keys.sizes(), "one query and at least one slot a head");
+  const Tensor q_MC = query.reshape({-1, channels}).to(at::kFloat).mul(1.0 / std::sqrt(double(channels)));
+  Tensor out_MC = at::empty({q_MC.size(0), channels}, keys.options());
+  switch (keys.scalar_type()) {
+    case at::kFloat:
+      attend<float>(q_MC, keys, values, out_MC);
+      break;
+    case at::kBFloat16:
+      attend<at::BFloat16>(q_MC, keys, values, out_MC);
+      break;
+    case at::kHalf:
+      attend<at::Half>(q_MC, keys, values, out_MC);
+      break;
+    default:
+      TORCH_CHECK(false, "one_query_attention takes float32, bf16 and fp16, not ", keys.scalar_type());
+  }
+  return out_MC.view(query.sizes());
+}
+
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
   m.impl("few_rows_linear", few_rows_linear);
+  m.impl("one_query_attention", one_query_attention);
 }
 
 }  // namespace
