@@ -76,6 +76,7 @@ def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torc
     torch.manual_seed(0)
     run = prepare()
     run()
+    print("{}", flush=True)  # ready
     for line in sys.stdin:
         if line.strip() == "floor":
             print(json.dumps(floor(run, dtype)), flush=True)
@@ -90,14 +91,20 @@ def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torc
 def _start(contender: str, threads: int) -> subprocess.Popen:
     environment = {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *sys.argv, "--worker", contender]
-    return subprocess.Popen(
+    worker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
+    _answer(worker)  # warm before the next one starts: two pools of spinning threads would hinder each other
+    return worker
 
 
 def _turn(worker: subprocess.Popen, ask: str = "go") -> dict[str, float]:
     worker.stdin.write(f"{ask}\n")
     worker.stdin.flush()
+    return _answer(worker)
+
+
+def _answer(worker: subprocess.Popen) -> dict[str, float]:
     for line in worker.stdout:
         if line.startswith("{"):
             return json.loads(line)
