@@ -82,3 +82,14 @@ def test_attention_of_one_query_to_numbers_that_are_not_finite():
     assert found[0, 0].isfinite().all() and found[0, 1].isnan().all()
     query[0, 0] = 1e4  # a softmax of large scores
     assert one_query_attention(query, keys, values)[0, 0].isfinite().all()
+
+
+@torch.no_grad()
+def test_opcheck():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    ops = torch.ops.cca_ds
+    weight, cache = torch.randn(6, 40), torch.randn(2, 3, 9, 40)
+    torch.library.opcheck(ops.few_rows_linear.default, (torch.randn(2, 5, 40), weight, None))
+    torch.library.opcheck(ops.few_rows_linear.default, (torch.randn(3, 40), weight, torch.randn(6)))
+    torch.library.opcheck(ops.one_query_attention.default, (torch.randn(2, 3, 1, 40), cache, cache))
