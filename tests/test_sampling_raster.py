@@ -1,6 +1,5 @@
 """Raster sampling: greedy decodes equal the recorded ones, and an image depends on its own seed only."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
