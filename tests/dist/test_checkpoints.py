@@ -181,7 +181,7 @@ def metrics_so_far(folder: Path) -> list[dict]:
 
 
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
-    length = ("batch.size=4", "batch.micro_size=2", f"batch.max_steps={kills * 25}")
+    length = ("batch.global_size=4", "batch.micro_size=2", f"batch.max_steps={kills * 25}")
     settings = (*length, "checkpoint.every_steps=1", "checkpoint.keep_last=2",
                 f"checkpoint.asynchronous={str(bool(seed % 2)).lower()}", "distributed.timeout_seconds=60")  # fmt: skip
     draw = random.Random(seed)
