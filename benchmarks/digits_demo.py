@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from digits_lab import scores
 
 from cca_ds.config import load_recipe, resolve_path
-from cca_ds.metrics import frechet_distance, inception_score
-from cca_ds.metrics.features import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate
@@ -47,18 +46,6 @@ def sample(
     return torch.cat(parts).numpy(), time.perf_counter() - started
 
 
-def judge(codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """FID, inception score and class accuracy by the digits' classifier."""
-    classifier = digits_classifier()
-    probabilities = classifier.probabilities(codes)
-    real = classifier.features(classifier.reference_codes)
-    return {
-        "fid": frechet_distance(real, classifier.features(codes)),
-        "inception_score": inception_score(probabilities),
-        "accuracy": class_accuracy(probabilities, labels),
-    }
-
-
 def scale_of_accuracy(rows: list[dict[str, float]], accuracy: float) -> float:
     """The guidance scale at which the base model reaches `accuracy`, between the two measured ones around it."""
     for low, high in itertools.pairwise(rows):
@@ -79,7 +66,7 @@ def compare(base: torch.nn.Module, tuned: torch.nn.Module, images: int) -> list[
             "s": scale,
             "seconds": seconds,
             "codes": codes,
-            **judge(codes, labels_B.numpy()),
+            **scores(codes, labels_B.numpy()),
         }
 
     ours = row("CCA, one epoch", tuned, 0.0)

@@ -27,6 +27,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 CONTENDERS = ("ours", "original")
+Contenders = dict[str, Callable[..., Callable[[], object]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -128,6 +129,24 @@ def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict
     }
     ratios = {key: round(medians["ours"][key] / medians["original"][key], 3) for key in medians["ours"]}
     return {**medians, "ours_over_original": ratios, **alone}
+
+
+def main(
+    name: str, description: str, ours: Contenders, originals: Contenders, products: bool = False
+) -> None:
+    """Measure, or be one of the two that are measured; `ours` and `originals` by family, given dtype (and checkout)."""
+    arguments = parser(description).parse_args()
+    family, dtype = arguments.family, DTYPES[arguments.dtype]
+    checkout = getattr(arguments, family)
+    if checkout is None:
+        raise SystemExit(f"give --{family} PATH, a checkout of the original program")
+    if arguments.worker == "ours":
+        serve(lambda: ours[family](dtype), arguments.threads, dtype)
+    elif arguments.worker == "original":
+        serve(lambda: originals[family](dtype, checkout), arguments.threads, dtype)
+    else:
+        result = compare(arguments.rounds, arguments.threads, products)
+        record(name, f"{family}-{arguments.dtype}", result, arguments)
 
 
 def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> None:

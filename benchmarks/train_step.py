@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from side_by_side import DTYPES, compare, parser, record, serve
+from side_by_side import main
 
 from cca_ds.alignment.losses import cca_loss
 
@@ -127,22 +127,6 @@ def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
     return step
 
 
-def main() -> None:
-    """Measure, or be one of the two that are measured."""
-    arguments = parser(__doc__).parse_args()
-    dtype, checkout = DTYPES[arguments.dtype], getattr(arguments, arguments.family)
-    if checkout is None:
-        raise SystemExit(f"give --{arguments.family} PATH, a checkout of the original program")
-    ours = {"llamagen": llamagen_ours, "var": var_ours}
-    originals = {"llamagen": llamagen_original, "var": var_original}
-    if arguments.worker == "ours":
-        serve(lambda: ours[arguments.family](dtype), arguments.threads, dtype)
-    elif arguments.worker == "original":
-        serve(lambda: originals[arguments.family](dtype, checkout), arguments.threads, dtype)
-    else:
-        result = compare(arguments.rounds, arguments.threads, products=True)
-        record("train_step", f"{arguments.family}-{arguments.dtype}", result, arguments)
-
-
 if __name__ == "__main__":
-    main()
+    ours = {"llamagen": llamagen_ours, "var": var_ours}
+    main("train_step", __doc__, ours, {"llamagen": llamagen_original, "var": var_original}, products=True)

@@ -120,6 +120,9 @@ void write_all(const Tensor& x_RD, const Tensor& weight_FD, const Tensor& bias_F
 }
 
 Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(x.size(-1) == weight.size(1), "rows of width ", x.size(-1), " do not fit a weight of ", weight.sizes());
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "a weight of ", weight.sizes(), " takes ", weight.size(0),
+              " biases, not ", bias->numel());
   const Tensor x_RD = x.reshape({-1, weight.size(1)}).to(at::kFloat).contiguous();
   const Tensor weight_FD = weight.contiguous(), bias_F = bias ? bias->contiguous() : Tensor();
   Tensor out_RF = at::empty({x_RD.size(0), weight.size(0)}, weight.options());
@@ -202,7 +205,10 @@ Tensor one_query_attention(const Tensor& query, const Tensor& keys, const Tensor
   for (const Tensor& cache : {keys, values}) {
     TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == channels, "a head's slots must lie one after another");
   }
-  TORCH_CHECK(query.size(2) == 1 && slots > 0 && values.sizes() == keys.sizes(), "one query and at least one slot a head");
+  TORCH_CHECK(slots > 0 && values.sizes() == keys.sizes(), "keys ", keys.sizes(), " and values ", values.sizes(),
+              " must be alike, with at least one slot");
+  TORCH_CHECK(query.sizes() == at::IntArrayRef({keys.size(0), keys.size(1), 1, channels}), "a query of ", query.sizes(),
+              " does not fit keys of ", keys.sizes(), ": give one position for each head");
   const Tensor q_MC = query.reshape({-1, channels}).to(at::kFloat).mul(1.0 / std::sqrt(double(channels)));
   Tensor out_MC = at::empty({q_MC.size(0), channels}, keys.options());
   switch (keys.scalar_type()) {

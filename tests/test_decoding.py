@@ -93,3 +93,17 @@ def test_opcheck():
     torch.library.opcheck(ops.few_rows_linear.default, (torch.randn(2, 5, 40), weight, None))
     torch.library.opcheck(ops.few_rows_linear.default, (torch.randn(3, 40), weight, torch.randn(6)))
     torch.library.opcheck(ops.one_query_attention.default, (torch.randn(2, 3, 1, 40), cache, cache))
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_an_error_and_not_read_askew():
+    weight, cache = torch.randn(6, 40), torch.randn(2, 3, 9, 40)
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(2, 80), weight)  # as many numbers as 4 rows of 40
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(2, 40), weight, torch.randn(5))
+    if backend() != "torch":
+        with pytest.raises(RuntimeError, match="one position for each head"):
+            one_query_attention(torch.randn(2, 3, 2, 40), cache, cache)
+        with pytest.raises(RuntimeError, match="must be alike"):
+            one_query_attention(torch.randn(2, 3, 1, 40), cache, cache[:, :, :4])

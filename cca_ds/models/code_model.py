@@ -3,6 +3,7 @@
 Legend: B images, L codes per image, V vocabulary, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class CodeModel(nn.Module):
+class CodeModel(nn.Module, ABC):
     """`model(codes_BL, labels_B)` gives the log-likelihoods [B] float32; `logits` the distributions behind
     them.
 
@@ -26,17 +27,17 @@ class CodeModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False
 
+    @abstractmethod
     def embed_class(self, labels_B: Tensor) -> Tensor:
         """The labels' embeddings, [B] -> [B, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
         """The output layer's input, [B, L, D]; arguments as in `forward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
         """The output layer: logits [B, L, V], or with codes their log-likelihoods [B]."""
-        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
@@ -77,9 +78,8 @@ class CodeModel(nn.Module):
         """`block(x_BLD, shared)` of one block after another, [B, L, D] -> [B, L, D]."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            if (
-                recompute
-            ):  # no determinism check: under ZeRO-3 a weight's shape is its shard's outside its module
+            if recompute:
+                # no determinism check: under ZeRO-3 a weight's shape is its shard's outside its module
                 x_BLD = checkpoint(block, x_BLD, shared, use_reentrant=False, determinism_check="none")
             else:
                 x_BLD = block(x_BLD, shared)
