@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SHAPES = {  # sequences, tokens, vocabulary, width, bias
     "var-d30": (32, 680, 4096, 1920, True),
 }
 CPU_SEQUENCES = {"llamagen-b": 2, "llamagen-3b": 1, "var-d16": 2, "var-d30": 2}
+AT_ONCE = {"cpu": 1, "cuda": 6}  # processes that measure memory; a GPU's allocator counts its own only
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -143,9 +145,12 @@ def measure_case(arguments: argparse.Namespace, shape: str, dtype: str, face: st
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     variants.free_gradients(case)
     result = measure_times(runs, arguments.device, arguments.repeats)
-    for name in runs:
-        if name not in variants.WITHOUT_MEMORY:
-            result[name]["memory_mib"] = memory_in_own_process(arguments, shape, dtype, face, name)
+    del runs
+    weighed = [name for name in result if name not in variants.WITHOUT_MEMORY]
+    with ThreadPoolExecutor(AT_ONCE[arguments.device]) as pool:
+        found = pool.map(lambda name: memory_in_own_process(arguments, shape, dtype, face, name), weighed)
+        for name, memory in zip(weighed, found, strict=True):
+            result[name]["memory_mib"] = memory
     tokens = list(case["targets"].shape)
     return {
         "shape": shape,

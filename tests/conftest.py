@@ -27,3 +27,10 @@ def golden_configs(golden: Path) -> dict:
 def device() -> str:
     """The device that the device-independent tests run on: a GPU where one is at hand."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m gpu` selects what a GPU changes: every test that asks for the device."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
