@@ -134,6 +134,7 @@ def memory_in_own_process(
 
 def measure_case(arguments: argparse.Namespace, shape: str, dtype: str, face: str) -> dict:
     """All variants of one shape, dtype and face."""
+    torch.compiler.reset()  # or it gives up compiling after eight shapes, and runs the rest as they are
     case = inputs_of(shape, dtype, arguments.device, face)
     runs, left_out = {}, {}
     for name in variants.names(face, arguments.device):
