@@ -16,10 +16,15 @@ from setuptools import Extension, find_packages, setup
 
 CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
-CPU_SOURCES = ["csrc/sequence_logp_cpu.cpp", "csrc/matmul_cpu.cpp", "csrc/decoding_cpu.cpp"]
+CPU_SOURCES = [
+    f"csrc/{name}_cpu.cpp" for name in ("sequence_logp", "matmul", "activations", "attention", "decoding")
+]
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/linear_sequence_logp.cpp"]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/sequence_logp_cuda.cu"]
-HEADERS = ["csrc/sequence_logp.h", "csrc/sequence_logp_cuda.h", "csrc/vector_math.h", "csrc/huge_pages.h"]
+HEADERS = [
+    f"csrc/{name}.h"
+    for name in ("sequence_logp", "sequence_logp_cuda", "vector_math", "huge_pages", "wide_product")
+]
 CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-Wno-unknown-pragmas"]
 INSTRUCTION_SETS = {
     "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],

@@ -1,6 +1,6 @@
 // The one schema of the extension. What runs on a device is registered by the CPU libraries and by bindings_cuda.cpp.
 //
-// Letters: B sequences, L tokens a sequence, N = B * L rows, V vocabulary, D width.
+// Letters: B sequences or images, L tokens or positions, N = B * L rows, V vocabulary, D width, H heads, C channels.
 #include <torch/library.h>
 
 TORCH_LIBRARY(cca_ds, m) {
@@ -21,6 +21,19 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
   m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
+  // The passes of a training step on a CPU. `projection` is [B, L, 3 H C], `heads` [3, B, H, L, C].
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("gated(Tensor gate, Tensor value) -> Tensor");
+  m.def("gated_backward(Tensor grad, Tensor gate, Tensor value) -> (Tensor grad_gate, Tensor grad_value)");
+  m.def("turned_heads(Tensor projection, Tensor table, int heads, float scale) -> Tensor");
+  m.def("turned_heads_backward(Tensor grad_heads, Tensor table, float scale) -> Tensor");
+  m.def("normalised_heads(Tensor projection, Tensor scale) -> (Tensor heads, Tensor factors)");
+  m.def(
+      "normalised_heads_backward(Tensor grad_heads, Tensor heads, Tensor factors, Tensor scale) -> "
+      "(Tensor grad_projection, Tensor along)");
+  m.def("prefix_attention(Tensor heads, Tensor limits) -> (Tensor mixed, Tensor lse)");
+  m.def("has_prefix_attention() -> bool");
   // A decoding step, without gradients: a linear layer of few rows, and attention of one query to a head's live slots.
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("one_query_attention(Tensor query, Tensor keys, Tensor values) -> Tensor");

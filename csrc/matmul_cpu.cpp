@@ -4,13 +4,11 @@
 // Letters: N rows, V vocabulary, D width.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <exception>
-#include <vector>
+
+#include "wide_product.h"
 
 namespace cca_ds {
 namespace {
@@ -23,62 +21,25 @@ constexpr int64_t kRows = 128;
 // Columns of the residual transposed at a time.
 constexpr int64_t kTransposed = 2048;
 
-// to[c, r] = from[r, c], elements of 2 or 4 bytes moved as they are.
-template <class T, int64_t kTile>
-void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r += kTile) {
-    for (int64_t c = 0; c < columns; c += kTile) {
-      const int64_t height = std::min(kTile, rows - r), width = std::min(kTile, columns - c);
-      const T* tile = from + r * from_stride + c;
-      T* turned = to + c * to_stride + r;
-#if defined(CPU_CAPABILITY_AVX512)
-      at::vec::transpose_mxn<T>(tile, from_stride, turned, to_stride, static_cast<int>(height), static_cast<int>(width));
-#else
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t j = 0; j < width; ++j) turned[j * to_stride + i] = tile[i * from_stride + j];
-      }
-#endif
-    }
-  }
-}
-
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-// Whether the vendor's bf16 x bf16 -> float32 product runs on this processor (AMX, or AVX-512 with bf16): found by trying.
-bool runs_wide_product() {
-  std::vector<at::BFloat16> ones(32 * 32, at::BFloat16(1.0f));
-  std::vector<float> out(32 * 32, 0.0f);
-  try {
-    at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, ones.data(), ones.data(), out.data(), /*is_vnni=*/true);
-    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
-  } catch (const std::exception&) {
-    return false;
-  }
-  return std::all_of(out.begin(), out.end(), [](float x) { return x == 32.0f; });
-}
-#endif
-
-bool has_wide_product(const Tensor& weight_VD) {
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-  static const bool runs = runs_wide_product();
-  return runs && weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && weight_VD.numel() > 0;
-#else
-  return false;
-#endif
+bool takes_wide_product(const Tensor& weight_VD) {
+  return weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && weight_VD.numel() > 0 &&
+         has_wide_product();
 }
 
 // The weight as `wide_logits` reads it: float32 where there is no bf16 x bf16 -> float32 product; else [V / 256, D / 2,
-// 256, 2], pairs of width side by side, made by transposing the pairs as if each were one 32-bit number.
+// 256, 2], pairs of width side by side.
 Tensor pack_weight(const Tensor& weight_VD) {
-  if (!has_wide_product(weight_VD)) return weight_VD.to(at::kFloat);
+  if (!takes_wide_product(weight_VD)) return weight_VD.to(at::kFloat);
   const int64_t vocabulary = weight_VD.size(0), pairs = weight_VD.size(1) / 2;
   const int64_t blocks = (vocabulary + kColumns - 1) / kColumns;
   Tensor packed = at::empty({blocks, pairs, kColumns, 2}, weight_VD.options());
-  const auto* from = reinterpret_cast<const float*>(weight_VD.const_data_ptr<at::BFloat16>());
-  auto* to = reinterpret_cast<float*>(packed.data_ptr<at::BFloat16>());
+  const auto* from = weight_VD.const_data_ptr<at::BFloat16>();
+  auto* to = packed.data_ptr<at::BFloat16>();
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t columns = std::min(kColumns, vocabulary - block * kColumns);
-      transpose<float, 16>(from + block * kColumns * pairs, pairs, to + block * pairs * kColumns, kColumns, columns, pairs);
+      const int64_t offset = block * kColumns * pairs * 2;
+      pack_transposed(from + offset, pairs, to + offset, kColumns, columns);
     }
   });
   return packed;
@@ -91,7 +52,6 @@ void wide_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor out_NV) {
     at::mm_out(out_NV, hidden_ND.to(at::kFloat), packed.t());
     return;
   }
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
   const int64_t rows = hidden_ND.size(0), width = hidden_ND.size(1), vocabulary = out_NV.size(1);
   const int64_t stride = out_NV.stride(0);
   const auto* hidden = hidden_ND.const_data_ptr<at::BFloat16>();
@@ -101,14 +61,12 @@ void wide_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor out_NV) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t column = block * kColumns, columns = std::min(kColumns, vocabulary - column);
       for (int64_t row = 0; row < rows; row += kRows) {
-        at::native::cpublas::brgemm(std::min(kRows, rows - row), columns, width, width, kColumns, stride, false,
-                                    hidden + row * width, weight + block * width * kColumns,
-                                    out + row * stride + column, /*is_vnni=*/true);
+        wide_product(std::min(kRows, rows - row), columns, width, hidden + row * width, width,
+                     weight + block * width * kColumns, kColumns, out + row * stride + column, stride);
       }
     }
-    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+    wide_product_done();
   });
-#endif
 }
 
 // residual^T [V, N] x hidden [N, D]. In 16 bits the vendor's product is twice as slow from a transposed residual as

@@ -67,8 +67,8 @@ def test_no_hidden_score_is_computed_but_among_the_coarsest():
     parts = segments(SCALES_256)
     assert [part.end for part in parts] == [91, 155, 255, 424, 680]
     assert [part.start for part in parts] == [0, 91, 155, 255, 424]
-    assert [part.mask(torch.device("cpu")) is None for part in parts] == [False, True, True, True, True]
-    assert parts[0].mask(torch.device("cpu")).shape == (91, 91)
+    assert [part.mask is None for part in parts] == [False, True, True, True, True]
+    assert parts[0].mask.shape == (91, 91)
     computed = sum((part.end - part.start) * part.end for part in parts)
     visible = sum(size**2 * sum(s**2 for s in SCALES_256 if s <= size) for size in SCALES_256)
     assert visible / 680**2 == pytest.approx(0.63, abs=0.02)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cca_ds.likelihood import linear
+from cca_ds.models.cpu_kernels import gated, gated_backward
 
 
 class Linear(nn.Linear):
@@ -146,17 +147,14 @@ class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_RF: Tensor, value_RF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_RF, value_RF, weight_DF)
-        return F.silu(gate_RF).mul_(value_RF) @ weight_DF.t()
+        return gated(gate_RF, value_RF) @ weight_DF.t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate_RF, value_RF, weight_DF = ctx.saved_tensors
-        active_RF = F.silu(gate_RF)
-        grad_weight_DF = grad_RD.t() @ (active_RF * value_RF) if ctx.needs_input_grad[2] else None
-        grad_RF = grad_RD @ weight_DF
-        grad_value_RF = active_RF.mul_(grad_RF)
-        return torch.ops.aten.silu_backward(grad_RF.mul_(value_RF), gate_RF), grad_value_RF, grad_weight_DF
+        grad_weight_DF = grad_RD.t() @ gated(gate_RF, value_RF) if ctx.needs_input_grad[2] else None
+        return *gated_backward(grad_RD @ weight_DF, gate_RF, value_RF), grad_weight_DF
 
 
 class GatedLinear(Linear):
@@ -164,10 +162,10 @@ class GatedLinear(Linear):
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
         """[..., F], [..., F] -> [..., D]; no bias."""
-        if (
-            gate.is_cuda or not torch.is_grad_enabled() or gate.dtype != self.weight.dtype
-        ):  # the last: autocast
+        if gate.is_cuda or gate.dtype != self.weight.dtype:  # the latter: autocast
             return super().forward(F.silu(gate) * value)
+        if not torch.is_grad_enabled():
+            return super().forward(gated(gate, value))
         product_RD = _GatedLinearFunction.apply(gate.flatten(0, -2), value.flatten(0, -2), self.weight)
         return product_RD.unflatten(0, gate.shape[:-1])
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cca_ds.likelihood import LikelihoodHead
-from cca_ds.models.causal_attention import causal_attention
+from cca_ds.models.causal_attention import causal_attention, worthwhile
 from cca_ds.models.code_model import CodeModel
 from cca_ds.models.layers import (
     DropPath,
@@ -122,12 +122,7 @@ class Attention(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         dropout = self.dropout if self.training else 0.0
         qkv_BLD = self.wqkv(x_BLD)
-        if (
-            qkv_BLD.device.type == "cpu"
-            and qkv_BLD.dtype == torch.bfloat16
-            and qkv_BLD.requires_grad
-            and not dropout
-        ):
+        if worthwhile(qkv_BLD) and not dropout:
             return self.resid_dropout(self.wo(causal_attention(qkv_BLD, table_LP2, self.n_head)))
         q_BHLC, k_BHLC, v_BHLC = self.split(qkv_BLD, table_LP2)
         mixed_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, dropout_p=dropout, is_causal=True)

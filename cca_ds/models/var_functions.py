@@ -1,7 +1,7 @@
 """What VAR's blocks do around their matrix products, with little kept for the backward.
 
 PyTorch's own graph would keep, beside what a block's products give, every input of theirs; here the normalised stream
-and, in float32, the result of the GELU are made again from what they came from, by cheap passes.
+and the result of the GELU are made again from what they came from, by cheap passes.
 
 Legend: B images, L codes per image, N = B * L rows, D width, F output width.
 """
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cca_ds.models.cpu_kernels import gelu, gelu_backward
 
 _KERNEL_DTYPES = (
     torch.float32,
@@ -99,19 +101,15 @@ class _ModulatedLinear(torch.autograd.Function):
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-        activated_BLD = F.gelu(x_BLD, approximate="tanh")
-        # in bf16 there is memory to spare and little time: the GELU takes as long as the product
-        kept = [activated_BLD] if x_BLD.dtype == torch.bfloat16 else []
-        ctx.save_for_backward(x_BLD, weight_FD, *kept)
-        return F.linear(activated_BLD, weight_FD, bias_F)
+        ctx.save_for_backward(x_BLD, weight_FD)
+        return F.linear(gelu(x_BLD), weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor, ...]:
-        x_BLD, weight_FD, *kept = ctx.saved_tensors
-        activated_BLD = kept[0] if kept else F.gelu(x_BLD, approximate="tanh")
-        grad_BLD, *of_linear = _linear_backward(grad_BLF, activated_BLD, weight_FD)
-        return torch.ops.aten.gelu_backward(grad_BLD, x_BLD, approximate="tanh"), *of_linear
+        x_BLD, weight_FD = ctx.saved_tensors
+        grad_BLD, *of_linear = _linear_backward(grad_BLF, gelu(x_BLD), weight_FD)
+        return gelu_backward(grad_BLD, x_BLD), *of_linear
 
 
 def _on_cpu(x: Tensor) -> bool:

@@ -1,0 +1,170 @@
+"""The passes of a training step on a CPU: csrc's kernels and their twins in PyTorch, both against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cca_ds.likelihood import backend
+from cca_ds.models import cpu_kernels, prefix_attention
+from cca_ds.models.layers import rotary_table
+from tests.compare import error
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+WAYS = ["kernel", "twin"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch) -> str:
+    """With the kernels, and as it is without them."""
+    if request.param == "twin":
+        monkeypatch.setattr(cpu_kernels, "backend", lambda: "torch")
+    elif backend() == "torch":
+        pytest.skip("the kernels are not built")
+    return request.param
+
+
+def gradients(function, inputs, grad):
+    """The value in float64 and the gradients of the inputs."""
+    exact = [x.double().clone().requires_grad_() for x in inputs]
+    value = function(*exact)
+    return value, torch.autograd.grad(value, exact, grad.double())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(3,), (33,), (2, 7, 100), (40, 4096)], ids=str)
+def test_activations(way, dtype, shape):
+    torch.manual_seed(0)
+    x, value, grad = ((4 * torch.randn(shape)).to(dtype) for _ in range(3))
+    expected, (grad_x,) = gradients(lambda x: F.gelu(x, approximate="tanh"), [x], grad)
+    assert error(cpu_kernels.gelu(x), expected) < TOLERANCE[dtype]
+    assert error(cpu_kernels.gelu_backward(grad, x), grad_x) < 2 * TOLERANCE[dtype]
+    expected, wanted = gradients(lambda gate, value: F.silu(gate) * value, [x, value], grad)
+    assert error(cpu_kernels.gated(x, value), expected) < TOLERANCE[dtype]
+    for mine, true in zip(cpu_kernels.gated_backward(grad, x, value), wanted, strict=True):
+        assert mine.dtype == dtype and error(mine, true) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_activations_of_extreme_numbers(way, dtype):
+    x = torch.tensor([-1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4, torch.nan, torch.inf]).to(dtype)
+    ones = torch.ones_like(x)
+    gelu = F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(cpu_kernels.gelu(x).double(), gelu, equal_nan=True, rtol=4e-3, atol=1e-6)
+    torch.testing.assert_close(
+        cpu_kernels.gated(x, ones).double(), F.silu(x.double()), equal_nan=True, rtol=4e-3, atol=1e-6
+    )
+    slopes = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(cpu_kernels.gelu_backward(ones, x)[:7].float(), slopes, atol=1e-6, rtol=4e-3)
+    grad_gate, grad_value = cpu_kernels.gated_backward(ones, x, ones)
+    torch.testing.assert_close(grad_gate[:7].float(), slopes, atol=1e-6, rtol=4e-3)
+    torch.testing.assert_close(grad_value.double()[:7], F.silu(x.double())[:7], atol=1e-6, rtol=4e-3)
+
+
+def test_layouts_and_shapes():
+    x = torch.randn(12, 8).t()
+    torch.testing.assert_close(cpu_kernels.gelu(x), F.gelu(x, approximate="tanh"))
+    assert cpu_kernels.gelu(torch.empty(0, 4)).shape == (0, 4)
+    if backend() != "torch":
+        with pytest.raises(RuntimeError, match="must be alike"):
+            cpu_kernels.gated(torch.randn(4), torch.randn(5))
+        with pytest.raises(RuntimeError, match="does not fit 9 positions"):
+            cpu_kernels.turned_heads(torch.randn(1, 9, 24), torch.randn(8, 4, 2), 1, 1.0)
+
+
+def turned(qkv, table, heads, scale):
+    """The definition, in complex numbers."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    angles = torch.view_as_complex(table.to(qkv.dtype))
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * angles).flatten(-2)
+        for x in (q, k)
+    )
+    return torch.stack([q * scale, k, v])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_turned_heads_and_back(way, dtype, channels):
+    torch.manual_seed(0)
+    table = rotary_table(3, channels)[:9]
+    qkv = torch.randn(2, 9, 3 * 2 * channels).to(dtype)
+    grad = torch.randn(3, 2, 2, 9, channels).to(dtype)
+    expected, (grad_qkv,) = gradients(lambda qkv: turned(qkv, table, 2, 0.3), [qkv], grad)
+    assert error(cpu_kernels.turned_heads(qkv, table, 2, 0.3), expected) < TOLERANCE[dtype]
+    found = cpu_kernels.turned_heads_backward(grad, table, 0.3)
+    assert found.dtype == dtype and error(found, grad_qkv) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_normalised_heads_and_back(way, dtype, channels):
+    torch.manual_seed(0)
+    scale, length = torch.tensor([3.0, 20.0]), 7
+    qkv = torch.randn(2, length, 3 * 2 * channels).to(dtype)
+    grad = torch.randn(3, 2, 2, length, channels).to(dtype)
+
+    def definition(qkv, scale):
+        q, k, v = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return torch.stack([F.normalize(q, dim=-1) * scale[:, None, None], F.normalize(k, dim=-1), v])
+
+    expected, (grad_qkv, grad_scale) = gradients(definition, [qkv, scale], grad)
+    heads, factors = cpu_kernels.normalised_heads(qkv, scale)
+    assert heads.dtype == dtype and error(heads, expected) < TOLERANCE[dtype]
+    found, found_scale = cpu_kernels.normalised_heads_backward(grad, heads, factors, scale)
+    assert found.dtype == dtype and error(found, grad_qkv) < 2 * TOLERANCE[dtype]
+    assert error(found_scale, grad_scale) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("images", "heads", "length", "channels"), [(2, 3, 7, 16), (1, 2, 91, 8), (1, 2, 200, 64)]
+)
+@pytest.mark.parametrize("steps", [1, 10])
+def test_attention_to_a_prefix(way, images, heads, length, channels, steps):
+    torch.manual_seed(0)
+    heads_3BHLC = torch.randn(3, images, heads, length, channels).bfloat16()
+    heads_3BHLC[0] *= 2 * channels**-0.5
+    limits = ((torch.arange(length) // steps + 1) * steps).clamp_max(length)
+    cut = length // 2 // steps * steps
+    sees = torch.arange(length) < limits[:, None]
+    segments = (prefix_attention.Segment(0, cut, sees[:cut, :cut]),) if cut else ()
+    segments += (prefix_attention.Segment(cut, length, sees[cut:, cut:]),)
+    mixed, lse = prefix_attention.attend(heads_3BHLC, segments)
+    q, k, v = heads_3BHLC.double()
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~sees, -torch.inf)
+    assert error(mixed, (scores.softmax(-1) @ v).transpose(1, 2)) < TOLERANCE[torch.bfloat16]
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
+def test_attention_says_what_it_cannot_take():
+    if backend() == "torch" or not torch.ops.cca_ds.has_prefix_attention():
+        pytest.skip("no kernel here")
+    heads, op = torch.randn(3, 1, 2, 5, 8).bfloat16(), torch.ops.cca_ds.prefix_attention
+    for limits, message in (
+        ([1, 2, 3, 4, 6], "limit 6 of query 4 must be from 1 to 5"),
+        ([0, 1, 2, 3, 4], "limit 0 of query 0"),
+        ([2, 1, 3, 4, 5], "not below the one before"),
+        ([1, 2, 3], "do not fit 5 positions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(heads, torch.tensor(limits))
+    heads[1, 0, 1, 2] = torch.nan  # seen by the later queries of that head alone
+    mixed = op(heads, torch.arange(1, 6))[0]
+    assert mixed.isnan().any(-1)[0].tolist() == [[False, False]] * 2 + [[False, True]] * 3
+
+
+def test_opcheck():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    ops, check = torch.ops.cca_ds, torch.library.opcheck
+    x, table, scale = torch.randn(2, 9, 24), rotary_table(3, 4)[:9].contiguous(), torch.tensor([1.0, 2.0])
+    heads, factors = ops.normalised_heads(x, scale)
+    check(ops.gelu.default, (x,))
+    check(ops.gelu_backward.default, (x, x))
+    check(ops.gated.default, (x, x))
+    check(ops.gated_backward.default, (x, x, x))
+    check(ops.turned_heads.default, (x, table, 2, 0.5))
+    check(ops.turned_heads_backward.default, (heads, table, 0.5))
+    check(ops.normalised_heads.default, (x, scale))
+    check(ops.normalised_heads_backward.default, (heads, heads, factors, scale))
+    if ops.has_prefix_attention():
+        check(ops.prefix_attention.default, (heads.bfloat16(), torch.arange(1, 10)))
