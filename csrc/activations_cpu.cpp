@@ -63,18 +63,6 @@ void for_each_element(std::array<const T*, kIn> in, std::array<T*, kOut> out, in
   });
 }
 
-template <class F>
-void with_type(const Tensor& x, F run) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return run(float());
-    case at::kBFloat16:
-      return run(at::BFloat16());
-    default:
-      TORCH_CHECK(false, "the activations take float32 and bf16, not ", x.scalar_type());
-  }
-}
-
 Tensor like(const Tensor& x, const Tensor& other) {
   TORCH_CHECK(x.sizes() == other.sizes() && x.scalar_type() == other.scalar_type(), "tensors of shapes ", x.sizes(), " and ",
               other.sizes(), " must be alike");
@@ -84,7 +72,7 @@ Tensor like(const Tensor& x, const Tensor& other) {
 Tensor gelu(const Tensor& x) {
   const Tensor from = x.contiguous();
   Tensor out = at::empty_like(from);
-  with_type(x, [&](auto t) {
+  with_float_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto f = [](const auto& in) {
       const Vector square = in[0] * in[0];
@@ -98,7 +86,7 @@ Tensor gelu(const Tensor& x) {
 Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
   const Tensor from = x.contiguous(), grad_from = like(x, grad);
   Tensor out = at::empty_like(from);
-  with_type(x, [&](auto t) {
+  with_float_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto f = [](const auto& in) {
       const Vector square = in[1] * in[1], slope = at::vec::fmadd(Vector(3 * kCubic), square, Vector(kLinear));
@@ -113,7 +101,7 @@ Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
 Tensor gated(const Tensor& gate, const Tensor& value) {
   const Tensor g = gate.contiguous(), v = like(gate, value);
   Tensor out = at::empty_like(g);
-  with_type(gate, [&](auto t) {
+  with_float_type(gate.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto f = [](const auto& in) { return std::array<Vector, 1>{in[0] * sigmoid(in[0]).share * in[1]}; };
     for_each_element<T, 2, 1>({g.const_data_ptr<T>(), v.const_data_ptr<T>()}, {out.data_ptr<T>()}, gate.numel(), f);
@@ -124,7 +112,7 @@ Tensor gated(const Tensor& gate, const Tensor& value) {
 std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& value) {
   const Tensor g = gate.contiguous(), v = like(gate, value), d = like(gate, grad);
   Tensor grad_gate = at::empty_like(g), grad_value = at::empty_like(g);
-  with_type(gate, [&](auto t) {
+  with_float_type(gate.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto f = [](const auto& in) {
       const Sigmoid s = sigmoid(in[1]);

@@ -23,17 +23,20 @@ using at::Tensor;
 
 constexpr float kNormEps = 1e-12f;
 
+struct Place {
+  int64_t part, image, head, position;  // part: queries, keys, values
+};
+
 struct Shape {
   int64_t images, positions, heads, channels;
 
-  // First element of a head's position among the heads [3, B, H, L, C].
-  int64_t among_heads(int64_t part, int64_t image, int64_t head, int64_t position) const {
-    return (((part * images + image) * heads + head) * positions + position) * channels;
+  // Where a head's row of a position begins in the projection, among the heads, and its place in [B, H, L].
+  int64_t in_projection(const Place& at) const {
+    return (((at.image * positions + at.position) * 3 + at.part) * heads + at.head) * channels;
   }
-  // ... and of its image and head among [B, H, L].
-  int64_t row(int64_t image, int64_t head, int64_t position) const {
-    return (image * heads + head) * positions + position;
-  }
+  int64_t among_heads(const Place& at) const { return (at.part * rows() + row(at)) * channels; }
+  int64_t row(const Place& at) const { return (at.image * heads + at.head) * positions + at.position; }
+  int64_t rows() const { return images * heads * positions; }
 };
 
 Shape shape_of_heads(const Tensor& heads) {
@@ -73,49 +76,6 @@ float dot(const float* a, const float* b, int64_t count) {
   return rest;
 }
 
-// to = pairs of neighbouring channels turned by their angles, (cos, sin) in `table`, and scaled.
-void turn(const float* from, const float* table, int64_t channels, float scale, bool back, float* to) {
-  for (int64_t i = 0; i < channels; i += 2) {
-    const float cosine = table[i] * scale, sine = (back ? -table[i + 1] : table[i + 1]) * scale;
-    to[i] = from[i] * cosine - from[i + 1] * sine;
-    to[i + 1] = from[i] * sine + from[i + 1] * cosine;
-  }
-}
-
-// visit(part, image, head, position) of all heads, a few positions of a head at a time: one position of all heads would
-// be as many streams of memory, a power of two apart.
-template <class Visit>
-void for_each_head(const Shape& shape, Visit visit) {
-  constexpr int64_t kTile = 16;
-  const int64_t tiles = (shape.positions + kTile - 1) / kTile;
-  at::parallel_for(0, shape.images * tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) {
-      const int64_t image = n / tiles, begin = n % tiles * kTile, end = std::min(begin + kTile, shape.positions);
-      for (int64_t part = 0; part < 3; ++part) {
-        for (int64_t head = 0; head < shape.heads; ++head) {
-          for (int64_t position = begin; position < end; ++position) visit(part, image, head, position);
-        }
-      }
-    }
-  });
-}
-
-int64_t in_projection(const Shape& shape, int64_t part, int64_t image, int64_t head, int64_t position) {
-  return (((image * shape.positions + position) * 3 + part) * shape.heads + head) * shape.channels;
-}
-
-template <class F>
-void with_type(const Tensor& x, F run) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return run(float());
-    case at::kBFloat16:
-      return run(BFloat16());
-    default:
-      TORCH_CHECK(false, "attention takes float32 and bf16, not ", x.scalar_type());
-  }
-}
-
 constexpr int64_t kMostChannels = 512;
 
 void check_channels(const Shape& shape) {
@@ -123,65 +83,98 @@ void check_channels(const Shape& shape) {
               " channels; give an even number up to ", kMostChannels);
 }
 
-const float* table_of(const Tensor& table, const Shape& shape) {
-  TORCH_CHECK(table.scalar_type() == at::kFloat && table.is_contiguous() && table.numel() == shape.positions * shape.channels,
-              "a rotary table of ", table.sizes(), " does not fit ", shape.positions, " positions of ", shape.channels,
-              " channels");
-  return table.const_data_ptr<float>();
+// Moves the rows of all heads from one layout to the other: values as they are, queries and keys as `change(place, row)`
+// leaves them, in float32. A few positions of a head at a time: one position of all heads would be as many streams of
+// memory, a power of two apart.
+template <class T, class From, class To, class Change>
+void move_heads(const Shape& shape, const Tensor& source, From from, Tensor& target, To to, Change change) {
+  constexpr int64_t kTile = 16;
+  const int64_t tiles = (shape.positions + kTile - 1) / kTile, channels = shape.channels;
+  const T* rows = source.const_data_ptr<T>();
+  T* out = target.data_ptr<T>();
+  at::parallel_for(0, shape.images * tiles, 1, [&](int64_t first, int64_t last) {
+    float wide[kMostChannels];
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t begin = n % tiles * kTile, end = std::min(begin + kTile, shape.positions);
+      for (int64_t stream = 0; stream < 3 * shape.heads; ++stream) {
+        for (int64_t position = begin; position < end; ++position) {
+          const Place place{stream / shape.heads, n / tiles, stream % shape.heads, position};
+          const T* row = rows + (shape.*from)(place);
+          if (place.part == 2) {
+            std::copy(row, row + channels, out + (shape.*to)(place));
+            continue;
+          }
+          widen_row(row, channels, wide);
+          change(place, wide);
+          narrow_row(wide, channels, out + (shape.*to)(place));
+        }
+      }
+    }
+  });
 }
 
-// Heads of LlamaGen: queries and keys turned, queries scaled.
-Tensor turned_heads(const Tensor& projection, const Tensor& table, int64_t heads, double scale) {
-  const Shape shape = shape_of_projection(projection, heads);
+template <class Change>
+Tensor heads_of(const Tensor& projection, const Shape& shape, Change change) {
   check_channels(shape);
   const Tensor from = projection.contiguous();
-  const float* angles = table_of(table, shape);
-  Tensor out = at::empty({3, shape.images, heads, shape.positions, shape.channels}, projection.options());
-  with_type(projection, [&](auto t) {
-    using T = decltype(t);
-    const T* source = from.const_data_ptr<T>();
-    T* to = out.data_ptr<T>();
-    for_each_head(shape, [&](int64_t part, int64_t image, int64_t head, int64_t position) {
-      const T* row = source + in_projection(shape, part, image, head, position);
-      T* target = to + shape.among_heads(part, image, head, position);
-      if (part == 2) {
-        std::copy(row, row + shape.channels, target);
-        return;
-      }
-      float wide[kMostChannels], turned[kMostChannels];
-      widen_row(row, shape.channels, wide);
-      turn(wide, angles + position * shape.channels, shape.channels, part == 0 ? float(scale) : 1.0f, false, turned);
-      narrow_row(turned, shape.channels, target);
-    });
+  Tensor out = at::empty({3, shape.images, shape.heads, shape.positions, shape.channels}, projection.options());
+  with_float_type(projection.scalar_type(), [&](auto t) {
+    move_heads<decltype(t)>(shape, from, &Shape::in_projection, out, &Shape::among_heads, change);
   });
   return out;
+}
+
+template <class Change>
+Tensor projection_of(const Tensor& heads, const Shape& shape, Change change) {
+  check_channels(shape);
+  const Tensor from = heads.contiguous();
+  Tensor out = at::empty({shape.images, shape.positions, 3 * shape.heads * shape.channels}, heads.options());
+  with_float_type(heads.scalar_type(), [&](auto t) {
+    move_heads<decltype(t)>(shape, from, &Shape::among_heads, out, &Shape::in_projection, change);
+  });
+  return out;
+}
+
+// ---- LlamaGen's heads: queries and keys turned, queries scaled ---------------------------------------------------
+
+// Pairs of neighbouring channels turned by their position's angles, (cos, sin) in `table`; or back.
+struct Turn {
+  const float* table;
+  int64_t channels;
+  float scale, direction;
+
+  Turn(const Tensor& angles, const Shape& shape, double scale_of_queries, bool back)
+      : channels(shape.channels), scale(scale_of_queries), direction(back ? -1.0f : 1.0f) {
+    TORCH_CHECK(angles.scalar_type() == at::kFloat && angles.is_contiguous() &&
+                    angles.numel() == shape.positions * shape.channels,
+                "a rotary table of ", angles.sizes(), " does not fit ", shape.positions, " positions of ", shape.channels,
+                " channels");
+    table = angles.const_data_ptr<float>();
+  }
+
+  void operator()(const Place& place, float* row) const {
+    const float* angles = table + place.position * channels;
+    const float factor = place.part == 0 ? scale : 1.0f;
+    for (int64_t i = 0; i < channels; i += 2) {
+      const float cosine = angles[i] * factor, sine = angles[i + 1] * factor * direction;
+      const float even = row[i], odd = row[i + 1];
+      row[i] = even * cosine - odd * sine;
+      row[i + 1] = even * sine + odd * cosine;
+    }
+  }
+};
+
+Tensor turned_heads(const Tensor& projection, const Tensor& table, int64_t heads, double scale) {
+  const Shape shape = shape_of_projection(projection, heads);
+  return heads_of(projection, shape, Turn(table, shape, scale, /*back=*/false));
 }
 
 Tensor turned_heads_backward(const Tensor& grad_heads, const Tensor& table, double scale) {
   const Shape shape = shape_of_heads(grad_heads);
-  check_channels(shape);
-  const Tensor from = grad_heads.contiguous();
-  const float* angles = table_of(table, shape);
-  Tensor out = at::empty({shape.images, shape.positions, 3 * shape.heads * shape.channels}, grad_heads.options());
-  with_type(grad_heads, [&](auto t) {
-    using T = decltype(t);
-    const T* source = from.const_data_ptr<T>();
-    T* to = out.data_ptr<T>();
-    for_each_head(shape, [&](int64_t part, int64_t image, int64_t head, int64_t position) {
-      const T* row = source + shape.among_heads(part, image, head, position);
-      T* target = to + in_projection(shape, part, image, head, position);
-      if (part == 2) {
-        std::copy(row, row + shape.channels, target);
-        return;
-      }
-      float wide[kMostChannels], turned[kMostChannels];
-      widen_row(row, shape.channels, wide);
-      turn(wide, angles + position * shape.channels, shape.channels, part == 0 ? float(scale) : 1.0f, true, turned);
-      narrow_row(turned, shape.channels, target);
-    });
-  });
-  return out;
+  return projection_of(grad_heads, shape, Turn(table, shape, scale, /*back=*/true));
 }
+
+// ---- VAR's heads: queries of length scale_H, keys of length 1 ----------------------------------------------------
 
 const float* scale_of(const Tensor& scale_H, const Shape& shape) {
   TORCH_CHECK(scale_H.scalar_type() == at::kFloat && scale_H.is_contiguous() && scale_H.numel() == shape.heads, "a scale of ",
@@ -189,36 +182,19 @@ const float* scale_of(const Tensor& scale_H, const Shape& shape) {
   return scale_H.const_data_ptr<float>();
 }
 
-// Heads of VAR: queries of length scale_H, keys of length 1; and the factors that made them so, [2, B, H, L] float32.
+// Also the factors that made them so, [2, B, H, L] float32.
 std::tuple<Tensor, Tensor> normalised_heads(const Tensor& projection, const Tensor& scale_H) {
   const Shape shape = shape_of_projection(projection, scale_H.numel());
-  check_channels(shape);
-  const Tensor from = projection.contiguous();
   const float* scale = scale_of(scale_H, shape);
-  Tensor out = at::empty({3, shape.images, shape.heads, shape.positions, shape.channels}, projection.options());
   Tensor factors = at::empty({2, shape.images, shape.heads, shape.positions}, scale_H.options());
-  float* factor_out = factors.data_ptr<float>();
-  with_type(projection, [&](auto t) {
-    using T = decltype(t);
-    const T* source = from.const_data_ptr<T>();
-    T* to = out.data_ptr<T>();
-    for_each_head(shape, [&](int64_t part, int64_t image, int64_t head, int64_t position) {
-      const T* row = source + in_projection(shape, part, image, head, position);
-      T* target = to + shape.among_heads(part, image, head, position);
-      if (part == 2) {
-        std::copy(row, row + shape.channels, target);
-        return;
-      }
-      float wide[kMostChannels];
-      widen_row(row, shape.channels, wide);
-      const float length = std::max(std::sqrt(dot(wide, wide, shape.channels)), kNormEps);
-      const float factor = (part == 0 ? scale[head] : 1.0f) / length;
-      for (int64_t i = 0; i < shape.channels; ++i) wide[i] *= factor;
-      narrow_row(wide, shape.channels, target);
-      factor_out[part * shape.images * shape.heads * shape.positions + shape.row(image, head, position)] = factor;
-    });
+  float* factors_out = factors.data_ptr<float>();
+  Tensor heads = heads_of(projection, shape, [&](const Place& place, float* row) {
+    const float length = std::max(std::sqrt(dot(row, row, shape.channels)), kNormEps);
+    const float factor = (place.part == 0 ? scale[place.head] : 1.0f) / length;
+    for (int64_t i = 0; i < shape.channels; ++i) row[i] *= factor;
+    factors_out[place.part * shape.rows() + shape.row(place)] = factor;
   });
-  return {out, factors};
+  return {heads, factors};
 }
 
 // Through y = factor * x of length l: factor * (g - y (y . g) / l^2). Also y . g of the queries, [B, H, L], from which the
@@ -226,34 +202,22 @@ std::tuple<Tensor, Tensor> normalised_heads(const Tensor& projection, const Tens
 std::tuple<Tensor, Tensor> normalised_heads_backward(const Tensor& grad_heads, const Tensor& heads, const Tensor& factors,
                                                      const Tensor& scale_H) {
   const Shape shape = shape_of_heads(heads);
-  check_channels(shape);
   TORCH_CHECK(grad_heads.sizes() == heads.sizes() && grad_heads.scalar_type() == heads.scalar_type(), "gradients ",
               grad_heads.sizes(), " do not fit heads ", heads.sizes());
-  const Tensor grad_from = grad_heads.contiguous(), from = heads.contiguous();
-  const float *scale = scale_of(scale_H, shape), *factor = factors.const_data_ptr<float>();
-  Tensor out = at::empty({shape.images, shape.positions, 3 * shape.heads * shape.channels}, heads.options());
+  const Tensor lengthened = heads.contiguous();
+  const float *scale = scale_of(scale_H, shape), *factors_in = factors.const_data_ptr<float>();
   Tensor along_q = at::empty({shape.images, shape.heads, shape.positions}, factors.options());
   float* along_out = along_q.data_ptr<float>();
-  with_type(heads, [&](auto t) {
-    using T = decltype(t);
-    const T *grads = grad_from.const_data_ptr<T>(), *rows = from.const_data_ptr<T>();
-    T* to = out.data_ptr<T>();
-    for_each_head(shape, [&](int64_t part, int64_t image, int64_t head, int64_t position) {
-      const int64_t offset = shape.among_heads(part, image, head, position), row = shape.row(image, head, position);
-      T* target = to + in_projection(shape, part, image, head, position);
-      if (part == 2) {
-        std::copy(grads + offset, grads + offset + shape.channels, target);
-        return;
-      }
-      float g[kMostChannels], y[kMostChannels];
-      widen_row(grads + offset, shape.channels, g);
-      widen_row(rows + offset, shape.channels, y);
-      const float along = dot(y, g, shape.channels), length = part == 0 ? scale[head] : 1.0f;
-      const float share = along / (length * length);
-      const float own = factor[part * shape.images * shape.heads * shape.positions + row];
-      for (int64_t i = 0; i < shape.channels; ++i) g[i] = own * (g[i] - y[i] * share);
-      narrow_row(g, shape.channels, target);
-      if (part == 0) along_out[row] = along;
+  Tensor out;
+  with_float_type(heads.scalar_type(), [&](auto t) {
+    const auto* rows = lengthened.const_data_ptr<decltype(t)>();
+    out = projection_of(grad_heads, shape, [&](const Place& place, float* g) {
+      float y[kMostChannels];
+      widen_row(rows + shape.among_heads(place), shape.channels, y);
+      const float along = dot(y, g, shape.channels), length = place.part == 0 ? scale[place.head] : 1.0f;
+      const float share = along / (length * length), factor = factors_in[place.part * shape.rows() + shape.row(place)];
+      for (int64_t i = 0; i < shape.channels; ++i) g[i] = factor * (g[i] - y[i] * share);
+      if (place.part == 0) along_out[shape.row(place)] = along;
     });
   });
   return {out, along_q};
@@ -337,7 +301,7 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Ten
     Workspace work(positions, channels);
     for (int64_t n = first; n < last; ++n) {
       const int64_t image = n / shape.heads, head = n % shape.heads;
-      const auto part = [&](int64_t number) { return all + shape.among_heads(number, image, head, 0); };
+      const auto part = [&](int64_t number) { return all + shape.among_heads({number, image, head, 0}); };
       pack_transposed(part(1), channels / 2, work.keys.data(), work.width, positions);
       pack_values(part(2), positions, channels, work.values.data());
       for (int64_t begin = 0; begin < positions; begin += kQueries) {
@@ -357,7 +321,7 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Ten
           const float scale = 1.0f / sums[r].sum;
           for (int64_t c = 0; c < channels; ++c) row[c] *= scale;
           narrow_row(row, channels, out + ((image * positions + begin + r) * shape.heads + head) * channels);
-          lse[shape.row(image, head, begin + r)] = sums[r].max + std::log(sums[r].sum);
+          lse[shape.row({0, image, head, begin + r})] = sums[r].max + std::log(sums[r].sum);
         }
       }
     }

@@ -1,6 +1,7 @@
 // What at::vec lacks for the CPU kernels: any element type as a pair of accumulator vectors, and a short exponential.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -149,6 +150,19 @@ inline A total(Vectorized<A> x) {
   A lanes[Vectorized<A>::size()];
   x.store(lanes);
   return std::accumulate(lanes, lanes + Vectorized<A>::size(), A(0));
+}
+
+// run(number of the type) for float32 and bf16.
+template <class F>
+void with_float_type(at::ScalarType type, F run) {
+  switch (type) {
+    case at::kFloat:
+      return run(float());
+    case at::kBFloat16:
+      return run(at::BFloat16());
+    default:
+      TORCH_CHECK(false, "the passes of a training step take float32 and bf16, not ", type);
+  }
 }
 
 }  // namespace cca_ds
