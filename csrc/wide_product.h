@@ -11,13 +11,12 @@
 
 namespace cca_ds {
 
-// out [rows, columns] float32 = a [rows, depth] times b, whose pairs of depth lie side by side: [depth / 2, columns, 2].
-// Callers end a parallel region with `wide_product_done`.
+// out [rows, columns] float32 = (or, with `add`, +=) a [rows, depth] times b, whose pairs of depth lie side by side:
+// [depth / 2, columns, 2]. Callers end a parallel region with `wide_product_done`.
 inline void wide_product(int64_t rows, int64_t columns, int64_t depth, const at::BFloat16* a, int64_t a_stride,
-                         const at::BFloat16* b, int64_t b_stride, float* out, int64_t out_stride) {
+                         const at::BFloat16* b, int64_t b_stride, float* out, int64_t out_stride, bool add = false) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-  at::native::cpublas::brgemm(rows, columns, depth, a_stride, b_stride, out_stride, /*add_C=*/false, a, b, out,
-                              /*is_vnni=*/true);
+  at::native::cpublas::brgemm(rows, columns, depth, a_stride, b_stride, out_stride, add, a, b, out, /*is_vnni=*/true);
 #endif
 }
 

@@ -116,7 +116,7 @@ def test_normalised_heads_and_back(way, dtype, channels):
 
 
 @pytest.mark.parametrize(
-    ("images", "heads", "length", "channels"), [(2, 3, 7, 16), (1, 2, 91, 8), (1, 2, 200, 64)]
+    ("images", "heads", "length", "channels"), [(2, 3, 7, 16), (1, 2, 91, 8), (2, 2, 200, 64)]
 )
 @pytest.mark.parametrize("steps", [1, 10])
 def test_attention_to_a_prefix(way, images, heads, length, channels, steps):
@@ -133,6 +133,16 @@ def test_attention_to_a_prefix(way, images, heads, length, channels, steps):
     scores = (q @ k.transpose(-1, -2)).masked_fill(~sees, -torch.inf)
     assert error(mixed, (scores.softmax(-1) @ v).transpose(1, 2)) < TOLERANCE[torch.bfloat16]
     assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+
+    def definition(heads):
+        scores = (heads[0] @ heads[1].transpose(-1, -2)).masked_fill(~sees, -torch.inf)
+        return (scores.softmax(-1) @ heads[2]).transpose(1, 2)
+
+    grad = torch.randn(images, length, heads, channels).bfloat16()
+    _, (expected,) = gradients(definition, [heads_3BHLC], grad)
+    found = prefix_attention.attend_backward(grad, heads_3BHLC, mixed, lse, segments)
+    for mine, true in zip(found, expected, strict=True):
+        assert error(mine, true) < 3 * TOLERANCE[torch.bfloat16]
 
 
 def test_attention_says_what_it_cannot_take():
@@ -167,4 +177,7 @@ def test_opcheck():
     check(ops.normalised_heads.default, (x, scale))
     check(ops.normalised_heads_backward.default, (heads, heads, factors, scale))
     if ops.has_prefix_attention():
-        check(ops.prefix_attention.default, (heads.bfloat16(), torch.arange(1, 10)))
+        heads, limits = heads.bfloat16(), torch.arange(1, 10)
+        check(ops.prefix_attention.default, (heads, limits))
+        mixed, lse = ops.prefix_attention(heads, limits)
+        check(ops.prefix_attention_backward.default, (mixed, heads, mixed, lse, limits))

@@ -158,6 +158,7 @@ def _register() -> None:
             factors.new_empty(factors.shape[1:]),
         ),
         "prefix_attention": _fake_prefix_attention,
+        "prefix_attention_backward": lambda grad, heads, mixed, lse, limits: torch.empty_like(heads),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"cca_ds::{name}", fake)

@@ -1,8 +1,9 @@
 """Attention in which a query sees the first so many keys, as both families' do: forward and backward for CPUs.
 
-The sequence is cut into segments; a segment's queries see all keys before it and, within it, those of its mask. The
-forward is csrc's kernel in bf16, where the processor has the products for it, and else PyTorch's flash kernel, segment
-by segment. The backward makes five matrix products a segment: PyTorch's own runs at a tenth of the matrix rate.
+The sequence is cut into segments; a segment's queries see all keys before it and, within it, those of its mask. In
+bf16, where the processor has the products for them, both are csrc's kernels. Else the forward is PyTorch's flash
+kernel, segment by segment, and the backward five matrix products a segment: PyTorch's own runs at a tenth of the matrix
+rate.
 
 Legend: B images, L positions, H heads, C channels of a head, Q queries of a segment, K keys up to its end.
 """
@@ -56,12 +57,16 @@ def has_prefix_kernel(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and has_kernel(x) and torch.ops.cca_ds.has_prefix_attention()
 
 
+def _has_kernel_for(heads_3BHLC: Tensor) -> bool:
+    return has_prefix_kernel(heads_3BHLC) and heads_3BHLC.shape[-1] % 2 == 0
+
+
 def attend(heads_3BHLC: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """Softmax of q k^T times v: [B, L, H, C], and the log-sum-exps [B, H, L], float32 (float64 from float64).
 
     Queries come scaled.
     """
-    if has_prefix_kernel(heads_3BHLC) and heads_3BHLC.shape[-1] % 2 == 0:
+    if _has_kernel_for(heads_3BHLC):
         return torch.ops.cca_ds.prefix_attention(heads_3BHLC, _limits(segments))
     q_BHLC, k_BHLC, v_BHLC = heads_3BHLC.unbind(0)
     mixed_BHLC = torch.empty_like(q_BHLC)
@@ -85,6 +90,11 @@ def attend_backward(
     grad_BLHC: Tensor, heads_3BHLC: Tensor, mixed_BLHC: Tensor, lse_BHL: Tensor, segments: Segments
 ) -> Tensor:
     """Gradients [3, B, H, L, C] of `attend`'s queries, keys and values."""
+    if _has_kernel_for(heads_3BHLC):
+        limits_L = _limits(segments)
+        return torch.ops.cca_ds.prefix_attention_backward(
+            grad_BLHC, heads_3BHLC, mixed_BLHC, lse_BHL, limits_L
+        )
     delta_BHL = torch.mul(grad_BLHC, mixed_BLHC).sum(-1, dtype=lse_BHL.dtype).transpose(1, 2)
     grad_BHLC = grad_BLHC.transpose(1, 2)
     grads_3BHLC = torch.empty_like(heads_3BHLC)
