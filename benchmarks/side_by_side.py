@@ -27,6 +27,10 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 CONTENDERS = ("ours", "original")
+ASKED = {  # of the original's time, and of its peak memory
+    "train_step": {"fp32": (0.85, 0.65), "bf16": (0.6, 0.65)},
+    "sample_speed": {"llamagen": (0.667, None), "var": (0.55, None)},
+}
 Contenders = dict[str, Callable[..., Callable[[], object]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -170,7 +174,36 @@ def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> 
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     os.replace(draft, path)
+    path.with_suffix(".md").write_text(table(name, known))
     print(json.dumps({key: known[key]}, indent=1))
+
+
+def table(name: str, known: dict[str, dict]) -> str:
+    """The results of `name` as Markdown: seconds and GiB of both, what was asked, and what the products alone take."""
+    lines = [
+        f"Ours beside the original's, `{name}.py`, medians; times of the processor, threads added up.",
+        "",
+        "| | s | original | share of its time (asked) | GiB | original | share (asked) | products alone, share |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for key, found in sorted(known.items()):
+        asked = next(asked for part, asked in ASKED[name].items() if part in key)
+        cells = [key]
+        for quantity, limit in zip(("processor_seconds", "peak_gib"), asked, strict=True):
+            share = found["ours_over_original"][quantity]
+            said = f" ({limit:g}{'' if share <= limit else ', missed'})" if limit else ""
+            values = (found[side][quantity] for side in CONTENDERS)
+            cells += [*(f"{value:.1f}" for value in values), f"{share:.2f}{said}"]
+        alone = found.get("products_alone")
+        cells.append(f"{alone['seconds'] / found['original']['seconds']:.2f}" if alone else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines += [
+        f"- {key}: {found['date']}, {found['device']}, {found['rounds']} rounds, commit {found['commit']}, "
+        f"`{found['command']}`"
+        for key, found in sorted(known.items())
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _processor() -> str:

@@ -22,7 +22,8 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES and backend() != "torch"
 
 
-def _has_head_kernel(x: Tensor, channels: int) -> bool:
+def has_head_kernel(x: Tensor, channels: int) -> bool:
+    """Whether csrc's passes over heads of so many channels do."""
     return has_kernel(x) and channels % 2 == 0 and channels <= _MOST_CHANNELS
 
 
@@ -73,7 +74,7 @@ def turned_heads(qkv_BLD: Tensor, table_LP2: Tensor, heads: int, scale: float) -
 
     `table_LP2` is `rotary_table`, float32; rounded once to the projection's dtype.
     """
-    if _has_head_kernel(qkv_BLD, qkv_BLD.shape[-1] // (3 * heads)):
+    if has_head_kernel(qkv_BLD, qkv_BLD.shape[-1] // (3 * heads)):
         return torch.ops.cca_ds.turned_heads(qkv_BLD, table_LP2, heads, scale)
     heads_3BHLC = split_heads(qkv_BLD, heads)
     return torch.cat([_turned(heads_3BHLC[:2], table_LP2, scale, False), heads_3BHLC[2:]])
@@ -81,7 +82,7 @@ def turned_heads(qkv_BLD: Tensor, table_LP2: Tensor, heads: int, scale: float) -
 
 def turned_heads_backward(grads_3BHLC: Tensor, table_LP2: Tensor, scale: float) -> Tensor:
     """The gradient [B, L, 3 D] of `turned_heads`' projection."""
-    if _has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
+    if has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
         return torch.ops.cca_ds.turned_heads_backward(grads_3BHLC, table_LP2, scale)
     return join_heads(torch.cat([_turned(grads_3BHLC[:2], table_LP2, scale, True), grads_3BHLC[2:]]))
 
@@ -96,7 +97,7 @@ def normalised_heads(qkv_BLD: Tensor, scale_H: Tensor) -> tuple[Tensor, Tensor]:
 
     `scale_H` and the factors are float32 (float64 with float64); rounded once to the projection's dtype.
     """
-    if _has_head_kernel(qkv_BLD, qkv_BLD.shape[-1] // (3 * len(scale_H))):
+    if has_head_kernel(qkv_BLD, qkv_BLD.shape[-1] // (3 * len(scale_H))):
         return torch.ops.cca_ds.normalised_heads(qkv_BLD, scale_H)
     heads_3BHLC = split_heads(qkv_BLD, len(scale_H))
     norms_2BHL = torch.linalg.vector_norm(heads_3BHLC[:2], dim=-1, dtype=scale_H.dtype).clamp_min(_NORM_EPS)
@@ -109,7 +110,7 @@ def normalised_heads_backward(
     grads_3BHLC: Tensor, heads_3BHLC: Tensor, factors_2BHL: Tensor, scale_H: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `normalised_heads`: of the projection [B, L, 3 D], and of the scale [H]."""
-    if _has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
+    if has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
         grad_qkv_BLD, along_BHL = torch.ops.cca_ds.normalised_heads_backward(
             grads_3BHLC, heads_3BHLC, factors_2BHL, scale_H
         )

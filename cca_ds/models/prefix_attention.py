@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cca_ds.models.cpu_kernels import has_kernel
+from cca_ds.models.cpu_kernels import has_head_kernel, has_kernel
 
 _CHUNK_SCORES = 1 << 19  # scores a step of the backward works on: what a processor's cache holds
 
@@ -58,7 +58,7 @@ def has_prefix_kernel(x: Tensor) -> bool:
 
 
 def _has_kernel_for(heads_3BHLC: Tensor) -> bool:
-    return has_prefix_kernel(heads_3BHLC) and heads_3BHLC.shape[-1] % 2 == 0
+    return has_prefix_kernel(heads_3BHLC) and has_head_kernel(heads_3BHLC, heads_3BHLC.shape[-1])
 
 
 def attend(heads_3BHLC: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ def main(output: str) -> None:
         results[bias] = {"state": state, "logp": torch.cat(gathered)}
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # a rank that exits while its threads run may abort
 
 
 if __name__ == "__main__":
