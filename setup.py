@@ -17,13 +17,14 @@ from setuptools import Extension, find_packages, setup
 CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
 CPU_SOURCES = [
-    f"csrc/{name}_cpu.cpp" for name in ("sequence_logp", "matmul", "activations", "attention", "decoding")
+    f"csrc/{name}_cpu.cpp"
+    for name in ("sequence_logp", "matmul", "activations", "heads", "attention", "decoding")
 ]
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/linear_sequence_logp.cpp"]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/sequence_logp_cuda.cu"]
 HEADERS = [
     f"csrc/{name}.h"
-    for name in ("sequence_logp", "sequence_logp_cuda", "vector_math", "huge_pages", "wide_product")
+    for name in ("sequence_logp", "sequence_logp_cuda", "vector_math", "huge_pages", "wide_product", "heads")
 ]
 CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-Wno-unknown-pragmas"]
 INSTRUCTION_SETS = {

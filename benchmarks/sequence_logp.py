@@ -10,6 +10,7 @@ own for each variant: the growth of the resident set (CPU) or of the allocator's
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -241,12 +242,6 @@ def main() -> None:
     from cca_ds.likelihood import backend
 
     dtypes = arguments.dtypes or (["bf16"] if arguments.device == "cuda" else list(DTYPES))
-    cases = []
-    for shape in arguments.shapes:
-        for dtype in dtypes:
-            for face in arguments.faces:
-                cases.append(measure_case(arguments, shape, dtype, face))
-                print(f"{shape} {dtype} {face} done", file=sys.stderr, flush=True)
     today = date.today().isoformat()
     report = {
         "command": "python benchmarks/sequence_logp.py " + " ".join(sys.argv[1:]),
@@ -256,12 +251,17 @@ def main() -> None:
         "commit": commit(),
         "torch": torch.__version__,
         "backend": backend(),
-        "cases": cases,
+        "cases": [],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = arguments.output / f"sequence_logp-{arguments.device}-{today}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(report))
+    for shape, dtype, face in itertools.product(arguments.shapes, dtypes, arguments.faces):
+        report["cases"].append(measure_case(arguments, shape, dtype, face))
+        print(f"{shape} {dtype} {face} done", file=sys.stderr, flush=True)
+        stem.with_suffix(".json").write_text(
+            json.dumps(report, indent=1) + "\n"
+        )  # kept if the rest is cut off
+        stem.with_suffix(".md").write_text(table(report))
     print(table(report))
 
 

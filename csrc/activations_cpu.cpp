@@ -69,44 +69,42 @@ Tensor like(const Tensor& x, const Tensor& other) {
   return other.contiguous();
 }
 
-Tensor gelu(const Tensor& x) {
-  const Tensor from = x.contiguous();
-  Tensor out = at::empty_like(from);
-  with_float_type(x.scalar_type(), [&](auto t) {
+// f of the elements of `in`, which are alike.
+template <size_t kIn, class F>
+Tensor of_elements(const std::array<Tensor, kIn>& in, F f) {
+  Tensor out = at::empty_like(in[0]);
+  with_float_type(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto f = [](const auto& in) {
-      const Vector square = in[0] * in[0];
-      return std::array<Vector, 1>{in[0] * sigmoid(in[0] * at::vec::fmadd(Vector(kCubic), square, Vector(kLinear))).share};
-    };
-    for_each_element<T, 1, 1>({from.const_data_ptr<T>()}, {out.data_ptr<T>()}, x.numel(), f);
+    std::array<const T*, kIn> from;
+    for (size_t k = 0; k < kIn; ++k) from[k] = in[k].template const_data_ptr<T>();
+    for_each_element<T, kIn, 1>(from, {out.data_ptr<T>()}, out.numel(), [&](const auto& x) {
+      return std::array<Vector, 1>{f(x)};
+    });
   });
   return out;
+}
+
+Vector exponent_of_gelu(Vector x, Vector square) {
+  return x * at::vec::fmadd(Vector(kCubic), square, Vector(kLinear));
+}
+
+Tensor gelu(const Tensor& x) {
+  return of_elements<1>({x.contiguous()}, [](const auto& in) {
+    return in[0] * sigmoid(exponent_of_gelu(in[0], in[0] * in[0])).share;
+  });
 }
 
 Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
-  const Tensor from = x.contiguous(), grad_from = like(x, grad);
-  Tensor out = at::empty_like(from);
-  with_float_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const auto f = [](const auto& in) {
-      const Vector square = in[1] * in[1], slope = at::vec::fmadd(Vector(3 * kCubic), square, Vector(kLinear));
-      const Sigmoid s = sigmoid(in[1] * at::vec::fmadd(Vector(kCubic), square, Vector(kLinear)));
-      return std::array<Vector, 1>{in[0] * s.share * at::vec::fmadd(in[1] * s.rest, slope, Vector(1.0f))};
-    };
-    for_each_element<T, 2, 1>({grad_from.const_data_ptr<T>(), from.const_data_ptr<T>()}, {out.data_ptr<T>()}, x.numel(), f);
+  return of_elements<2>({x.contiguous(), like(x, grad)}, [](const auto& in) {
+    const Vector square = in[0] * in[0], slope = at::vec::fmadd(Vector(3 * kCubic), square, Vector(kLinear));
+    const Sigmoid s = sigmoid(exponent_of_gelu(in[0], square));
+    return in[1] * s.share * at::vec::fmadd(in[0] * s.rest, slope, Vector(1.0f));
   });
-  return out;
 }
 
 Tensor gated(const Tensor& gate, const Tensor& value) {
-  const Tensor g = gate.contiguous(), v = like(gate, value);
-  Tensor out = at::empty_like(g);
-  with_float_type(gate.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const auto f = [](const auto& in) { return std::array<Vector, 1>{in[0] * sigmoid(in[0]).share * in[1]}; };
-    for_each_element<T, 2, 1>({g.const_data_ptr<T>(), v.const_data_ptr<T>()}, {out.data_ptr<T>()}, gate.numel(), f);
-  });
-  return out;
+  return of_elements<2>({gate.contiguous(), like(gate, value)},
+                        [](const auto& in) { return in[0] * sigmoid(in[0]).share * in[1]; });
 }
 
 std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& value) {
