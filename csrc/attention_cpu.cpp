@@ -1,5 +1,5 @@
-// Attention of a training step on a CPU in bf16: softmax(q k^T) v where every query sees the first so many keys, as both
-// families' do, and its gradients. Compiled once per instruction set; letters as in heads.h.
+// Attention of a training step on a CPU: softmax(q k^T) v where every query sees the first so many keys, as both families'
+// do, and its gradients. Compiled once per instruction set; letters as in heads.h.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -15,33 +15,25 @@
 namespace cca_ds {
 namespace {
 
-using at::BFloat16;
-
 constexpr int64_t kQueries = 64;  // of a block: its scores, and a head's keys and values, stay in the second-level cache
-constexpr int64_t kTurned = 96;   // between rows of turned scores: 64 would put them in the same few lines of the caches
+constexpr int64_t kTurned = 96;   // between rows of turned queries: 64 would put them in the same few lines of the caches
+constexpr int64_t kJump = 32;     // a block ends where the next query sees more than so many keys more
 
 int64_t rounded_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// Rows [L, C] as pairs of positions side by side, [L / 2, C, 2]; the partner of an odd last one is 0.
-void pack_rows(const BFloat16* from, int64_t positions, int64_t channels, BFloat16* to) {
-  for (int64_t l = 0; l < positions; l += 2) {
-    const BFloat16 *even = from + l * channels, *odd = even + channels;
-    BFloat16* pair = to + l * channels;
-    for (int64_t c = 0; c < channels; ++c) pair[2 * c] = even[c];
-    if (l + 1 < positions) {
-      for (int64_t c = 0; c < channels; ++c) pair[2 * c + 1] = odd[c];
-    } else {
-      for (int64_t c = 0; c < channels; ++c) pair[2 * c + 1] = BFloat16(0.0f);
-    }
-  }
+// The depth of a product of so many rows.
+template <class T>
+int64_t whole_depth(int64_t rows) {
+  return kPaired<T> ? rounded_up(rows, 2) : rows;
 }
 
-// powers = exp(scores - maximum) of the first `visible` in bf16, and 0 for the others up to `end`. Scores have room for,
-// and lose, what lies behind the visible ones up to a multiple of 32.
-RowSum<float> row_powers(float* scores, int64_t visible, int64_t end, BFloat16* powers) {
-  constexpr int64_t kStep = step_of<BFloat16>();
+// powers = exp(scores - maximum) of the first `visible`, and 0 for the others up to `end`. Scores have room for, and lose,
+// what lies behind the visible ones up to a multiple of 32; float32 powers may take their place.
+template <class T>
+RowSum<float> row_powers(float* scores, int64_t visible, int64_t end, T* powers) {
+  constexpr int64_t kStep = step_of<T>();
   const int64_t whole = rounded_up(visible, kStep);
   std::fill(scores + visible, scores + whole, negative_infinity<float>());
   Vectorized<float> max_a(negative_infinity<float>()), max_b = max_a;
@@ -59,7 +51,7 @@ RowSum<float> row_powers(float* scores, int64_t visible, int64_t end, BFloat16* 
     sum_b = sum_b + power.b;
     store_two(powers + i, power);
   }
-  if (whole < end) std::fill(powers + whole, powers + end, BFloat16(0.0f));
+  if (whole < end) std::fill(powers + whole, powers + end, T(0.0f));
   return {max, total(sum_a + sum_b)};
 }
 
@@ -75,11 +67,16 @@ const int64_t* limits_of(const Tensor& limits_L, const Shape& shape) {
   return limits;
 }
 
+bool has_prefix_attention(bool in_bf16) {
+  return in_bf16 ? has_wide_product<at::BFloat16>() : has_wide_product<float>();
+}
+
 Shape shape_of_attention(const Tensor& heads) {
   const Shape shape = shape_of_heads(heads);
   check_channels(shape);
-  TORCH_CHECK(has_wide_product() && heads.scalar_type() == at::kBFloat16, "prefix_attention takes bf16, on a processor with ",
-              "its products");
+  const bool in_bf16 = heads.scalar_type() == at::kBFloat16;
+  TORCH_CHECK((in_bf16 || heads.scalar_type() == at::kFloat) && has_prefix_attention(in_bf16), "prefix_attention takes bf16 and float32, on a processor with their ",
+              "block products, not ", heads.scalar_type());
   return shape;
 }
 
@@ -88,63 +85,72 @@ struct Block {
   int64_t begin, rows, keys;
 };
 
+std::vector<Block> blocks_of(const int64_t* limits, int64_t positions) {
+  std::vector<Block> blocks;
+  for (int64_t begin = 0, end; begin < positions; begin = end) {
+    end = begin + 1;
+    while (end < std::min(begin + kQueries, positions) && limits[end] - limits[end - 1] <= kJump) ++end;
+    blocks.push_back({begin, end - begin, limits[end - 1]});
+  }
+  return blocks;
+}
+
 // prepare(work, head), visit(work, head, block) for its blocks in order, finish(work, head), for each head by its first row.
-template <class Work, class Prepare, class Visit, class Finish>
+template <class T, class Work, class Prepare, class Visit, class Finish>
 void for_each_block(const Shape& shape, const int64_t* limits, Prepare prepare, Visit visit, Finish finish) {
+  const std::vector<Block> blocks = blocks_of(limits, shape.positions);
   at::parallel_for(0, shape.images * shape.heads, 1, [&](int64_t first, int64_t last) {
     Work work(shape);
     for (int64_t n = first; n < last; ++n) {
       const Place head{0, n / shape.heads, n % shape.heads, 0};
       prepare(work, head);
-      for (int64_t begin = 0; begin < shape.positions; begin += kQueries) {
-        const int64_t rows = std::min(kQueries, shape.positions - begin);
-        visit(work, head, Block{begin, rows, limits[begin + rows - 1]});
-      }
+      for (const Block& block : blocks) visit(work, head, block);
       finish(work, head);
     }
-    wide_product_done();
+    wide_product_done<T>();
   });
 }
 
+template <class T>
 struct ForwardWork {
   int64_t width;  // of a row of scores: the keys, rounded up
-  std::vector<BFloat16> keys, values, powers;
+  std::vector<T> keys, values, powers;
   std::vector<float> scores, mixed;
 
   explicit ForwardWork(const Shape& s)
-      : width(rounded_up(s.positions, 32)), keys(s.channels * width), values(s.channels * width), powers(kQueries * width),
-        scores(kQueries * width), mixed(kQueries * s.channels) {}
+      : width(rounded_up(s.positions, 32)), keys(s.channels * width), values(kPaired<T> ? s.channels * width : 0),
+        powers(kPaired<T> ? kQueries * width : 0), scores(kQueries * width), mixed(kQueries * s.channels) {}
+
+  T* powers_of(int64_t row) {
+    if constexpr (kPaired<T>) return powers.data() + row * width;
+    else return scores.data() + row * width;
+  }
 };
 
-// Softmax of q k^T over the first limits[l] keys of query l, times v: [B, L, H, C], and the log-sum-exps [B, H, L] float32.
-std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Tensor& limits_L) {
-  const Shape shape = shape_of_attention(heads_3BHLC);
-  const Tensor heads = heads_3BHLC.contiguous();
-  const int64_t* limits = limits_of(limits_L, shape);
+template <class T>
+void attend(const Shape& shape, const Tensor& heads, const int64_t* limits, Tensor& mixed_BLHC, Tensor& lse_BHL) {
+  using Work = ForwardWork<T>;
   const int64_t positions = shape.positions, channels = shape.channels;
-  Tensor mixed_BLHC = at::empty({shape.images, positions, shape.heads, channels}, heads.options());
-  Tensor lse_BHL = at::empty({shape.images, shape.heads, positions}, heads.options().dtype(at::kFloat));
-  const BFloat16* all = heads.const_data_ptr<BFloat16>();
-  BFloat16* out = mixed_BLHC.data_ptr<BFloat16>();
+  const T* all = heads.const_data_ptr<T>();
+  T* out = mixed_BLHC.data_ptr<T>();
   float* lse = lse_BHL.data_ptr<float>();
   const auto part = [&](int64_t number, const Place& head) {
     return all + shape.among_heads({number, head.image, head.head, 0});
   };
-  const auto prepare = [&](ForwardWork& work, const Place& head) {
-    pack_transposed(part(1, head), channels / 2, work.keys.data(), work.width, positions);
-    pack_rows(part(2, head), positions, channels, work.values.data());
+  const auto prepare = [&](Work& work, const Place& head) {
+    turn_second(part(1, head), channels, work.keys.data(), work.width, positions);
+    second_of(part(2, head), channels, positions, channels, work.values.data(), channels);
   };
-  const auto mix = [&](ForwardWork& work, const Place& head, const Block& block) {
-    const int64_t even_keys = rounded_up(block.keys, 2);
+  const auto mix = [&](Work& work, const Place& head, const Block& block) {
+    const int64_t depth = whole_depth<T>(block.keys);
     wide_product(block.rows, block.keys, channels, part(0, head) + block.begin * channels, channels, work.keys.data(),
                  work.width, work.scores.data(), work.width);
     RowSum<float> sums[kQueries];
     for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t offset = r * work.width;
-      sums[r] = row_powers(work.scores.data() + offset, limits[block.begin + r], even_keys, work.powers.data() + offset);
+      sums[r] = row_powers(work.scores.data() + r * work.width, limits[block.begin + r], depth, work.powers_of(r));
     }
-    wide_product(block.rows, channels, even_keys, work.powers.data(), work.width, work.values.data(), channels,
-                 work.mixed.data(), channels);
+    const T* values = kPaired<T> ? work.values.data() : part(2, head);
+    wide_product(block.rows, channels, depth, work.powers_of(0), work.width, values, channels, work.mixed.data(), channels);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t position = block.begin + r;
       float* row = work.mixed.data() + r * channels;
@@ -154,27 +160,49 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Ten
       lse[shape.row({0, head.image, head.head, position})] = sums[r].max + std::log(sums[r].sum);
     }
   };
-  for_each_block<ForwardWork>(shape, limits, prepare, mix, [](ForwardWork&, const Place&) {});
+  for_each_block<T, Work>(shape, limits, prepare, mix, [](Work&, const Place&) {});
+}
+
+// Softmax of q k^T over the first limits[l] keys of query l, times v: [B, L, H, C], and the log-sum-exps [B, H, L] float32.
+std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Tensor& limits_L) {
+  const Shape shape = shape_of_attention(heads_3BHLC);
+  const Tensor heads = heads_3BHLC.contiguous();
+  Tensor mixed_BLHC = at::empty({shape.images, shape.positions, shape.heads, shape.channels}, heads.options());
+  Tensor lse_BHL = at::empty({shape.images, shape.heads, shape.positions}, heads.options().dtype(at::kFloat));
+  const int64_t* limits = limits_of(limits_L, shape);
+  with_float_type(heads.scalar_type(), [&](auto t) { attend<decltype(t)>(shape, heads, limits, mixed_BLHC, lse_BHL); });
   return {mixed_BLHC, lse_BHL};
 }
 
+template <class T>
 struct BackwardWork {
   int64_t width;
-  std::vector<BFloat16> keys_turned, values_turned, keys, queries, grads, powers, slopes, turned;
-  std::vector<float> scores, products, grad_queries, grad_keys, grad_values;
+  std::vector<T> keys_turned, values_turned, keys, grads, turned, powers, slopes, packed;
+  std::vector<float> scores, products, grad_queries, grad_keys, grad_values, sums;
 
   explicit BackwardWork(const Shape& s)
       : width(rounded_up(s.positions, 32)), keys_turned(s.channels * width), values_turned(s.channels * width),
-        keys(s.channels * width), queries(s.channels * kQueries), grads(s.channels * kQueries), powers(kQueries * width),
-        slopes(kQueries * width), turned(kTurned * width), scores(kQueries * width), products(kQueries * width),
-        grad_queries(kQueries * s.channels), grad_keys(s.channels * width), grad_values(s.channels * width) {}
+        keys(kPaired<T> ? s.channels * width : 0), grads(kQueries * s.channels), turned(s.channels * kTurned),
+        powers(kPaired<T> ? kQueries * width : 0), slopes(powers.size()), packed(powers.size()), scores(kQueries * width),
+        products(kQueries * width), grad_queries(kQueries * s.channels), grad_keys(s.channels * width),
+        grad_values(s.channels * width), sums(kPaired<T> ? s.channels * width : 0) {}
+
+  // In float32 powers take the place of the scores, and slopes that of the products.
+  T* powers_of(int64_t row) {
+    if constexpr (kPaired<T>) return powers.data() + row * width;
+    else return scores.data() + row * width;
+  }
+  T* slopes_of(int64_t row) {
+    if constexpr (kPaired<T>) return slopes.data() + row * width;
+    else return products.data() + row * width;
+  }
 };
 
-// powers P = exp(scores - lse) and slopes dS = P (products - delta), in bf16, of the first `visible`; 0 up to `end`. All
-// four have room up to a multiple of 32 behind the visible ones, and the two of float32 lose what lies there.
-void row_slopes(float* scores, float* products, int64_t visible, int64_t end, float lse, float delta, BFloat16* powers,
-                BFloat16* slopes) {
-  constexpr int64_t kStep = step_of<BFloat16>();
+// powers P = exp(scores - lse) and slopes dS = P (products - delta) of the first `visible`; 0 up to `end`. All four have
+// room up to a multiple of 32 behind the visible ones, and the two of float32 lose what lies there.
+template <class T>
+void row_slopes(float* scores, float* products, int64_t visible, int64_t end, float lse, float delta, T* powers, T* slopes) {
+  constexpr int64_t kStep = step_of<T>();
   const int64_t whole = rounded_up(visible, kStep);
   std::fill(scores + visible, scores + whole, negative_infinity<float>());
   std::fill(products + visible, products + whole, 0.0f);
@@ -186,38 +214,30 @@ void row_slopes(float* scores, float* products, int64_t visible, int64_t end, fl
     store_two(slopes + i, Two<float>{power.a * (y.a - below), power.b * (y.b - below)});
   }
   if (whole >= end) return;
-  std::fill(powers + whole, powers + end, BFloat16(0.0f));
-  std::fill(slopes + whole, slopes + end, BFloat16(0.0f));
+  std::fill(powers + whole, powers + end, T(0.0f));
+  std::fill(slopes + whole, slopes + end, T(0.0f));
 }
 
-// Gradients [3, B, H, L, C] of the heads, from that of the mixed values [B, L, H, C].
-Tensor prefix_attention_backward(const Tensor& grad_BLHC, const Tensor& heads_3BHLC, const Tensor& mixed_BLHC,
-                                 const Tensor& lse_BHL, const Tensor& limits_L) {
-  const Shape shape = shape_of_attention(heads_3BHLC);
+template <class T>
+void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads, const Tensor& mixed, const Tensor& lse_BHL,
+                     const int64_t* limits, Tensor& grads_3BHLC) {
+  using Work = BackwardWork<T>;
   const int64_t positions = shape.positions, channels = shape.channels, stride = shape.heads * channels;
-  TORCH_CHECK(grad_BLHC.sizes() == mixed_BLHC.sizes() && mixed_BLHC.numel() == shape.rows() * channels &&
-                  lse_BHL.numel() == shape.rows() && grad_BLHC.scalar_type() == at::kBFloat16,
-              "a gradient ", grad_BLHC.sizes(), " does not fit heads ", heads_3BHLC.sizes());
-  const Tensor heads = heads_3BHLC.contiguous(), grad = grad_BLHC.contiguous(), mixed = mixed_BLHC.contiguous();
-  const int64_t* limits = limits_of(limits_L, shape);
-  const BFloat16 *all = heads.const_data_ptr<BFloat16>(), *mixed_in = mixed.const_data_ptr<BFloat16>();
-  const BFloat16* grad_in = grad.const_data_ptr<BFloat16>();
+  const T *all = heads.const_data_ptr<T>(), *mixed_in = mixed.const_data_ptr<T>(), *grad_in = grad.const_data_ptr<T>();
   const float* lse = lse_BHL.const_data_ptr<float>();
-  Tensor grads_3BHLC = at::empty_like(heads);
-  BFloat16* out = grads_3BHLC.data_ptr<BFloat16>();
+  T* out = grads_3BHLC.data_ptr<T>();
   const auto offset = [&](int64_t number, const Place& head) {
     return shape.among_heads({number, head.image, head.head, 0});
   };
-  const auto prepare = [&](BackwardWork& work, const Place& head) {
-    pack_transposed(all + offset(1, head), channels / 2, work.keys_turned.data(), work.width, positions);
-    pack_transposed(all + offset(2, head), channels / 2, work.values_turned.data(), work.width, positions);
-    pack_rows(all + offset(1, head), positions, channels, work.keys.data());
+  const auto prepare = [&](Work& work, const Place& head) {
+    turn_second(all + offset(1, head), channels, work.keys_turned.data(), work.width, positions);
+    turn_second(all + offset(2, head), channels, work.values_turned.data(), work.width, positions);
+    second_of(all + offset(1, head), channels, positions, channels, work.keys.data(), channels);
     std::fill(work.grad_keys.begin(), work.grad_keys.end(), 0.0f);
     std::fill(work.grad_values.begin(), work.grad_values.end(), 0.0f);
   };
-  const auto differentiate = [&](BackwardWork& work, const Place& head, const Block& block) {
-    const int64_t even_keys = rounded_up(block.keys, 2), even_rows = rounded_up(block.rows, 2);
-    BFloat16 own_grads[kQueries * kMostChannels];  // of the block's rows, one after another
+  const auto differentiate = [&](Work& work, const Place& head, const Block& block) {
+    T* own_grads = work.grads.data();  // of the block's rows, one after another
     float deltas[kQueries];
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t at = (head.image * positions + block.begin + r) * stride + head.head * channels;
@@ -227,41 +247,60 @@ Tensor prefix_attention_backward(const Tensor& grad_BLHC, const Tensor& heads_3B
       deltas[r] = dot(wide_grad, wide_mixed, channels);
       std::copy(grad_in + at, grad_in + at + channels, own_grads + r * channels);
     }
-    const BFloat16* own_queries = all + offset(0, head) + block.begin * channels;
+    const T* own_queries = all + offset(0, head) + block.begin * channels;
     wide_product(block.rows, block.keys, channels, own_queries, channels, work.keys_turned.data(), work.width,
                  work.scores.data(), work.width);
     wide_product(block.rows, block.keys, channels, own_grads, channels, work.values_turned.data(), work.width,
                  work.products.data(), work.width);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t row = r * work.width, position = block.begin + r;
-      row_slopes(work.scores.data() + row, work.products.data() + row, limits[position], even_keys,
-                 lse[shape.row({0, head.image, head.head, position})], deltas[r], work.powers.data() + row,
-                 work.slopes.data() + row);
+      row_slopes(work.scores.data() + row, work.products.data() + row, limits[position], whole_depth<T>(block.keys),
+                 lse[shape.row({0, head.image, head.head, position})], deltas[r], work.powers_of(r), work.slopes_of(r));
     }
-    wide_product(block.rows, channels, even_keys, work.slopes.data(), work.width, work.keys.data(), channels,
+    const T* keys = kPaired<T> ? work.keys.data() : all + offset(1, head);
+    wide_product(block.rows, channels, whole_depth<T>(block.keys), work.slopes_of(0), work.width, keys, channels,
                  work.grad_queries.data(), channels);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      narrow_row(work.grad_queries.data() + r * channels, channels, out + offset(0, head) + (block.begin + r) * channels);
-    }
-    // keys and values gather P^T g and dS^T q over the blocks
-    const auto gather = [&](const std::vector<BFloat16>& of_rows, const BFloat16* rows, std::vector<BFloat16>& packed,
-                            std::vector<float>& sums) {
-      pack_rows(rows, block.rows, channels, packed.data());
-      transpose<BFloat16, 32>(of_rows.data(), work.width, work.turned.data(), kTurned, block.rows, block.keys);
-      if (even_rows > block.rows) {
-        for (int64_t key = 0; key < block.keys; ++key) work.turned[key * kTurned + block.rows] = BFloat16(0.0f);
-      }
-      wide_product(block.keys, channels, even_rows, work.turned.data(), kTurned, packed.data(), channels, sums.data(), channels,
-                   /*add=*/true);
+    narrow_row(work.grad_queries.data(), block.rows * channels, out + offset(0, head) + block.begin * channels);
+    // keys and values gather q^T dS and g^T P over the blocks, both [C, keys]
+    const auto gather = [&](const T* rows, const T* of_rows, std::vector<float>& sums) {
+      const int64_t depth = whole_depth<T>(block.rows);
+      transpose<T, 64 / sizeof(T)>(rows, channels, work.turned.data(), kTurned, block.rows, channels);
+      for (int64_t c = 0; depth > block.rows && c < channels; ++c) work.turned[c * kTurned + block.rows] = T(0.0f);
+      const auto second = second_of(of_rows, work.width, block.rows, block.keys, work.packed.data(), work.width);
+      wide_product(channels, block.keys, depth, work.turned.data(), kTurned, second.data, second.stride, sums.data(),
+                   work.width, /*add=*/true);
     };
-    gather(work.powers, own_grads, work.grads, work.grad_values);
-    gather(work.slopes, own_queries, work.queries, work.grad_keys);
+    gather(own_grads, work.powers_of(0), work.grad_values);
+    gather(own_queries, work.slopes_of(0), work.grad_keys);
   };
-  const auto finish = [&](BackwardWork& work, const Place& head) {
-    narrow_row(work.grad_keys.data(), positions * channels, out + offset(1, head));
-    narrow_row(work.grad_values.data(), positions * channels, out + offset(2, head));
+  const auto finish = [&](Work& work, const Place& head) {
+    for (const int64_t number : {1, 2}) {
+      const std::vector<float>& sums = number == 1 ? work.grad_keys : work.grad_values;
+      T* to = out + offset(number, head);
+      if constexpr (kPaired<T>) {
+        transpose<float, 16>(sums.data(), work.width, work.sums.data(), channels, channels, positions);
+        narrow_row(work.sums.data(), positions * channels, to);
+      } else {
+        transpose<float, 16>(sums.data(), work.width, to, channels, channels, positions);
+      }
+    }
   };
-  for_each_block<BackwardWork>(shape, limits, prepare, differentiate, finish);
+  for_each_block<T, Work>(shape, limits, prepare, differentiate, finish);
+}
+
+// Gradients [3, B, H, L, C] of the heads, from that of the mixed values [B, L, H, C].
+Tensor prefix_attention_backward(const Tensor& grad_BLHC, const Tensor& heads_3BHLC, const Tensor& mixed_BLHC,
+                                 const Tensor& lse_BHL, const Tensor& limits_L) {
+  const Shape shape = shape_of_attention(heads_3BHLC);
+  TORCH_CHECK(grad_BLHC.sizes() == mixed_BLHC.sizes() && mixed_BLHC.numel() == shape.rows() * shape.channels &&
+                  lse_BHL.numel() == shape.rows() && grad_BLHC.scalar_type() == heads_3BHLC.scalar_type(),
+              "a gradient ", grad_BLHC.sizes(), " does not fit heads ", heads_3BHLC.sizes());
+  const Tensor heads = heads_3BHLC.contiguous(), grad = grad_BLHC.contiguous(), mixed = mixed_BLHC.contiguous();
+  Tensor grads_3BHLC = at::empty_like(heads);
+  const int64_t* limits = limits_of(limits_L, shape);
+  with_float_type(heads.scalar_type(), [&](auto t) {
+    attend_backward<decltype(t)>(shape, grad, heads, mixed, lse_BHL, limits, grads_3BHLC);
+  });
   return grads_3BHLC;
 }
 
@@ -272,7 +311,7 @@ TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
 
 // Takes no tensor, so no device: there is one CPU.
 TORCH_LIBRARY_IMPL(cca_ds, CompositeExplicitAutograd, m) {
-  m.impl("has_prefix_attention", has_wide_product);
+  m.impl("has_prefix_attention", has_prefix_attention);
 }
 
 }  // namespace

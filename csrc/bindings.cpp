@@ -34,7 +34,7 @@ TORCH_LIBRARY(cca_ds, m) {
       "(Tensor grad_projection, Tensor along)");
   m.def("prefix_attention(Tensor heads, Tensor limits) -> (Tensor mixed, Tensor lse)");
   m.def("prefix_attention_backward(Tensor grad, Tensor heads, Tensor mixed, Tensor lse, Tensor limits) -> Tensor");
-  m.def("has_prefix_attention() -> bool");
+  m.def("has_prefix_attention(bool in_bf16) -> bool");
   // A decoding step, without gradients: a linear layer of few rows, and attention of one query to a head's live slots.
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("one_query_attention(Tensor query, Tensor keys, Tensor values) -> Tensor");

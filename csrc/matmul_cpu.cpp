@@ -23,7 +23,7 @@ constexpr int64_t kTransposed = 2048;
 
 bool takes_wide_product(const Tensor& weight_VD) {
   return weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && weight_VD.numel() > 0 &&
-         has_wide_product();
+         has_wide_product<at::BFloat16>();
 }
 
 // The weight as `wide_logits` reads it: float32 where there is no bf16 x bf16 -> float32 product; else [V / 256, D / 2,
@@ -39,7 +39,7 @@ Tensor pack_weight(const Tensor& weight_VD) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t columns = std::min(kColumns, vocabulary - block * kColumns);
       const int64_t offset = block * kColumns * pairs * 2;
-      pack_transposed(from + offset, pairs, to + offset, kColumns, columns);
+      turn_second(from + offset, 2 * pairs, to + offset, kColumns, columns);
     }
   });
   return packed;
@@ -65,7 +65,7 @@ void wide_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor out_NV) {
                      weight + block * width * kColumns, kColumns, out + row * stride + column, stride);
       }
     }
-    wide_product_done();
+    wide_product_done<at::BFloat16>();
   });
 }
 

@@ -1,4 +1,5 @@
-// The vendor's bf16 x bf16 -> float32 product of small blocks, where the processor has one (AMX, or AVX-512 with bf16).
+// The vendor's products of small blocks with a float32 result, of bf16 (AMX, or AVX-512 with bf16) or of float32, where
+// the processor has them.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -7,43 +8,49 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <type_traits>
 #include <vector>
 
 namespace cca_ds {
 
-// out [rows, columns] float32 = (or, with `add`, +=) a [rows, depth] times b, whose pairs of depth lie side by side:
-// [depth / 2, columns, 2]. Callers end a parallel region with `wide_product_done`.
-inline void wide_product(int64_t rows, int64_t columns, int64_t depth, const at::BFloat16* a, int64_t a_stride,
-                         const at::BFloat16* b, int64_t b_stride, float* out, int64_t out_stride, bool add = false) {
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-  at::native::cpublas::brgemm(rows, columns, depth, a_stride, b_stride, out_stride, add, a, b, out, /*is_vnni=*/true);
+// Whether a second factor's rows lie as pairs: two rows' numbers of a column side by side, [depth / 2, columns, 2].
+template <class T>
+constexpr bool kPaired = sizeof(T) == 2;
+
+// out [rows, columns] float32 = (or, with `add`, +=) a [rows, depth] times b, which is [depth, columns], or of pairs in
+// bf16. Callers end a parallel region with `wide_product_done`.
+template <class T>
+inline void wide_product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b,
+                         int64_t b_stride, float* out, int64_t out_stride, bool add = false) {
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+  at::native::cpublas::brgemm(rows, columns, depth, a_stride, b_stride, out_stride, add, a, b, out, kPaired<T>);
+#elif defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  if constexpr (kPaired<T>) at::native::cpublas::brgemm(rows, columns, depth, a_stride, b_stride, out_stride, add, a, b, out);
 #endif
 }
 
+template <class T>
 inline void wide_product_done() {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-  at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  at::native::cpublas::brgemm_release(kPaired<T>);
 #endif
 }
 
 // Found by trying, once.
+template <class T>
 inline bool has_wide_product() {
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
   static const bool runs = [] {
-    std::vector<at::BFloat16> ones(32 * 32, at::BFloat16(1.0f));
+    std::vector<T> ones(32 * 32, T(1.0f));
     std::vector<float> out(32 * 32, 0.0f);
     try {
-      wide_product(32, 32, 32, ones.data(), 32, ones.data(), 32, out.data(), 32);
-      wide_product_done();
+      wide_product<T>(32, 32, 32, ones.data(), 32, ones.data(), 32, out.data(), 32);
+      wide_product_done<T>();
     } catch (const std::exception&) {
       return false;
     }
     return std::all_of(out.begin(), out.end(), [](float x) { return x == 32.0f; });
   }();
   return runs;
-#else
-  return false;
-#endif
 }
 
 // to[c, r] = from[r, c], elements of 2 or 4 bytes moved as they are.
@@ -65,9 +72,39 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
-// The second factor of `wide_product` from its transpose [columns, 2 * pairs]: each pair moved as one 32-bit number.
-inline void pack_transposed(const at::BFloat16* from, int64_t pairs, at::BFloat16* to, int64_t to_stride, int64_t columns) {
-  transpose<float, 16>(reinterpret_cast<const float*>(from), pairs, reinterpret_cast<float*>(to), to_stride, columns, pairs);
+// The second factor of `wide_product` from its transpose [columns, depth]: a pair of bf16 is moved as one 32-bit number.
+template <class T>
+inline void turn_second(const T* from, int64_t depth, T* to, int64_t to_stride, int64_t columns) {
+  const int64_t numbers = kPaired<T> ? depth / 2 : depth;
+  transpose<float, 16>(reinterpret_cast<const float*>(from), numbers, reinterpret_cast<float*>(to), to_stride, columns, numbers);
+}
+
+template <class T>
+struct SecondFactor {
+  const T* data;
+  int64_t stride;
+};
+
+// The second factor of `wide_product` from rows [depth, columns]: themselves, or in bf16 their pairs in `space`, rows of
+// which are `space_stride` pairs apart. The partner of an odd last row is 0.
+template <class T>
+inline SecondFactor<T> second_of(const T* rows, int64_t stride, int64_t depth, int64_t columns, T* space,
+                                 int64_t space_stride) {
+  if constexpr (!kPaired<T>) {
+    return {rows, stride};
+  } else {
+    for (int64_t d = 0; d < depth; d += 2) {
+      const auto* even = reinterpret_cast<const uint16_t*>(rows + d * stride);
+      const auto* odd = even + stride;
+      auto* pairs = reinterpret_cast<uint32_t*>(space + d * space_stride);
+      if (d + 1 < depth) {
+        for (int64_t c = 0; c < columns; ++c) pairs[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
+      } else {
+        std::copy(even, even + columns, pairs);
+      }
+    }
+    return {space, space_stride};
+  }
 }
 
 }  // namespace cca_ds

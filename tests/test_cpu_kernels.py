@@ -118,10 +118,11 @@ def test_normalised_heads_and_back(way, dtype, channels):
 @pytest.mark.parametrize(
     ("images", "heads", "length", "channels"), [(2, 3, 7, 16), (1, 2, 91, 8), (2, 2, 200, 64)]
 )
-@pytest.mark.parametrize("steps", [1, 10])
-def test_attention_to_a_prefix(way, images, heads, length, channels, steps):
+@pytest.mark.parametrize("steps", [1, 10, 45])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_to_a_prefix(way, images, heads, length, channels, steps, dtype):
     torch.manual_seed(0)
-    heads_3BHLC = torch.randn(3, images, heads, length, channels).bfloat16()
+    heads_3BHLC = torch.randn(3, images, heads, length, channels).to(dtype)
     heads_3BHLC[0] *= 2 * channels**-0.5
     limits = ((torch.arange(length) // steps + 1) * steps).clamp_max(length)
     cut = length // 2 // steps * steps
@@ -131,24 +132,25 @@ def test_attention_to_a_prefix(way, images, heads, length, channels, steps):
     mixed, lse = prefix_attention.attend(heads_3BHLC, segments)
     q, k, v = heads_3BHLC.double()
     scores = (q @ k.transpose(-1, -2)).masked_fill(~sees, -torch.inf)
-    assert error(mixed, (scores.softmax(-1) @ v).transpose(1, 2)) < TOLERANCE[torch.bfloat16]
+    assert error(mixed, (scores.softmax(-1) @ v).transpose(1, 2)) < TOLERANCE[dtype]
     assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
 
     def definition(heads):
         scores = (heads[0] @ heads[1].transpose(-1, -2)).masked_fill(~sees, -torch.inf)
         return (scores.softmax(-1) @ heads[2]).transpose(1, 2)
 
-    grad = torch.randn(images, length, heads, channels).bfloat16()
+    grad = torch.randn(images, length, heads, channels).to(dtype)
     _, (expected,) = gradients(definition, [heads_3BHLC], grad)
     found = prefix_attention.attend_backward(grad, heads_3BHLC, mixed, lse, segments)
     for mine, true in zip(found, expected, strict=True):
-        assert error(mine, true) < 3 * TOLERANCE[torch.bfloat16]
+        assert mine.dtype == dtype and error(mine, true) < 3 * TOLERANCE[dtype]
 
 
-def test_attention_says_what_it_cannot_take():
-    if backend() == "torch" or not torch.ops.cca_ds.has_prefix_attention():
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_says_what_it_cannot_take(dtype):
+    if backend() == "torch" or not torch.ops.cca_ds.has_prefix_attention(dtype == torch.bfloat16):
         pytest.skip("no kernel here")
-    heads, op = torch.randn(3, 1, 2, 5, 8).bfloat16(), torch.ops.cca_ds.prefix_attention
+    heads, op = torch.randn(3, 1, 2, 5, 8).to(dtype), torch.ops.cca_ds.prefix_attention
     for limits, message in (
         ([1, 2, 3, 4, 6], "limit 6 of query 4 must be from 1 to 5"),
         ([0, 1, 2, 3, 4], "limit 0 of query 0"),
@@ -176,8 +178,10 @@ def test_opcheck():
     check(ops.turned_heads_backward.default, (heads, table, 0.5))
     check(ops.normalised_heads.default, (x, scale))
     check(ops.normalised_heads_backward.default, (heads, heads, factors, scale))
-    if ops.has_prefix_attention():
-        heads, limits = heads.bfloat16(), torch.arange(1, 10)
+    for dtype in TOLERANCE:
+        if not ops.has_prefix_attention(dtype == torch.bfloat16):
+            continue
+        heads, limits = heads.to(dtype), torch.arange(1, 10)
         check(ops.prefix_attention.default, (heads, limits))
         mixed, lse = ops.prefix_attention(heads, limits)
         check(ops.prefix_attention_backward.default, (mixed, heads, mixed, lse, limits))

@@ -54,7 +54,7 @@ def _limits(segments: Segments) -> Tensor:
 
 def has_prefix_kernel(x: Tensor) -> bool:
     """Whether csrc's kernel takes a tensor of this device and dtype on this machine."""
-    return x.dtype == torch.bfloat16 and has_kernel(x) and torch.ops.cca_ds.has_prefix_attention()
+    return has_kernel(x) and torch.ops.cca_ds.has_prefix_attention(x.dtype == torch.bfloat16)
 
 
 def _has_kernel_for(heads_3BHLC: Tensor) -> bool:
