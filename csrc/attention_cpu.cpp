@@ -19,10 +19,6 @@ constexpr int64_t kQueries = 64;  // of a block: its scores, and a head's keys a
 constexpr int64_t kTurned = 96;   // between rows of turned queries: 64 would put them in the same few lines of the caches
 constexpr int64_t kJump = 32;     // a block ends where the next query sees more than so many keys more
 
-int64_t rounded_up(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
 // The depth of a product of so many rows.
 template <class T>
 int64_t whole_depth(int64_t rows) {
@@ -138,7 +134,7 @@ void attend(const Shape& shape, const Tensor& heads, const int64_t* limits, Tens
     return all + shape.among_heads({number, head.image, head.head, 0});
   };
   const auto prepare = [&](Work& work, const Place& head) {
-    turn_second(part(1, head), channels, work.keys.data(), work.width, positions);
+    turn_second(part(1, head), channels, channels, work.keys.data(), work.width, positions);
     second_of(part(2, head), channels, positions, channels, work.values.data(), channels);
   };
   const auto mix = [&](Work& work, const Place& head, const Block& block) {
@@ -230,8 +226,8 @@ void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads
     return shape.among_heads({number, head.image, head.head, 0});
   };
   const auto prepare = [&](Work& work, const Place& head) {
-    turn_second(all + offset(1, head), channels, work.keys_turned.data(), work.width, positions);
-    turn_second(all + offset(2, head), channels, work.values_turned.data(), work.width, positions);
+    turn_second(all + offset(1, head), channels, channels, work.keys_turned.data(), work.width, positions);
+    turn_second(all + offset(2, head), channels, channels, work.values_turned.data(), work.width, positions);
     second_of(all + offset(1, head), channels, positions, channels, work.keys.data(), channels);
     std::fill(work.grad_keys.begin(), work.grad_keys.end(), 0.0f);
     std::fill(work.grad_values.begin(), work.grad_values.end(), 0.0f);

@@ -21,6 +21,8 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
   m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
+  m.def("block_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("has_block_linear(bool in_bf16) -> bool");
   // The passes of a training step on a CPU. `projection` is [B, L, 3 H C], `heads` [3, B, H, L, C].
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");

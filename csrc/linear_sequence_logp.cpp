@@ -102,16 +102,20 @@ struct Head {
       : weight_VD(weight.contiguous()), bias_V(bias), wide(fp32 && wide_type(weight) != weight.scalar_type()) {
     if (bias_V) bias_V = bias_V->contiguous();
     if (wide) packed = weight_VD.is_cuda() ? weight_VD : pack_weight(weight_VD);
+    if (weight_VD.is_cpu() && weight_VD.scalar_type() == at::kFloat) {
+      packed = pack_weight(weight_VD);
+      if (packed.dim() == 2) packed = Tensor();  // there is no better product than the library's
+    }
   }
 
   at::TensorOptions logits_options() const {
     return wide ? weight_VD.options().dtype(at::kFloat) : weight_VD.options();
   }
 
-  OptionalTensor late_bias() const { return wide ? bias_V : std::nullopt; }
+  OptionalTensor late_bias() const { return packed.defined() ? bias_V : std::nullopt; }
 
   void logits(const Tensor& hidden_CD, Tensor out_CV) const {
-    if (wide) {
+    if (packed.defined()) {
       wide_logits(hidden_CD, packed, out_CV);
     } else if (bias_V) {
       at::addmm_out(out_CV, *bias_V, hidden_CD, weight_VD.t());
@@ -137,7 +141,7 @@ int64_t rows_of_chunk(int64_t asked, const Head& head, int64_t rows, bool in_pla
 
 // A buffer for a chunk's logits. Float32 rows that a CPU makes tile by tile lie two cache lines further apart than V.
 Tensor chunk_buffer(const Head& head, int64_t rows) {
-  const int64_t vocabulary = head.weight_VD.size(0), apart = head.wide && head.weight_VD.is_cpu() ? 32 : 0;
+  const int64_t vocabulary = head.weight_VD.size(0), apart = head.packed.defined() && head.weight_VD.is_cpu() ? 32 : 0;
   return on_huge_pages(at::empty({rows, vocabulary + apart}, head.logits_options())).narrow(1, 0, vocabulary);
 }
 

@@ -13,6 +13,10 @@
 
 namespace cca_ds {
 
+inline int64_t rounded_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
 // Whether a second factor's rows lie as pairs: two rows' numbers of a column side by side, [depth / 2, columns, 2].
 template <class T>
 constexpr bool kPaired = sizeof(T) == 2;
@@ -72,11 +76,13 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
-// The second factor of `wide_product` from its transpose [columns, depth]: a pair of bf16 is moved as one 32-bit number.
+// The second factor of `wide_product` from its transpose [columns, depth], rows of which are `stride` apart: a pair of
+// bf16 is moved as one 32-bit number. `depth` and `stride` of bf16 are even.
 template <class T>
-inline void turn_second(const T* from, int64_t depth, T* to, int64_t to_stride, int64_t columns) {
-  const int64_t numbers = kPaired<T> ? depth / 2 : depth;
-  transpose<float, 16>(reinterpret_cast<const float*>(from), numbers, reinterpret_cast<float*>(to), to_stride, columns, numbers);
+inline void turn_second(const T* from, int64_t stride, int64_t depth, T* to, int64_t to_stride, int64_t columns) {
+  constexpr int64_t kNumbers = kPaired<T> ? 2 : 1;
+  transpose<float, 16>(reinterpret_cast<const float*>(from), stride / kNumbers, reinterpret_cast<float*>(to), to_stride, columns,
+                       depth / kNumbers);
 }
 
 template <class T>

@@ -147,6 +147,8 @@ def _fake_prefix_attention(heads: Tensor, limits: Tensor) -> tuple[Tensor, Tenso
 def _register() -> None:
     """What a compiler must know of the kernels."""
     fakes = {
+        "block_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        "weight_gradient": lambda residual, hidden: hidden.new_empty(residual.shape[1], hidden.shape[1]),
         "gelu": torch.empty_like,
         "gelu_backward": lambda grad, x: torch.empty_like(x),
         "gated": lambda gate, value: torch.empty_like(gate),

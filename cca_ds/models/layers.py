@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cca_ds.likelihood import linear
 from cca_ds.models.cpu_kernels import gated, gated_backward
+from cca_ds.models.products import linear, product, weight_gradient
 
 
 class Linear(nn.Linear):
@@ -147,14 +147,15 @@ class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_RF: Tensor, value_RF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_RF, value_RF, weight_DF)
-        return gated(gate_RF, value_RF) @ weight_DF.t()
+        return product(gated(gate_RF, value_RF), weight_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate_RF, value_RF, weight_DF = ctx.saved_tensors
-        grad_weight_DF = grad_RD.t() @ gated(gate_RF, value_RF) if ctx.needs_input_grad[2] else None
-        return *gated_backward(grad_RD @ weight_DF, gate_RF, value_RF), grad_weight_DF
+        for_weight = ctx.needs_input_grad[2]
+        grad_weight_DF = weight_gradient(grad_RD, gated(gate_RF, value_RF)) if for_weight else None
+        return *gated_backward(product(grad_RD, weight_DF.t()), gate_RF, value_RF), grad_weight_DF
 
 
 class GatedLinear(Linear):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cca_ds.models.cpu_kernels import gelu, gelu_backward
+from cca_ds.models.products import linear_backward, product
 
 _KERNEL_DTYPES = (
     torch.float32,
@@ -50,21 +51,6 @@ def _layer_norm_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a linear layer's input, weight and bias."""
-    grad_NF, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
-    return (grad_NF @ weight).view_as(x), _weight_gradient(grad_NF, x_ND), grad_NF.sum(0)
-
-
-def _weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
-    """[F, D]. In bf16 oneDNN takes twice as long on a transposed left factor, so the narrower one is turned before."""
-    if grad_NF.dtype != torch.bfloat16:
-        return grad_NF.t() @ x_ND
-    if grad_NF.shape[1] <= x_ND.shape[1]:
-        return grad_NF.t().contiguous() @ x_ND
-    return (x_ND.t().contiguous() @ grad_NF).t().contiguous()
-
-
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float) -> Tensor:
@@ -87,14 +73,14 @@ class _ModulatedLinear(torch.autograd.Function):
         normed_BLD, statistics = _layer_norm(x_BLD, weight_BD, bias_BD, eps)
         ctx.save_for_backward(x_BLD, weight_BD, bias_BD, weight_FD, *statistics)
         ctx.eps = eps
-        return F.linear(normed_BLD, weight_FD, bias_F)
+        return product(normed_BLD, weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor | None, ...]:
         x_BLD, weight_BD, bias_BD, weight_FD, *statistics = ctx.saved_tensors
         normed_BLD, _ = _layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps)
-        grad_BLD, *of_linear = _linear_backward(grad_BLF, normed_BLD, weight_FD)
+        grad_BLD, *of_linear = linear_backward(grad_BLF, normed_BLD, weight_FD)
         return *_layer_norm_backward(grad_BLD, x_BLD, weight_BD, bias_BD, statistics), None, *of_linear
 
 
@@ -102,13 +88,13 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
         ctx.save_for_backward(x_BLD, weight_FD)
-        return F.linear(gelu(x_BLD), weight_FD, bias_F)
+        return product(gelu(x_BLD), weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor, ...]:
         x_BLD, weight_FD = ctx.saved_tensors
-        grad_BLD, *of_linear = _linear_backward(grad_BLF, gelu(x_BLD), weight_FD)
+        grad_BLD, *of_linear = linear_backward(grad_BLF, gelu(x_BLD), weight_FD)
         return gelu_backward(grad_BLD, x_BLD), *of_linear
 
 

@@ -1,0 +1,71 @@
+"""The three products of a linear layer on a CPU: csrc's where they are faster than PyTorch's.
+
+PyTorch hands float32 products to MKL, which keeps its best code for its maker's processors, and bf16 ones to oneDNN,
+which loses a tenth of its rate at the shapes of these models. Both have faster products of small blocks.
+
+Legend: N rows, D width, F output width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cca_ds.likelihood import linear as few_rows_linear
+from cca_ds.models.cpu_kernels import has_kernel
+
+_WORTHWHILE = 1 << 24  # multiplications of a product below which the way to it counts
+
+
+def _is_large(x: Tensor, weight_FD: Tensor) -> bool:
+    return (
+        x.dtype == weight_FD.dtype and has_kernel(x) and x.numel() * weight_FD.shape[0] >= _WORTHWHILE
+    )
+
+
+def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [..., D] -> [..., F]; no autograd. The weight may be a transposed view."""
+    if _is_large(x, weight_FD) and torch.ops.cca_ds.has_block_linear(x.dtype == torch.bfloat16):
+        return torch.ops.cca_ds.block_linear(x, weight_FD, bias_F)
+    return F.linear(x, weight_FD, bias_F)
+
+
+def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
+    """grad^T x, [F, D]."""
+    return torch.ops.cca_ds.weight_gradient(grad_NF, x_ND) if has_kernel(grad_NF) else grad_NF.t() @ x_ND
+
+
+def linear_backward(grad: Tensor, x: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a linear layer's input [..., D], weight [F, D] and bias [F], from that of its output [..., F]."""
+    grad_NF = grad.flatten(0, -2)
+    grad_weight_FD = weight_gradient(grad_NF, x.flatten(0, -2))
+    return product(grad, weight_FD.t()), grad_weight_FD, grad_NF.sum(0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_FD)
+        return product(x_ND, weight_FD, bias_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_FD = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            product(grad_NF, weight_FD.t()) if for_x else None,
+            weight_gradient(grad_NF, x_ND) if for_weight else None,
+            grad_NF.sum(0) if for_bias else None,
+        )
+
+
+def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, [..., D] -> [..., F]."""
+    if not _is_large(x, weight_FD):
+        return few_rows_linear(x, weight_FD, bias_F)
+    if torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight_FD, bias_F)
+    if not torch.is_grad_enabled():
+        return product(x, weight_FD, bias_F)
+    return _Linear.apply(x.flatten(0, -2), weight_FD, bias_F).unflatten(0, x.shape[:-1])
