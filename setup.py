@@ -18,7 +18,7 @@ CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
 CPU_SOURCES = [
     f"csrc/{name}_cpu.cpp"
-    for name in ("sequence_logp", "matmul", "activations", "heads", "attention", "decoding")
+    for name in ("sequence_logp", "matmul", "activations", "norms", "heads", "attention", "decoding")
 ]
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/linear_sequence_logp.cpp"]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/sequence_logp_cuda.cu"]

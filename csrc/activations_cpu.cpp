@@ -69,42 +69,42 @@ Tensor like(const Tensor& x, const Tensor& other) {
   return other.contiguous();
 }
 
-// f of the elements of `in`, which are alike.
+// out = f of the elements of `in`. All are alike; `out` may be one of them.
 template <size_t kIn, class F>
-Tensor of_elements(const std::array<Tensor, kIn>& in, F f) {
-  Tensor out = at::empty_like(in[0]);
+void of_elements(const std::array<Tensor, kIn>& in, Tensor& out, F f) {
+  TORCH_CHECK(out.is_contiguous(), "the result's memory must be contiguous");
   with_float_type(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
     std::array<const T*, kIn> from;
-    for (size_t k = 0; k < kIn; ++k) from[k] = in[k].template const_data_ptr<T>();
+    for (size_t k = 0; k < kIn; ++k) from[k] = like(out, in[k]).template const_data_ptr<T>();
     for_each_element<T, kIn, 1>(from, {out.data_ptr<T>()}, out.numel(), [&](const auto& x) {
       return std::array<Vector, 1>{f(x)};
     });
   });
-  return out;
 }
 
 Vector exponent_of_gelu(Vector x, Vector square) {
   return x * at::vec::fmadd(Vector(kCubic), square, Vector(kLinear));
 }
 
-Tensor gelu(const Tensor& x) {
-  return of_elements<1>({x.contiguous()}, [](const auto& in) {
+void gelu(const Tensor& x, Tensor out) {
+  of_elements<1>({x.contiguous()}, out, [](const auto& in) {
     return in[0] * sigmoid(exponent_of_gelu(in[0], in[0] * in[0])).share;
   });
 }
 
-Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
-  return of_elements<2>({x.contiguous(), like(x, grad)}, [](const auto& in) {
+// In the gradient's place.
+void gelu_backward(Tensor grad, const Tensor& x) {
+  of_elements<2>({x.contiguous(), grad}, grad, [](const auto& in) {
     const Vector square = in[0] * in[0], slope = at::vec::fmadd(Vector(3 * kCubic), square, Vector(kLinear));
     const Sigmoid s = sigmoid(exponent_of_gelu(in[0], square));
     return in[1] * s.share * at::vec::fmadd(in[0] * s.rest, slope, Vector(1.0f));
   });
 }
 
-Tensor gated(const Tensor& gate, const Tensor& value) {
-  return of_elements<2>({gate.contiguous(), like(gate, value)},
-                        [](const auto& in) { return in[0] * sigmoid(in[0]).share * in[1]; });
+void gated(const Tensor& gate, const Tensor& value, Tensor out) {
+  of_elements<2>({gate.contiguous(), value.contiguous()}, out,
+                 [](const auto& in) { return in[0] * sigmoid(in[0]).share * in[1]; });
 }
 
 std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& value) {

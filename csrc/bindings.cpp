@@ -21,13 +21,20 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("wide_logits(Tensor hidden, Tensor packed, Tensor(a!) out) -> ()");
   m.def("weight_gradient(Tensor residual, Tensor hidden) -> Tensor");
-  m.def("block_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("block_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("has_block_linear(bool in_bf16) -> bool");
   // The passes of a training step on a CPU. `projection` is [B, L, 3 H C], `heads` [3, B, H, L, C].
-  m.def("gelu(Tensor x) -> Tensor");
-  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
-  m.def("gated(Tensor gate, Tensor value) -> Tensor");
+  m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_backward(Tensor(a!) grad, Tensor x) -> ()");
+  m.def("gated(Tensor gate, Tensor value, Tensor(a!) out) -> ()");
   m.def("gated_backward(Tensor grad, Tensor gate, Tensor value) -> (Tensor grad_gate, Tensor grad_value)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> Tensor statistics");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> Tensor statistics");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("turned_heads(Tensor projection, Tensor table, int heads, float scale) -> Tensor");
   m.def("turned_heads_backward(Tensor grad_heads, Tensor table, float scale) -> Tensor");
   m.def("normalised_heads(Tensor projection, Tensor scale) -> (Tensor heads, Tensor factors)");

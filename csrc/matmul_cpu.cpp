@@ -211,23 +211,25 @@ bool fits_blocks(const Tensor& x_ND) {
   return (in_bf16 || x_ND.scalar_type() == at::kFloat) && has_block_linear(in_bf16);
 }
 
-// x [..., D] times the weight [F, D], or its transposed view, + bias [F]: [..., F].
-Tensor block_linear(const Tensor& x, const Tensor& weight_FD, const std::optional<Tensor>& bias_F) {
+// out [..., F] = x [..., D] times the weight [F, D], or its transposed view, + bias [F].
+void block_linear(const Tensor& x, const Tensor& weight_FD, const std::optional<Tensor>& bias_F, Tensor out) {
   TORCH_CHECK(weight_FD.dim() == 2 && x.size(-1) == weight_FD.size(1) && x.scalar_type() == weight_FD.scalar_type() &&
-                  (!bias_F || (bias_F->scalar_type() == x.scalar_type() && bias_F->numel() == weight_FD.size(0))),
-              "x ", x.sizes(), ", weight ", weight_FD.sizes(), " and bias do not fit");
+                  (!bias_F || (bias_F->scalar_type() == x.scalar_type() && bias_F->numel() == weight_FD.size(0))) &&
+                  out.is_contiguous() && out.scalar_type() == x.scalar_type() && out.size(-1) == weight_FD.size(0) &&
+                  out.numel() / std::max<int64_t>(out.size(-1), 1) == x.numel() / std::max<int64_t>(x.size(-1), 1),
+              "x ", x.sizes(), ", weight ", weight_FD.sizes(), ", bias and result ", out.sizes(), " do not fit");
   const Tensor x_ND = x.reshape({-1, x.size(-1)}).contiguous();
   const Tensor weight = weight_FD.stride(0) == 1 || weight_FD.stride(1) == 1 ? weight_FD : weight_FD.contiguous();
-  if (!fits_blocks(x_ND)) return at::linear(x, weight, bias_F);
-  auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  Tensor out = at::empty(sizes, x.options()), out_NF = out.view({-1, weight.size(0)});
+  if (!fits_blocks(x_ND)) {
+    out.copy_(at::linear(x, weight, bias_F));
+    return;
+  }
+  Tensor out_NF = out.view({-1, weight.size(0)});
   const Tensor bias = bias_F ? bias_F->contiguous() : Tensor();
   with_float_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     linear_of<T>(x_ND, Weight<T>(weight), bias_F ? bias.const_data_ptr<T>() : nullptr, out_NF);
   });
-  return out;
 }
 
 // residual^T [V, N] x hidden [N, D], from a residual transposed here, a block of columns at a time: in 16 bits the

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cca_ds.likelihood import backend
-from cca_ds.models import cpu_kernels, prefix_attention
+from cca_ds.models import cpu_kernels, prefix_attention, products
 from cca_ds.models.layers import rotary_table
 from tests.compare import error
 
@@ -37,7 +37,7 @@ def test_activations(way, dtype, shape):
     x, value, grad = ((4 * torch.randn(shape)).to(dtype) for _ in range(3))
     expected, (grad_x,) = gradients(lambda x: F.gelu(x, approximate="tanh"), [x], grad)
     assert error(cpu_kernels.gelu(x), expected) < TOLERANCE[dtype]
-    assert error(cpu_kernels.gelu_backward(grad, x), grad_x) < 2 * TOLERANCE[dtype]
+    assert error(cpu_kernels.gelu_backward_(grad.clone(), x), grad_x) < 2 * TOLERANCE[dtype]
     expected, wanted = gradients(lambda gate, value: F.silu(gate) * value, [x, value], grad)
     assert error(cpu_kernels.gated(x, value), expected) < TOLERANCE[dtype]
     for mine, true in zip(cpu_kernels.gated_backward(grad, x, value), wanted, strict=True):
@@ -54,7 +54,7 @@ def test_activations_of_extreme_numbers(way, dtype):
         cpu_kernels.gated(x, ones).double(), F.silu(x.double()), equal_nan=True, rtol=4e-3, atol=1e-6
     )
     slopes = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
-    torch.testing.assert_close(cpu_kernels.gelu_backward(ones, x)[:7].float(), slopes, atol=1e-6, rtol=4e-3)
+    torch.testing.assert_close(cpu_kernels.gelu_backward_(ones.clone(), x)[:7].float(), slopes, atol=1e-6, rtol=4e-3)
     grad_gate, grad_value = cpu_kernels.gated_backward(ones, x, ones)
     torch.testing.assert_close(grad_gate[:7].float(), slopes, atol=1e-6, rtol=4e-3)
     torch.testing.assert_close(grad_value.double()[:7], F.silu(x.double())[:7], atol=1e-6, rtol=4e-3)
@@ -69,6 +69,57 @@ def test_layouts_and_shapes():
             cpu_kernels.gated(torch.randn(4), torch.randn(5))
         with pytest.raises(RuntimeError, match="does not fit 9 positions"):
             cpu_kernels.turned_heads(torch.randn(1, 9, 24), torch.randn(8, 4, 2), 1, 1.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("images", "length", "width"), [(1, 5, 24), (3, 7, 40), (2, 100, 1024)])
+def test_norms_and_back(way, dtype, images, length, width):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(images, length, width).to(dtype) for _ in range(2))
+    x += 3.0
+    weight, bias = torch.randn(2, images, width)
+
+    def layer_norm(x, weight, bias):
+        return F.layer_norm(x, (width,), eps=1e-6) * weight[:, None] + bias[:, None]
+
+    expected, wanted = gradients(layer_norm, [x, weight, bias], grad)
+    out = torch.empty_like(x)
+    statistics = cpu_kernels.layer_norm(x, weight, bias, 1e-6, out)
+    assert error(out, expected) < 2 * TOLERANCE[dtype]
+    for mine, true in zip(cpu_kernels.layer_norm_backward(grad, x, weight, statistics), wanted, strict=True):
+        assert error(mine, true) < 3 * TOLERANCE[dtype]
+
+    rows, scale = x.flatten(0, 1), weight[0].to(dtype)
+    expected, wanted = gradients(
+        lambda x, weight: F.rms_norm(x, (width,), weight, 1e-5), [rows, scale], grad.flatten(0, 1)
+    )
+    out, statistics = cpu_kernels.rms_norm(rows, scale, 1e-5)
+    assert out.dtype == dtype and error(out, expected) < 2 * TOLERANCE[dtype]
+    found = cpu_kernels.rms_norm_backward(grad.flatten(0, 1), rows, scale, statistics)
+    for mine, true in zip(found, wanted, strict=True):
+        assert mine.dtype == dtype and error(mine, true) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(577, 256, 384), (9, 2050, 1024), (1000, 64, 300)])
+def test_linear_layers_and_back(way, dtype, rows, width, outputs):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, width), torch.randn(outputs, width), torch.randn(outputs)
+    grad = torch.randn(rows, outputs)
+    x, weight, bias, grad = (tensor.to(dtype) for tensor in (x, weight, bias, grad))
+    expected, wanted = gradients(F.linear, [x, weight, bias], grad)
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    found = products.linear(*inputs)
+    found.backward(grad)
+    assert found.dtype == dtype and error(found, expected) < TOLERANCE[dtype]
+    for tensor, true in zip(inputs, wanted, strict=True):
+        assert tensor.grad.dtype == dtype and error(tensor.grad, true) < TOLERANCE[dtype]
+    for mine, true in zip(products.linear_backward(grad, x, weight), wanted, strict=True):
+        assert error(mine, true) < TOLERANCE[dtype]
+    into = torch.empty_like(found)
+    assert error(products.product(x, weight, None, into), F.linear(x.double(), weight.double())) < TOLERANCE[dtype]
+    with torch.no_grad():
+        assert error(products.linear(*inputs), expected) < TOLERANCE[dtype]
 
 
 def turned(qkv, table, heads, scale):
@@ -170,10 +221,18 @@ def test_opcheck():
     ops, check = torch.ops.cca_ds, torch.library.opcheck
     x, table, scale = torch.randn(2, 9, 24), rotary_table(3, 4)[:9].contiguous(), torch.tensor([1.0, 2.0])
     heads, factors = ops.normalised_heads(x, scale)
-    check(ops.gelu.default, (x,))
-    check(ops.gelu_backward.default, (x, x))
-    check(ops.gated.default, (x, x))
+    check(ops.gelu.default, (x, torch.empty_like(x)))
+    check(ops.gelu_backward.default, (x.clone(), x))
+    check(ops.gated.default, (x, x, torch.empty_like(x)))
     check(ops.gated_backward.default, (x, x, x))
+    weight = torch.randn(2, 24)
+    statistics = ops.layer_norm(x, weight, weight, 1e-6, torch.empty_like(x))
+    check(ops.layer_norm.default, (x, weight, weight, 1e-6, torch.empty_like(x)))
+    check(ops.layer_norm_backward.default, (x, x, weight, statistics))
+    check(ops.rms_norm.default, (x, weight[:1], 1e-6, torch.empty_like(x)))
+    check(ops.rms_norm_backward.default, (x, x, weight[:1], statistics))
+    check(ops.block_linear.default, (x, torch.randn(5, 24), None, torch.empty(2, 9, 5)))
+    check(ops.weight_gradient.default, (x[0], x[0]))
     check(ops.turned_heads.default, (x, table, 2, 0.5))
     check(ops.turned_heads_backward.default, (heads, table, 0.5))
     check(ops.normalised_heads.default, (x, scale))

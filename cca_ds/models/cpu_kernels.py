@@ -6,6 +6,9 @@ Each function is a pure one of plain tensors; the autograd functions that call t
 Legend: B images, L positions, D = H * C, H heads, C channels of a head.
 """
 
+import math
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,21 +30,50 @@ def has_head_kernel(x: Tensor, channels: int) -> bool:
     return has_kernel(x) and channels % 2 == 0 and channels <= _MOST_CHANNELS
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The GELU in its tanh form."""
-    return torch.ops.cca_ds.gelu(x) if has_kernel(x) else F.gelu(x, approximate="tanh")
+class _Scratch(threading.local):
+    """Memory for what a step makes and soon forgets, kept: freed, it would be a hole that what is kept splits up."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, like: Tensor, width: int | None = None) -> Tensor:
+        """An uninitialised tensor [..., width] like the given one, valid until the next call for the same use in
+        this thread.
+        """
+        shape = (*like.shape[:-1], width or like.shape[-1])
+        size, key = math.prod(shape), (use, like.dtype)
+        if key not in self.pieces or len(self.pieces[key]) < size:
+            self.pieces[key] = like.new_empty(size)
+        return self.pieces[key][:size].view(shape)
 
 
-def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `gelu` at x."""
-    if has_kernel(x):
-        return torch.ops.cca_ds.gelu_backward(grad, x)
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+scratch = _Scratch()
 
 
-def gated(gate: Tensor, value: Tensor) -> Tensor:
-    """SwiGLU's product, silu(gate) * value."""
-    return torch.ops.cca_ds.gated(gate, value) if has_kernel(gate) else F.silu(gate).mul_(value)
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The GELU in its tanh form; in the memory of `out`, if that is given."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if not has_kernel(x):
+        return out.copy_(F.gelu(x, approximate="tanh"))
+    torch.ops.cca_ds.gelu(x, out)
+    return out
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `gelu` at x, in the place of `grad`."""
+    if not has_kernel(x):
+        return grad.copy_(torch.ops.aten.gelu_backward(grad, x, approximate="tanh"))
+    torch.ops.cca_ds.gelu_backward(grad, x)
+    return grad
+
+
+def gated(gate: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
+    """SwiGLU's product, silu(gate) * value; in the memory of `out`, if that is given."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out
+    if not has_kernel(gate):
+        return torch.mul(F.silu(gate), value, out=out)
+    torch.ops.cca_ds.gated(gate, value, out)
+    return out
 
 
 def gated_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +81,61 @@ def gated_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, T
     if has_kernel(gate):
         return torch.ops.cca_ds.gated_backward(grad, gate, value)
     return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight, computed in float32 and rounded once, and what the backward needs of the rows."""
+    if has_kernel(x_ND):
+        out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        return out_ND, torch.ops.cca_ds.rms_norm(x_ND, weight_D.float()[None], eps, out_ND)
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    factor_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True, dtype=wide)
+    factor_N1.square_().mul_(1.0 / x_ND.shape[-1]).add_(eps).rsqrt_()
+    return (x_ND * factor_N1 * weight_D).to(x_ND.dtype), factor_N1
+
+
+def rms_norm_backward(
+    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rms_norm`'s x and weight."""
+    if has_kernel(x_ND):
+        grad_x_ND, grad_weight_1D = torch.ops.cca_ds.rms_norm_backward(
+            grad_ND, x_ND, weight_D.float()[None], statistics
+        )
+        return grad_x_ND, grad_weight_1D[0].to(weight_D.dtype)
+    normed_ND, slope_ND = x_ND * statistics, grad_ND * weight_D
+    mean_N1 = (slope_ND * normed_ND).mean(-1, keepdim=True, dtype=statistics.dtype)
+    grad_weight_D = (grad_ND * normed_ND).sum(0, dtype=statistics.dtype).to(weight_D.dtype)
+    return ((slope_ND - normed_ND * mean_N1) * statistics).to(x_ND.dtype), grad_weight_D
+
+
+def layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, out_BLD: Tensor) -> Tensor:
+    """Layer norm into `out_BLD` with a weight and a bias per image, float32; what the backward needs of the rows."""
+    if has_kernel(x_BLD):
+        return torch.ops.cca_ds.layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD)
+    statistics = []
+    for image, (weight_D, bias_D) in enumerate(zip(weight_BD, bias_BD, strict=True)):
+        out_BLD[image], *of_image = torch.native_layer_norm(
+            x_BLD[image], weight_D.shape, weight_D, bias_D, eps
+        )
+        statistics.append(torch.stack(of_image))
+    return torch.stack(statistics)
+
+
+def layer_norm_backward(
+    grad_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `layer_norm`'s x, weight and bias."""
+    if has_kernel(x_BLD):
+        return torch.ops.cca_ds.layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
+    grads = [
+        torch.ops.aten.native_layer_norm_backward(
+            grad_LD, x_LD, weight_D.shape, *of_image, weight_D, weight_D, (True, True, True)
+        )
+        for grad_LD, x_LD, weight_D, of_image in zip(grad_BLD, x_BLD, weight_BD, statistics, strict=True)
+    ]
+    grad_x, grad_weight, grad_bias = (torch.stack(grad) for grad in zip(*grads, strict=True))
+    return grad_x, grad_weight, grad_bias
 
 
 def split_heads(qkv_BLD: Tensor, heads: int) -> Tensor:
@@ -138,6 +225,10 @@ def _fake_normalised(projection: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
     return heads, scale.new_empty(2, *heads.shape[1:4])
 
 
+def _fake_statistics(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    return weight.new_empty(2, x.shape[:-1].numel())
+
+
 def _fake_prefix_attention(heads: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     _, batch, count, length, channels = heads.shape
     lse_BHL = heads.new_empty(batch, count, length, dtype=torch.float32)
@@ -147,12 +238,20 @@ def _fake_prefix_attention(heads: Tensor, limits: Tensor) -> tuple[Tensor, Tenso
 def _register() -> None:
     """What a compiler must know of the kernels."""
     fakes = {
-        "block_linear": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        "block_linear": lambda x, weight, bias, out: None,
         "weight_gradient": lambda residual, hidden: hidden.new_empty(residual.shape[1], hidden.shape[1]),
-        "gelu": torch.empty_like,
-        "gelu_backward": lambda grad, x: torch.empty_like(x),
-        "gated": lambda gate, value: torch.empty_like(gate),
+        "gelu": lambda x, out: None,
+        "gelu_backward": lambda grad, x: None,
+        "gated": lambda gate, value, out: None,
         "gated_backward": lambda grad, gate, value: (torch.empty_like(gate), torch.empty_like(gate)),
+        "rms_norm": _fake_statistics,
+        "rms_norm_backward": lambda grad, x, weight, statistics: (torch.empty_like(x), torch.empty_like(weight)),
+        "layer_norm": lambda x, weight, bias, eps, out: _fake_statistics(x, weight, eps, out),
+        "layer_norm_backward": lambda grad, x, weight, statistics: (
+            torch.empty_like(x),
+            torch.empty_like(weight),
+            torch.empty_like(weight),
+        ),
         "turned_heads": lambda projection, table, heads, scale: _fake_heads(projection, heads),
         "turned_heads_backward": lambda grad_heads, table, scale: _fake_projection(grad_heads),
         "normalised_heads": _fake_normalised,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cca_ds.models.cpu_kernels import gated, gated_backward
+from cca_ds.models.cpu_kernels import gated, gated_backward, rms_norm, rms_norm_backward, scratch
 from cca_ds.models.products import linear, product, weight_gradient
 
 
@@ -51,25 +51,19 @@ class Embedding(nn.Embedding):
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) * weight in the input's dtype, keeping the input and one float32 number a row."""
+    """x / rms(x) * weight in the input's dtype, keeping the input and little more."""
 
     @staticmethod
     def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True, dtype=torch.float32)
-        scale_R1 = norm_R1.square_().mul_(1.0 / x_RD.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_RD, weight_D, scale_R1)
-        return torch.mul(x_RD, scale_R1, out=torch.empty_like(x_RD)).mul_(weight_D)
+        out_RD, statistics = rms_norm(x_RD, weight_D, eps)
+        ctx.save_for_backward(x_RD, weight_D, statistics)
+        return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RD, weight_D, scale_R1 = ctx.saved_tensors
-        normed_RD = x_RD * scale_R1
-        grad_weight_D = torch.mul(grad_RD, normed_RD).sum(0, dtype=torch.float32).to(weight_D.dtype)
-        inner_RD = grad_RD * weight_D
-        mean_R1 = torch.mul(inner_RD, normed_RD).mean(-1, keepdim=True, dtype=torch.float32)
-        grad_x_RD = normed_RD.mul_(-mean_R1).add_(inner_RD).mul_(scale_R1)
-        return grad_x_RD.to(x_RD.dtype), grad_weight_D, None
+        x_RD, weight_D, statistics = ctx.saved_tensors
+        return *rms_norm_backward(grad_RD, x_RD, weight_D, statistics), None
 
 
 class RMSNorm(nn.Module):
@@ -90,11 +84,7 @@ class RMSNorm(nn.Module):
         """[..., D] -> [..., D]."""
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _RMSNormFunction.apply(x.flatten(0, -2), self.weight, self.eps).view_as(x)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self.weight)
+        return _RMSNormFunction.apply(x.flatten(0, -2), self.weight, self.eps).view_as(x)
 
 
 class DropPath(nn.Module):
@@ -147,14 +137,15 @@ class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_RF: Tensor, value_RF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_RF, value_RF, weight_DF)
-        return product(gated(gate_RF, value_RF), weight_DF)
+        return product(gated(gate_RF, value_RF, scratch.take("activated", gate_RF)), weight_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate_RF, value_RF, weight_DF = ctx.saved_tensors
-        for_weight = ctx.needs_input_grad[2]
-        grad_weight_DF = weight_gradient(grad_RD, gated(gate_RF, value_RF)) if for_weight else None
+        grad_weight_DF = None
+        if ctx.needs_input_grad[2]:
+            grad_weight_DF = weight_gradient(grad_RD, gated(gate_RF, value_RF, scratch.take("activated", gate_RF)))
         return *gated_backward(product(grad_RD, weight_DF.t()), gate_RF, value_RF), grad_weight_DF
 
 

@@ -23,10 +23,17 @@ def _is_large(x: Tensor, weight_FD: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [..., D] -> [..., F]; no autograd. The weight may be a transposed view."""
+def product(
+    x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias, [..., D] -> [..., F]; no autograd. The weight may be a transposed view.
+
+    Where `out` is given and block products are used, the result is in its memory.
+    """
     if _is_large(x, weight_FD) and torch.ops.cca_ds.has_block_linear(x.dtype == torch.bfloat16):
-        return torch.ops.cca_ds.block_linear(x, weight_FD, bias_F)
+        out = x.new_empty(*x.shape[:-1], weight_FD.shape[0]) if out is None else out
+        torch.ops.cca_ds.block_linear(x, weight_FD, bias_F, out)
+        return out
     return F.linear(x, weight_FD, bias_F)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cca_ds.models.cpu_kernels import gelu, gelu_backward
+from cca_ds.models.cpu_kernels import gelu, gelu_backward_, layer_norm, layer_norm_backward, scratch
 from cca_ds.models.products import linear_backward, product
 
 _KERNEL_DTYPES = (
@@ -20,49 +20,17 @@ _KERNEL_DTYPES = (
 )  # float32 weights beside bf16 inputs: PyTorch's CPU layer norm
 
 
-def _layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float) -> tuple[Tensor, list[Tensor]]:
-    """Layer norm with a weight and a bias per image: PyTorch's kernel once an image, and its means and deviations."""
-    out_BLD = torch.empty_like(x_BLD)
-    statistics = []
-    for image, (weight_D, bias_D) in enumerate(zip(weight_BD, bias_BD, strict=True)):
-        normed_LD, *of_image = torch.native_layer_norm(x_BLD[image], weight_D.shape, weight_D, bias_D, eps)
-        out_BLD[image] = normed_LD
-        statistics += of_image
-    return out_BLD, statistics
-
-
-def _layer_norm_backward(
-    grad_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, statistics: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the stream, the weights and the biases."""
-    grads = [
-        torch.ops.aten.native_layer_norm_backward(
-            grad_BLD[image],
-            x_BLD[image],
-            weight_BD.shape[1:],
-            *statistics[2 * image : 2 * image + 2],
-            weight_BD[image],
-            bias_BD[image],
-            (True, True, True),
-        )
-        for image in range(len(x_BLD))
-    ]
-    grad_x, grad_weight, grad_bias = (torch.stack(grad) for grad in zip(*grads, strict=True))
-    return grad_x, grad_weight, grad_bias
-
-
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float) -> Tensor:
-        out_BLD, statistics = _layer_norm(x_BLD, weight_BD, bias_BD, eps)
-        ctx.save_for_backward(x_BLD, weight_BD, bias_BD, *statistics)
+        out_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(x_BLD, weight_BD, layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD))
         return out_BLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_BD, bias_BD, *statistics = ctx.saved_tensors
-        return *_layer_norm_backward(grad_BLD, x_BLD, weight_BD, bias_BD, statistics), None
+        return *layer_norm_backward(grad_BLD, *ctx.saved_tensors), None
 
 
 class _ModulatedLinear(torch.autograd.Function):
@@ -70,32 +38,34 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(
         ctx, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, weight_FD: Tensor, bias_F: Tensor
     ) -> Tensor:
-        normed_BLD, statistics = _layer_norm(x_BLD, weight_BD, bias_BD, eps)
-        ctx.save_for_backward(x_BLD, weight_BD, bias_BD, weight_FD, *statistics)
+        normed_BLD = scratch.take("normed", x_BLD)
+        statistics = layer_norm(x_BLD, weight_BD, bias_BD, eps, normed_BLD)
+        ctx.save_for_backward(x_BLD, weight_BD, bias_BD, weight_FD, statistics)
         ctx.eps = eps
         return product(normed_BLD, weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_BD, bias_BD, weight_FD, *statistics = ctx.saved_tensors
-        normed_BLD, _ = _layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps)
+        x_BLD, weight_BD, bias_BD, weight_FD, statistics = ctx.saved_tensors
+        normed_BLD = scratch.take("normed", x_BLD)
+        layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps, normed_BLD)
         grad_BLD, *of_linear = linear_backward(grad_BLF, normed_BLD, weight_FD)
-        return *_layer_norm_backward(grad_BLD, x_BLD, weight_BD, bias_BD, statistics), None, *of_linear
+        return *layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics), None, *of_linear
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
         ctx.save_for_backward(x_BLD, weight_FD)
-        return product(gelu(x_BLD), weight_FD, bias_F)
+        return product(gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor, ...]:
         x_BLD, weight_FD = ctx.saved_tensors
-        grad_BLD, *of_linear = linear_backward(grad_BLF, gelu(x_BLD), weight_FD)
-        return gelu_backward(grad_BLD, x_BLD), *of_linear
+        grad_BLD, *of_linear = linear_backward(grad_BLF, gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD)
+        return gelu_backward_(grad_BLD, x_BLD), *of_linear
 
 
 def _on_cpu(x: Tensor) -> bool:
