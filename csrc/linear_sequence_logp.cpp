@@ -147,13 +147,14 @@ Tensor chunk_buffer(const Head& head, int64_t rows) {
 
 std::tuple<Tensor, Tensor> linear_sequence_logp(const Tensor& hidden_BLD, const Tensor& weight, const Tensor& targets_BL,
                                                 const OptionalTensor& bias, bool fp32, int64_t chunk_rows, bool keep) {
-  const Head head(weight, bias, fp32);
   const Tensor hidden_ND = hidden_BLD.reshape({targets_BL.numel(), hidden_BLD.size(-1)}).contiguous();
   const Tensor targets_N = flat_targets(targets_BL);
   const int64_t rows = hidden_ND.size(0), vocabulary = weight.size(0);
+  // What stays is asked for before what goes (the packed weight): the other way round would leave a hole in the heap.
+  Tensor residual_NV = on_huge_pages(at::empty({keep ? rows : 0, keep ? vocabulary : 0}, weight.options()));
+  const Head head(weight, bias, fp32);
   const bool in_place = keep && !head.wide;
   const int64_t chunk = rows_of_chunk(chunk_rows, head, rows, in_place);
-  Tensor residual_NV = on_huge_pages(at::empty({keep ? rows : 0, keep ? vocabulary : 0}, weight.options()));
   Tensor buffer_CV = chunk_buffer(head, in_place ? 0 : std::min(chunk, rows));
   Tensor logp_N = at::empty({rows}, weight.options().dtype(wide_type(weight)));
   for (int64_t first = 0; first < rows; first += chunk) {

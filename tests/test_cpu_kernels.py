@@ -54,7 +54,9 @@ def test_activations_of_extreme_numbers(way, dtype):
         cpu_kernels.gated(x, ones).double(), F.silu(x.double()), equal_nan=True, rtol=4e-3, atol=1e-6
     )
     slopes = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
-    torch.testing.assert_close(cpu_kernels.gelu_backward_(ones.clone(), x)[:7].float(), slopes, atol=1e-6, rtol=4e-3)
+    torch.testing.assert_close(
+        cpu_kernels.gelu_backward_(ones.clone(), x)[:7].float(), slopes, atol=1e-6, rtol=4e-3
+    )
     grad_gate, grad_value = cpu_kernels.gated_backward(ones, x, ones)
     torch.testing.assert_close(grad_gate[:7].float(), slopes, atol=1e-6, rtol=4e-3)
     torch.testing.assert_close(grad_value.double()[:7], F.silu(x.double())[:7], atol=1e-6, rtol=4e-3)
@@ -116,10 +118,20 @@ def test_linear_layers_and_back(way, dtype, rows, width, outputs):
         assert tensor.grad.dtype == dtype and error(tensor.grad, true) < TOLERANCE[dtype]
     for mine, true in zip(products.linear_backward(grad, x, weight), wanted, strict=True):
         assert error(mine, true) < TOLERANCE[dtype]
-    into = torch.empty_like(found)
-    assert error(products.product(x, weight, None, into), F.linear(x.double(), weight.double())) < TOLERANCE[dtype]
     with torch.no_grad():
         assert error(products.linear(*inputs), expected) < TOLERANCE[dtype]
+
+
+def test_scratch_is_kept_grows_and_serves_training_after_sampling():
+    pool = type(cpu_kernels.scratch)()
+    with torch.inference_mode():
+        small = pool.take("a use", torch.empty(3, 4))
+    small.fill_(1.0)  # not a tensor of inference alone
+    assert pool.take("a use", torch.empty(2, 6)).data_ptr() == small.data_ptr()
+    assert pool.take("another", torch.empty(3, 4)).data_ptr() != small.data_ptr()
+    assert pool.take("a use", torch.empty(3, 4).bfloat16()).dtype == torch.bfloat16
+    assert pool.take("a use", torch.empty(5, 5)).shape == (5, 5)
+    assert pool.take("a use", torch.empty(5, 5, device="meta")).is_meta
 
 
 def turned(qkv, table, heads, scale):

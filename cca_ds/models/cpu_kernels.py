@@ -6,7 +6,6 @@ Each function is a pure one of plain tensors; the autograd functions that call t
 Legend: B images, L positions, D = H * C, H heads, C channels of a head.
 """
 
-import math
 import threading
 
 import torch
@@ -34,17 +33,15 @@ class _Scratch(threading.local):
     """Memory for what a step makes and soon forgets, kept: freed, it would be a hole that what is kept splits up."""
 
     def __init__(self) -> None:
-        self.pieces: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.pieces: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, use: str, like: Tensor, width: int | None = None) -> Tensor:
-        """An uninitialised tensor [..., width] like the given one, valid until the next call for the same use in
-        this thread.
-        """
-        shape = (*like.shape[:-1], width or like.shape[-1])
-        size, key = math.prod(shape), (use, like.dtype)
+    def take(self, use: str, like: Tensor) -> Tensor:
+        """An uninitialised tensor like the given one, valid until the next call for the same use in this thread."""
+        size, key = like.numel(), (use, like.dtype, like.device)
         if key not in self.pieces or len(self.pieces[key]) < size:
-            self.pieces[key] = like.new_empty(size)
-        return self.pieces[key][:size].view(shape)
+            with torch.inference_mode(False):  # what is made for sampling must serve training too
+                self.pieces[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self.pieces[key][:size].view(like.shape)
 
 
 scratch = _Scratch()
@@ -245,7 +242,10 @@ def _register() -> None:
         "gated": lambda gate, value, out: None,
         "gated_backward": lambda grad, gate, value: (torch.empty_like(gate), torch.empty_like(gate)),
         "rms_norm": _fake_statistics,
-        "rms_norm_backward": lambda grad, x, weight, statistics: (torch.empty_like(x), torch.empty_like(weight)),
+        "rms_norm_backward": lambda grad, x, weight, statistics: (
+            torch.empty_like(x),
+            torch.empty_like(weight),
+        ),
         "layer_norm": lambda x, weight, bias, eps, out: _fake_statistics(x, weight, eps, out),
         "layer_norm_backward": lambda grad, x, weight, statistics: (
             torch.empty_like(x),

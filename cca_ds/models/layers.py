@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cca_ds.models.cpu_kernels import gated, gated_backward, rms_norm, rms_norm_backward, scratch
-from cca_ds.models.products import linear, product, weight_gradient
+from cca_ds.models.products import input_gradient, linear, product, weight_gradient
 
 
 class Linear(nn.Linear):
@@ -145,8 +145,10 @@ class _GatedLinearFunction(torch.autograd.Function):
         gate_RF, value_RF, weight_DF = ctx.saved_tensors
         grad_weight_DF = None
         if ctx.needs_input_grad[2]:
-            grad_weight_DF = weight_gradient(grad_RD, gated(gate_RF, value_RF, scratch.take("activated", gate_RF)))
-        return *gated_backward(product(grad_RD, weight_DF.t()), gate_RF, value_RF), grad_weight_DF
+            grad_weight_DF = weight_gradient(
+                grad_RD, gated(gate_RF, value_RF, scratch.take("activated", gate_RF))
+            )
+        return *gated_backward(input_gradient(grad_RD, weight_DF), gate_RF, value_RF), grad_weight_DF
 
 
 class GatedLinear(Linear):

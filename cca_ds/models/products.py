@@ -6,6 +6,8 @@ which loses a tenth of its rate at the shapes of these models. Both have faster 
 Legend: N rows, D width, F output width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,27 +16,35 @@ from torch.autograd.function import once_differentiable
 from cca_ds.likelihood import linear as few_rows_linear
 from cca_ds.models.cpu_kernels import has_kernel
 
-_WORTHWHILE = 1 << 24  # multiplications of a product below which the way to it counts
+# glibc asks for a little more than an aligned tensor takes, so what a freed tensor leaves is just too small for the
+# next of its size, and the heap grows by a hole a layer: 7% of LlamaGen-B's peak. What a forward makes is therefore
+# followed by a few numbers more.
+_SLACK = 64
+_ROWS, _WORTHWHILE = 64, 1 << 24  # rows and multiplications of a product below which the way to it counts
 
 
 def _is_large(x: Tensor, weight_FD: Tensor) -> bool:
-    return (
-        x.dtype == weight_FD.dtype and has_kernel(x) and x.numel() * weight_FD.shape[0] >= _WORTHWHILE
-    )
+    large = x.numel() >= _ROWS * x.shape[-1] and x.numel() * weight_FD.shape[0] >= _WORTHWHILE
+    return large and x.dtype == weight_FD.dtype and has_kernel(x)
 
 
-def product(
-    x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """x W^T + bias, [..., D] -> [..., F]; no autograd. The weight may be a transposed view.
+def _product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, slack: int) -> Tensor:
+    if not _is_large(x, weight_FD) or not torch.ops.cca_ds.has_block_linear(x.dtype == torch.bfloat16):
+        return F.linear(x, weight_FD, bias_F)
+    shape = (*x.shape[:-1], weight_FD.shape[0])
+    out = x.new_empty(math.prod(shape) + slack)[: math.prod(shape)].view(shape)
+    torch.ops.cca_ds.block_linear(x, weight_FD, bias_F, out)
+    return out
 
-    Where `out` is given and block products are used, the result is in its memory.
-    """
-    if _is_large(x, weight_FD) and torch.ops.cca_ds.has_block_linear(x.dtype == torch.bfloat16):
-        out = x.new_empty(*x.shape[:-1], weight_FD.shape[0]) if out is None else out
-        torch.ops.cca_ds.block_linear(x, weight_FD, bias_F, out)
-        return out
-    return F.linear(x, weight_FD, bias_F)
+
+def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [..., D] -> [..., F]; no autograd."""
+    return _product(x, weight_FD, bias_F, _SLACK)
+
+
+def input_gradient(grad: Tensor, weight_FD: Tensor) -> Tensor:
+    """grad W, [..., F] -> [..., D]."""
+    return _product(grad, weight_FD.t(), None, 0)
 
 
 def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
@@ -46,7 +56,7 @@ def linear_backward(grad: Tensor, x: Tensor, weight_FD: Tensor) -> tuple[Tensor,
     """Gradients of a linear layer's input [..., D], weight [F, D] and bias [F], from that of its output [..., F]."""
     grad_NF = grad.flatten(0, -2)
     grad_weight_FD = weight_gradient(grad_NF, x.flatten(0, -2))
-    return product(grad, weight_FD.t()), grad_weight_FD, grad_NF.sum(0)
+    return input_gradient(grad, weight_FD), grad_weight_FD, grad_NF.sum(0)
 
 
 class _Linear(torch.autograd.Function):
@@ -61,7 +71,7 @@ class _Linear(torch.autograd.Function):
         x_ND, weight_FD = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            product(grad_NF, weight_FD.t()) if for_x else None,
+            input_gradient(grad_NF, weight_FD) if for_x else None,
             weight_gradient(grad_NF, x_ND) if for_weight else None,
             grad_NF.sum(0) if for_bias else None,
         )

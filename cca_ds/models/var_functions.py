@@ -64,7 +64,9 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor, ...]:
         x_BLD, weight_FD = ctx.saved_tensors
-        grad_BLD, *of_linear = linear_backward(grad_BLF, gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD)
+        grad_BLD, *of_linear = linear_backward(
+            grad_BLF, gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD
+        )
         return gelu_backward_(grad_BLD, x_BLD), *of_linear
 
 
