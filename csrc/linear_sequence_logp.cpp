@@ -141,7 +141,7 @@ int64_t rows_of_chunk(int64_t asked, const Head& head, int64_t rows, bool in_pla
 
 // A buffer for a chunk's logits. Float32 rows that a CPU makes tile by tile lie two cache lines further apart than V.
 Tensor chunk_buffer(const Head& head, int64_t rows) {
-  const int64_t vocabulary = head.weight_VD.size(0), apart = head.packed.defined() && head.weight_VD.is_cpu() ? 32 : 0;
+  const int64_t vocabulary = head.weight_VD.size(0), apart = head.wide && head.weight_VD.is_cpu() ? 32 : 0;
   return on_huge_pages(at::empty({rows, vocabulary + apart}, head.logits_options())).narrow(1, 0, vocabulary);
 }
 
