@@ -24,8 +24,8 @@ namespace {
 // Columns of the logits made at a time; the weights behind them (1.5 KiB each at D = 768 in bf16, 3 in float32) stay in
 // the second-level cache.
 template <class T>
-constexpr int64_t kColumns = 512 / sizeof(T);
-constexpr int64_t kRows = 128;
+constexpr int64_t kLogitColumns = 512 / sizeof(T);
+constexpr int64_t kLogitRows = 128;
 // Columns of the residual transposed at a time.
 constexpr int64_t kTransposed = 2048;
 
@@ -49,15 +49,15 @@ bool takes_wide_product(const Tensor& weight_VD) {
 template <class T>
 Tensor pack(const Tensor& weight_VD) {
   const int64_t vocabulary = weight_VD.size(0), width = weight_VD.size(1);
-  const int64_t blocks = (vocabulary + kColumns<T> - 1) / kColumns<T>;
-  Tensor packed = at::empty({blocks, width, kColumns<T>}, weight_VD.options());
+  const int64_t blocks = (vocabulary + kLogitColumns<T> - 1) / kLogitColumns<T>;
+  Tensor packed = at::empty({blocks, width, kLogitColumns<T>}, weight_VD.options());
   const T* from = weight_VD.const_data_ptr<T>();
   T* to = packed.data_ptr<T>();
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
-      const int64_t columns = std::min(kColumns<T>, vocabulary - block * kColumns<T>);
-      const int64_t offset = block * kColumns<T> * width;
-      turn_second(from + offset, width, width, to + offset, kColumns<T>, columns);
+      const int64_t columns = std::min(kLogitColumns<T>, vocabulary - block * kLogitColumns<T>);
+      const int64_t offset = block * kLogitColumns<T> * width;
+      turn_second(from + offset, width, width, to + offset, kLogitColumns<T>, columns);
     }
   });
   return packed;
@@ -78,10 +78,10 @@ void block_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor& out_NV)
   float* out = out_NV.data_ptr<float>();
   at::parallel_for(0, packed.size(0), 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
-      const int64_t column = block * kColumns<T>, columns = std::min(kColumns<T>, vocabulary - column);
-      for (int64_t row = 0; row < rows; row += kRows) {
-        wide_product(std::min(kRows, rows - row), columns, width, hidden + row * width, width,
-                     weight + block * width * kColumns<T>, kColumns<T>, out + row * stride + column, stride);
+      const int64_t column = block * kLogitColumns<T>, columns = std::min(kLogitColumns<T>, vocabulary - column);
+      for (int64_t row = 0; row < rows; row += kLogitRows) {
+        wide_product(std::min(kLogitRows, rows - row), columns, width, hidden + row * width, width,
+                     weight + block * width * kLogitColumns<T>, kLogitColumns<T>, out + row * stride + column, stride);
       }
     }
     wide_product_done<T>();
@@ -133,6 +133,13 @@ struct Weight {
   }
 };
 
+// The depth in steps of even size.
+template <class T>
+int64_t even_steps(int64_t width) {
+  const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>;
+  return rounded_up((width + steps - 1) / steps, 16);
+}
+
 // A thread's block of columns and of depth, over its rows.
 template <class T>
 struct LinearWork {
@@ -141,7 +148,7 @@ struct LinearWork {
   std::vector<float> sums, shift;
 
   LinearWork(int64_t rows, int64_t width)
-      : step(rounded_up(width / ((width + kDepth<T> - 1) / kDepth<T>), 16)), packed(step * kLinearColumns<T>),
+      : step(even_steps<T>(width)), packed(step * kLinearColumns<T>),
         sums(kPaired<T> ? rows * kLinearColumns<T> : 0), shift(kLinearColumns<T>) {}
 };
 

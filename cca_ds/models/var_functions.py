@@ -1,9 +1,9 @@
 """What VAR's blocks do around their matrix products, with little kept for the backward.
 
 PyTorch's own graph would keep, beside what a block's products give, every input of theirs; here the normalised stream
-and the result of the GELU are made again from what they came from, by cheap passes.
+and the result of the GELU are made again from what they came from, by cheap passes, and a branch is not kept at all.
 
-Legend: B images, L codes per image, N = B * L rows, D width, F output width.
+Legend: B images, L codes per image, N = B * L rows, D width of the stream, F the other width of a linear layer.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cca_ds.models.cpu_kernels import gelu, gelu_backward_, layer_norm, layer_norm_backward, scratch
-from cca_ds.models.products import linear_backward, product
+from cca_ds.models.products import input_gradient, linear_backward, product, weight_gradient
 
 _KERNEL_DTYPES = (
     torch.float32,
@@ -54,20 +54,47 @@ class _ModulatedLinear(torch.autograd.Function):
         return *layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics), None, *of_linear
 
 
-class _GeluLinear(torch.autograd.Function):
+class _GatedResidualLinear(torch.autograd.Function):
+    """stream + gate * (f(x) W^T + b), f being the identity or a GELU, without the branch in memory.
+
+    The gate's gradient, the sum over an image's positions of grad * branch, comes from the image's own part of the
+    weight's gradient, grad^T f(x): it is the row sums of W * grad^T f(x), and the bias's share.
+    """
+
     @staticmethod
-    def forward(ctx, x_BLD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-        ctx.save_for_backward(x_BLD, weight_FD)
-        return product(gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD, bias_F)
+    def forward(
+        ctx,
+        x_BLF: Tensor,
+        stream_BLD: Tensor,
+        gate_BD: Tensor,
+        weight_DF: Tensor,
+        bias_D: Tensor,
+        with_gelu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x_BLF, gate_BD, weight_DF, bias_D)
+        ctx.with_gelu = with_gelu
+        branch_BLD = product(_activated(x_BLF, with_gelu), weight_DF, bias_D)
+        return torch.addcmul(stream_BLD, branch_BLD, gate_BD[:, None], out=branch_BLD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor, ...]:
-        x_BLD, weight_FD = ctx.saved_tensors
-        grad_BLD, *of_linear = linear_backward(
-            grad_BLF, gelu(x_BLD, scratch.take("activated", x_BLD)), weight_FD
-        )
-        return gelu_backward_(grad_BLD, x_BLD), *of_linear
+    def backward(ctx, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLF, gate_BD, weight_DF, bias_D = ctx.saved_tensors
+        grad_weight_DF, grad_gate_BD = torch.zeros_like(weight_DF), torch.empty_like(gate_BD)
+        sums_BD = grad_BLD.sum(1)
+        images = zip(grad_BLD, _activated(x_BLF, ctx.with_gelu), gate_BD, grad_gate_BD, sums_BD, strict=True)
+        for grad_LD, active_LF, gate_D, grad_gate_D, sum_D in images:
+            own_DF = weight_gradient(grad_LD, active_LF)
+            grad_weight_DF.addcmul_(own_DF, gate_D[:, None])
+            torch.add(own_DF.mul_(weight_DF).sum(1), sum_D * bias_D, out=grad_gate_D)
+        grad_x_BLF = input_gradient(grad_BLD * gate_BD[:, None], weight_DF)
+        if ctx.with_gelu:
+            grad_x_BLF = gelu_backward_(grad_x_BLF, x_BLF)
+        return grad_x_BLF, grad_BLD, grad_gate_BD, grad_weight_DF, (sums_BD * gate_BD).sum(0), None
+
+
+def _activated(x_BLF: Tensor, with_gelu: bool) -> Tensor:
+    return gelu(x_BLF, scratch.take("activated", x_BLF)) if with_gelu else x_BLF
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -92,8 +119,12 @@ def modulated_linear(
     return _ModulatedLinear.apply(x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F)
 
 
-def gelu_linear(x_BLD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-    """A linear layer of gelu(x), in its tanh form: [B, L, D] -> [B, L, F] in x's dtype."""
-    if not _on_cpu(x_BLD):
-        return F.linear(F.gelu(x_BLD, approximate="tanh"), weight_FD, bias_F)
-    return _GeluLinear.apply(x_BLD, weight_FD.to(x_BLD.dtype), bias_F.to(x_BLD.dtype))
+def gated_residual_linear(
+    x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor, weight_DF: Tensor, bias_D: Tensor, with_gelu: bool
+) -> Tensor:
+    """stream + gate * linear(f(x)), f being the identity or a GELU in its tanh form: [B, L, D]."""
+    if _on_cpu(x_BLF) and x_BLF.dtype == stream_BLD.dtype == gate_BD.dtype:
+        weight_DF, bias_D = weight_DF.to(x_BLF.dtype), bias_D.to(x_BLF.dtype)
+        return _GatedResidualLinear.apply(x_BLF, stream_BLD, gate_BD, weight_DF, bias_D, with_gelu)
+    active_BLF = F.gelu(x_BLF, approximate="tanh") if with_gelu else x_BLF
+    return torch.addcmul(stream_BLD, F.linear(active_BLF, weight_DF, bias_D), gate_BD[:, None])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cca_ds.likelihood import LikelihoodHead
 from cca_ds.models.layers import Linear
 from cca_ds.models.var_attention import block_causal_attention, normalised_heads
-from cca_ds.models.var_functions import gelu_linear, modulated_linear, modulated_norm
+from cca_ds.models.var_functions import gated_residual_linear, modulated_linear, modulated_norm
 
 _MAX_LOG_SCALE = math.log(100.0)
 
@@ -36,12 +36,20 @@ class ModulatedLinear(Linear):
         return modulated_linear(x_BLD, modulation.scale, modulation.shift, modulation.eps, self.weight, bias)
 
 
-class GeluLinear(Linear):
-    """`nn.Linear` behind a GELU."""
+class GatedResidualLinear(Linear):
+    """The last `nn.Linear` of a branch, added to the stream as an image's own gate lets it."""
 
-    def forward(self, x_BLF: Tensor) -> Tensor:
-        """[B, L, F] -> [B, L, D]."""
-        return gelu_linear(x_BLF, self.weight, self.bias)
+    with_gelu = False
+
+    def forward(self, x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor) -> Tensor:
+        """[B, L, F], [B, L, D], [B, D] -> [B, L, D]."""
+        return gated_residual_linear(x_BLF, stream_BLD, gate_BD, self.weight, self.bias, self.with_gelu)
+
+
+class GeluGatedResidualLinear(GatedResidualLinear):
+    """The same behind a GELU."""
+
+    with_gelu = True
 
 
 class Attention(nn.Module):
@@ -55,7 +63,7 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.empty(width))
         self.register_buffer("zero_k_bias", torch.empty(width))  # the published files hold it
         self.mat_qkv = ModulatedLinear(width, 3 * width, std=std)  # its bias has no part for the keys
-        self.proj = Linear(width, width, bias=True, std=out_std)
+        self.proj = GatedResidualLinear(width, width, bias=True, std=out_std)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,12 +78,14 @@ class Attention(nn.Module):
         scale_1H11 = self.scale_mul_1H11.to(torch.promote_types(self.scale_mul_1H11.dtype, torch.float32))
         return self.mat_qkv(x_BLD, modulation, bias), scale_1H11.clamp_max(_MAX_LOG_SCALE).exp().flatten()
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation) -> Tensor:
-        """All scales at once: [B, L, D] -> [B, L, D]."""
+    def forward(self, x_BLD: Tensor, modulation: Modulation, gate_BD: Tensor) -> Tensor:
+        """All scales at once, added to the stream: [B, L, D] -> [B, L, D]."""
         qkv_BLD, scale_H = self._project(x_BLD, modulation)
-        return self.proj(block_causal_attention(qkv_BLD, scale_H, self.scales))
+        return self.proj(block_causal_attention(qkv_BLD, scale_H, self.scales), x_BLD, gate_BD)
 
-    def step(self, x_BLD: Tensor, modulation: Modulation, cache_2BHLC: Tensor, start: int) -> Tensor:
+    def step(
+        self, x_BLD: Tensor, modulation: Modulation, gate_BD: Tensor, cache_2BHLC: Tensor, start: int
+    ) -> Tensor:
         """One scale, whose codes begin at `start`, against itself and the coarser ones in the cache."""
         end = start + x_BLD.shape[1]
         q_BHLC, k_BHLC, v_BHLC = normalised_heads(*self._project(x_BLD, modulation))
@@ -83,7 +93,7 @@ class Attention(nn.Module):
         cache_2BHLC[1, :, :, start:end] = v_BHLC
         k_BHLC, v_BHLC = cache_2BHLC[:, :, :, :end].unbind(0)
         mixed_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, scale=1.0)
-        return self.proj(mixed_BHLC.transpose(1, 2).flatten(2))
+        return self.proj(mixed_BHLC.transpose(1, 2).flatten(2), x_BLD, gate_BD)
 
 
 class FeedForward(nn.Module):
@@ -92,11 +102,11 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, std: float, out_std: float) -> None:
         super().__init__()
         self.fc1 = ModulatedLinear(width, hidden, bias=True, std=std)
-        self.fc2 = GeluLinear(hidden, width, bias=True, std=out_std)
+        self.fc2 = GeluGatedResidualLinear(hidden, width, bias=True, std=out_std)
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        return self.fc2(self.fc1(x_BLD, modulation))
+    def forward(self, x_BLD: Tensor, modulation: Modulation, gate_BD: Tensor) -> Tensor:
+        """Added to the stream: [B, L, D] -> [B, L, D]."""
+        return self.fc2(self.fc1(x_BLD, modulation), x_BLD, gate_BD)
 
 
 class AdaptiveLinear(Linear):
@@ -144,27 +154,23 @@ class Block(nn.Module):
         return self.ada_lin(condition).unflatten(-1, (6, self.width)).unbind(1)
 
     def _gate(self, gate_BD: Tensor) -> Tensor:
-        """The gate [B, 1, D], with stochastic depth: a branch left out is one whose gate is 0 for an image."""
+        """The gate [B, D], with stochastic depth: a branch left out is one whose gate is 0 for an image."""
         if self.training and self.drop_path_rate > 0.0:
             keep = 1.0 - self.drop_path_rate
             gate_BD = gate_BD * gate_BD.new_empty(len(gate_BD), 1).bernoulli_(keep).div_(keep)
-        return gate_BD[:, None]
+        return gate_BD
 
     def forward(self, x_BLD: Tensor, condition: Tensor) -> Tensor:
         """All scales at once: [B, L, D] -> [B, L, D]; `condition` as in `modulation`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition)
-        branch_BLD = self.attn(x_BLD, Modulation(scale1, shift1, self.eps))
-        x_BLD = torch.addcmul(x_BLD, branch_BLD, self._gate(gate1))
-        branch_BLD = self.ffn(x_BLD, Modulation(scale2, shift2, self.eps))
-        return torch.addcmul(x_BLD, branch_BLD, self._gate(gate2))
+        x_BLD = self.attn(x_BLD, Modulation(scale1, shift1, self.eps), self._gate(gate1))
+        return self.ffn(x_BLD, Modulation(scale2, shift2, self.eps), self._gate(gate2))
 
     def step(self, x_BLD: Tensor, modulation: tuple[Tensor, ...], cache_2BHLC: Tensor, start: int) -> Tensor:
         """One scale, for sampling: `modulation` is the same at every scale, and so is computed once."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        branch_BLD = self.attn.step(x_BLD, Modulation(scale1, shift1, self.eps), cache_2BHLC, start)
-        x_BLD = torch.addcmul(x_BLD, branch_BLD, gate1[:, None])
-        branch_BLD = self.ffn(x_BLD, Modulation(scale2, shift2, self.eps))
-        return torch.addcmul(x_BLD, branch_BLD, gate2[:, None])
+        x_BLD = self.attn.step(x_BLD, Modulation(scale1, shift1, self.eps), gate1, cache_2BHLC, start)
+        return self.ffn(x_BLD, Modulation(scale2, shift2, self.eps), gate2)
 
 
 class HeadNorm(nn.Module):
