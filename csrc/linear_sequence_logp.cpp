@@ -55,6 +55,17 @@ void wide_logits(const Tensor& hidden_CD, const Tensor& packed, Tensor out_CV) {
   op.call(hidden_CD, packed, out_CV);
 }
 
+void block_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Tensor out) {
+  static const auto op =
+      find<void(const Tensor&, const Tensor&, const OptionalTensor&, Tensor)>("cca_ds::block_linear");
+  op.call(x, weight, bias, out);
+}
+
+bool has_block_linear() {
+  static const auto op = find<bool(bool)>("cca_ds::has_block_linear");
+  return op.call(/*in_bf16=*/false);
+}
+
 Tensor weight_gradient(const Tensor& residual_NV, const Tensor& hidden_ND) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&)>("cca_ds::weight_gradient");
   return op.call(residual_NV, hidden_ND);
@@ -95,17 +106,16 @@ Tensor sequence_logp_backward(const Tensor& grad_B, const Tensor& logits_BLV, co
 struct Head {
   Tensor weight_VD;
   OptionalTensor bias_V;
-  bool wide;
+  bool wide, by_blocks;
   Tensor packed{};
 
-  Head(const Tensor& weight, const OptionalTensor& bias, bool fp32)
+  // `chunked`: many products share the weight, so that packing it, at the cost of its memory, pays in float32 too.
+  Head(const Tensor& weight, const OptionalTensor& bias, bool fp32, bool chunked)
       : weight_VD(weight.contiguous()), bias_V(bias), wide(fp32 && wide_type(weight) != weight.scalar_type()) {
     if (bias_V) bias_V = bias_V->contiguous();
+    by_blocks = weight_VD.is_cpu() && weight_VD.scalar_type() == at::kFloat && has_block_linear();
     if (wide) packed = weight_VD.is_cuda() ? weight_VD : pack_weight(weight_VD);
-    if (weight_VD.is_cpu() && weight_VD.scalar_type() == at::kFloat) {
-      packed = pack_weight(weight_VD);
-      if (packed.dim() == 2) packed = Tensor();  // there is no better product than the library's
-    }
+    if (by_blocks && chunked) packed = pack_weight(weight_VD);
   }
 
   at::TensorOptions logits_options() const {
@@ -117,6 +127,8 @@ struct Head {
   void logits(const Tensor& hidden_CD, Tensor out_CV) const {
     if (packed.defined()) {
       wide_logits(hidden_CD, packed, out_CV);
+    } else if (by_blocks) {
+      block_linear(hidden_CD, weight_VD, bias_V, out_CV);
     } else if (bias_V) {
       at::addmm_out(out_CV, *bias_V, hidden_CD, weight_VD.t());
     } else {
@@ -152,7 +164,7 @@ std::tuple<Tensor, Tensor> linear_sequence_logp(const Tensor& hidden_BLD, const 
   const int64_t rows = hidden_ND.size(0), vocabulary = weight.size(0);
   // What stays is asked for before what goes (the packed weight): the other way round would leave a hole in the heap.
   Tensor residual_NV = on_huge_pages(at::empty({keep ? rows : 0, keep ? vocabulary : 0}, weight.options()));
-  const Head head(weight, bias, fp32);
+  const Head head(weight, bias, fp32, !keep && chunk_rows == 0);
   const bool in_place = keep && !head.wide;
   const int64_t chunk = rows_of_chunk(chunk_rows, head, rows, in_place);
   Tensor buffer_CV = chunk_buffer(head, in_place ? 0 : std::min(chunk, rows));
@@ -252,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_sequence_logp_backward(
   if (kept) {
     gradients = from_kept(hidden_ND, weight.contiguous(), residual, grad_N1, needed);
   } else {
-    const Head head(weight, bias, fp32);
+    const Head head(weight, bias, fp32, /*chunked=*/false);
     const int64_t chunk = rows_of_chunk(chunk_rows, head, hidden_ND.size(0), false);
     gradients = from_recomputed(hidden_ND, head, flat_targets(targets_BL), grad_N1, chunk, needed);
   }
