@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from cca_ds.likelihood import backend
 from cca_ds.models import cpu_kernels, prefix_attention, products
@@ -132,6 +133,21 @@ def test_scratch_is_kept_grows_and_serves_training_after_sampling():
     assert pool.take("a use", torch.empty(3, 4).bfloat16()).dtype == torch.bfloat16
     assert pool.take("a use", torch.empty(5, 5)).shape == (5, 5)
     assert pool.take("a use", torch.empty(5, 5, device="meta")).is_meta
+
+
+def test_operations_are_counted_as_those_of_pytorchs_own():
+    """A linear layer and attention, forward and backward, by torch's counter."""
+    if backend() == "torch" or not torch.ops.cca_ds.has_prefix_attention(False):
+        pytest.skip("no kernel here")
+    x, weight = torch.randn(512, 256, requires_grad=True), torch.randn(384, 256, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        products.linear(x, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 512 * 256 * 384
+    heads, segments = torch.randn(3, 2, 2, 40, 16), (prefix_attention.Segment(0, 40),)
+    with FlopCounterMode(display=False) as counter:
+        mixed, lse = prefix_attention.attend(heads, segments)
+        prefix_attention.attend_backward(mixed, heads, mixed, lse, segments)
+    assert counter.get_total_flops() == (4 + 10) * 2 * 2 * 40 * 40 * 16
 
 
 def turned(qkv, table, heads, scale):

@@ -105,7 +105,7 @@ def test_activations_against_the_measured_peak_of_llamagen(checkpointing, shape)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_against_the_measured_peak_of_var(checkpointing):
-    """Between the measured peak and 1.7 times it: on a CPU, VAR's norms, GELU and attention keep less than on a GPU."""
+    """Between the measured peak and twice it: on a CPU, VAR's norms, branches and attention keep less than on a GPU."""
     scales = (1, 2, 3, 4, 5, 6, 8)
     tokenizer = create_tokenizer(
         "var-vqvae",
@@ -121,7 +121,7 @@ def test_activations_against_the_measured_peak_of_var(checkpointing):
     each = (measured_peak(model, 4) - measured_peak(model, 1)) / 3
     architecture = architecture_of("var-d16", overrides)
     predicted = architecture.codes * activation_bytes(architecture, checkpointing, element_bytes=4)
-    assert each <= predicted <= 1.7 * each
+    assert each <= predicted <= 2.0 * each
 
 
 def test_what_does_not_fit_is_said():

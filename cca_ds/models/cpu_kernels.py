@@ -6,11 +6,13 @@ Each function is a pure one of plain tensors; the autograd functions that call t
 Legend: B images, L positions, D = H * C, H heads, C channels of a head.
 """
 
+import math
 import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cca_ds.likelihood import backend
 
@@ -266,5 +268,25 @@ def _register() -> None:
         torch.library.register_fake(f"cca_ds::{name}", fake)
 
 
+def _attention_flops(heads_shape: torch.Size) -> int:
+    """All scores, seen or not, as torch's counter counts its own causal kernels; two products a score."""
+    _, batch, heads, length, channels = heads_shape
+    return 4 * batch * heads * length**2 * channels
+
+
+def _register_flops() -> None:
+    """What torch's counter of operations must know of the kernels: those of their products."""
+    ops = torch.ops.cca_ds
+    formulas = {
+        ops.block_linear: lambda x, weight, bias, out, **_: 2 * math.prod(x) * weight[0],
+        ops.weight_gradient: lambda residual, hidden, **_: 2 * math.prod(residual) * hidden[1],
+        ops.prefix_attention: lambda heads, limits, **_: _attention_flops(heads),
+        ops.prefix_attention_backward: lambda grad, heads, *rest, **_: 5 * _attention_flops(heads) // 2,
+    }
+    for op, formula in formulas.items():
+        register_flop_formula(op)(formula)
+
+
 if backend() != "torch":
     _register()
+    _register_flops()
