@@ -181,7 +181,8 @@ def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> 
 def table(name: str, known: dict[str, dict]) -> str:
     """The results of `name` as Markdown: seconds and GiB of both, what was asked, and what the products alone take."""
     lines = [
-        f"Ours beside the original's, `{name}.py`, medians; times of the processor, threads added up.",
+        f"Ours beside the original's, `{name}.py`, medians; times of the processor, threads added up. "
+        "What the products alone would take is at the rate of the library's large square product.",
         "",
         "| | s | original | share of its time (asked) | GiB | original | share (asked) | products alone, share |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -166,7 +166,8 @@ std::pair<float*, int64_t> sums_of(LinearWork<T>& work, T* out, int64_t row, int
 template <class T>
 void linear_of(const Tensor& x_ND, const Weight<T>& weight, const T* bias, Tensor& out_NF) {
   constexpr int64_t kColumns = kLinearColumns<T>;
-  const int64_t rows = x_ND.size(0), width = x_ND.size(1), outputs = out_NF.size(1), tiles = (rows + kLinearRows - 1) / kLinearRows;
+  const int64_t rows = x_ND.size(0), width = x_ND.size(1), outputs = out_NF.size(1);
+  const int64_t tiles = (rows + kLinearRows - 1) / kLinearRows;
   const int64_t blocks = (outputs + kColumns - 1) / kColumns, threads = at::get_num_threads();
   const int64_t groups = std::min(tiles, blocks < 2 * threads ? (2 * threads + blocks - 1) / blocks : 1);  // of rows
   const int64_t rows_of_group = (tiles + groups - 1) / groups * kLinearRows;
@@ -184,7 +185,8 @@ void linear_of(const Tensor& x_ND, const Weight<T>& weight, const T* bias, Tenso
         for (int64_t row = top; row < bottom; row += kLinearRows) {
           const int64_t count = std::min(kLinearRows, bottom - row);
           const auto [to, stride] = sums_of(work, out, row, row - top, column, outputs);
-          wide_product(count, columns, depth, x + row * width + first, width, work.packed.data(), kColumns, to, stride, first > 0);
+          wide_product(count, columns, depth, x + row * width + first, width, work.packed.data(), kColumns, to, stride,
+                       /*add=*/first > 0);
           if (first + depth < width) continue;
           for (int64_t r = 0; r < count; ++r) {
             for (int64_t c = 0; bias && c < columns; ++c) to[r * stride + c] += work.shift[c];

@@ -1,4 +1,4 @@
-// The norms of a training step on a CPU, one pass over a row's numbers in the cache each: LlamaGen's root mean square, and
+// The norms of a training step on a CPU, each row read and written once: LlamaGen's root mean square, and
 // VAR's layer norm with an image's own weight and bias. Compiled once per instruction set.
 //
 // Letters: B images (one, where all rows share a weight), L positions of an image, D width.
@@ -104,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_in, const Te
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous(), weight_BD = weight_in.contiguous();
   const Rows rows(x, weight_BD);
   const int64_t count = rows.images * rows.positions, width = rows.width, parts = at::get_num_threads();
-  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && statistics.is_contiguous() && statistics.numel() == 2 * count,
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && statistics.is_contiguous() &&
+                  statistics.numel() == 2 * count,
               "a gradient ", grad.sizes(), " does not fit ", x.sizes());
   Tensor grad_x = at::empty_like(x);
   Tensor sums = at::zeros({2, parts, rows.images, width}, weight_BD.options());  // a part of the rows each

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <type_traits>
 #include <vector>
 
 namespace cca_ds {

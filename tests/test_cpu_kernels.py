@@ -104,8 +104,11 @@ def test_norms_and_back(way, dtype, images, length, width):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(577, 256, 384), (9, 2050, 1024), (1000, 64, 300)])
+@pytest.mark.parametrize(
+    ("rows", "width", "outputs"), [(577, 256, 384), (70, 4100, 128), (1000, 64, 300), (9, 2050, 1024)]
+)
 def test_linear_layers_and_back(way, dtype, rows, width, outputs):
+    """Tiles that are not filled, more depth than a step takes, an odd number of rows, and few rows."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, width), torch.randn(outputs, width), torch.randn(outputs)
     grad = torch.randn(rows, outputs)

@@ -1,7 +1,7 @@
 """The passes between a training step's matrix products on a CPU: kernels of csrc/, and what PyTorch has in their place.
 
-Each function is a pure one of plain tensors; the autograd functions that call them are in `layers.py`,
-`var_functions.py` and the two attentions.
+Functions of plain tensors, of which some write where they are told to; the autograd functions that call them are in
+`layers.py`, `var_functions.py` and the two attentions.
 
 Legend: B images, L positions, D = H * C, H heads, C channels of a head.
 """
@@ -127,7 +127,7 @@ def layer_norm_backward(
     """Gradients of `layer_norm`'s x, weight and bias."""
     if has_kernel(x_BLD):
         return torch.ops.cca_ds.layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
-    grads = [
+    grads = [  # the bias's values count for nothing, so the weight stands for it
         torch.ops.aten.native_layer_norm_backward(
             grad_LD, x_LD, weight_D.shape, *of_image, weight_D, weight_D, (True, True, True)
         )

@@ -17,7 +17,7 @@ from cca_ds.likelihood import linear as few_rows_linear
 from cca_ds.models.cpu_kernels import has_kernel
 
 # glibc asks for a little more than an aligned tensor takes, so what a freed tensor leaves is just too small for the
-# next of its size, and the heap grows by a hole a layer: 7% of LlamaGen-B's peak. What a forward makes is therefore
+# next of its size, and the heap grows by a hole a layer: 6% of LlamaGen-B's peak. What a forward makes is therefore
 # followed by a few numbers more.
 _SLACK = 64
 _ROWS, _WORTHWHILE = 64, 1 << 24  # rows and multiplications of a product below which the way to it counts
