@@ -284,20 +284,19 @@ void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads
   for_each_block<T, Work>(shape, limits, prepare, differentiate, finish);
 }
 
-// Gradients [3, B, H, L, C] of the heads, from that of the mixed values [B, L, H, C].
-Tensor prefix_attention_backward(const Tensor& grad_BLHC, const Tensor& heads_3BHLC, const Tensor& mixed_BLHC,
-                                 const Tensor& lse_BHL, const Tensor& limits_L) {
+// Gradients [3, B, H, L, C] of the heads into `out`, from that of the mixed values [B, L, H, C].
+void prefix_attention_backward(const Tensor& grad_BLHC, const Tensor& heads_3BHLC, const Tensor& mixed_BLHC,
+                               const Tensor& lse_BHL, const Tensor& limits_L, Tensor out) {
   const Shape shape = shape_of_attention(heads_3BHLC);
   TORCH_CHECK(grad_BLHC.sizes() == mixed_BLHC.sizes() && mixed_BLHC.numel() == shape.rows() * shape.channels &&
-                  lse_BHL.numel() == shape.rows() && grad_BLHC.scalar_type() == heads_3BHLC.scalar_type(),
-              "a gradient ", grad_BLHC.sizes(), " does not fit heads ", heads_3BHLC.sizes());
+                  lse_BHL.numel() == shape.rows() && grad_BLHC.scalar_type() == heads_3BHLC.scalar_type() &&
+                  out.is_contiguous() && out.sizes() == heads_3BHLC.sizes() && out.scalar_type() == heads_3BHLC.scalar_type(),
+              "a gradient ", grad_BLHC.sizes(), " and one of ", out.sizes(), " do not fit heads ", heads_3BHLC.sizes());
   const Tensor heads = heads_3BHLC.contiguous(), grad = grad_BLHC.contiguous(), mixed = mixed_BLHC.contiguous();
-  Tensor grads_3BHLC = at::empty_like(heads);
   const int64_t* limits = limits_of(limits_L, shape);
   with_float_type(heads.scalar_type(), [&](auto t) {
-    attend_backward<decltype(t)>(shape, grad, heads, mixed, lse_BHL, limits, grads_3BHLC);
+    attend_backward<decltype(t)>(shape, grad, heads, mixed, lse_BHL, limits, out);
   });
-  return grads_3BHLC;
 }
 
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {

@@ -36,14 +36,17 @@ TORCH_LIBRARY(cca_ds, m) {
       "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("turned_heads(Tensor projection, Tensor table, int heads, float scale) -> Tensor");
-  m.def("turned_heads_backward(Tensor grad_heads, Tensor table, float scale) -> Tensor");
+  m.def("turned_heads_backward(Tensor grad_heads, Tensor table, float scale, Tensor(a!) out) -> ()");
   m.def("normalised_heads(Tensor projection, Tensor scale) -> (Tensor heads, Tensor factors)");
   m.def(
-      "normalised_heads_backward(Tensor grad_heads, Tensor heads, Tensor factors, Tensor scale) -> "
-      "(Tensor grad_projection, Tensor along)");
+      "normalised_heads_backward(Tensor grad_heads, Tensor heads, Tensor factors, Tensor scale, Tensor(a!) out) -> "
+      "Tensor along");
   m.def("prefix_attention(Tensor heads, Tensor limits) -> (Tensor mixed, Tensor lse)");
-  m.def("prefix_attention_backward(Tensor grad, Tensor heads, Tensor mixed, Tensor lse, Tensor limits) -> Tensor");
+  m.def(
+      "prefix_attention_backward(Tensor grad, Tensor heads, Tensor mixed, Tensor lse, Tensor limits, Tensor(a!) out) -> ()");
   m.def("has_prefix_attention(bool in_bf16) -> bool");
+  // How many tensors share a tensor's memory, itself included.
+  m.def("owners(Tensor x) -> int", [](const at::Tensor& x) { return static_cast<int64_t>(x.storage().use_count()); });
   // A decoding step, without gradients: a linear layer of few rows, and attention of one query to a head's live slots.
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("one_query_attention(Tensor query, Tensor keys, Tensor values) -> Tensor");

@@ -57,14 +57,14 @@ Tensor heads_of(const Tensor& projection, const Shape& shape, Change change) {
 }
 
 template <class Change>
-Tensor projection_of(const Tensor& heads, const Shape& shape, Change change) {
+void projection_of(const Tensor& heads, const Shape& shape, Change change, Tensor& out) {
   check_channels(shape);
+  TORCH_CHECK(out.is_contiguous() && out.numel() == heads.numel() && out.scalar_type() == heads.scalar_type(),
+              "a projection of ", out.sizes(), " does not fit heads ", heads.sizes());
   const Tensor from = heads.contiguous();
-  Tensor out = at::empty({shape.images, shape.positions, 3 * shape.heads * shape.channels}, heads.options());
   with_float_type(heads.scalar_type(), [&](auto t) {
     move_heads<decltype(t)>(shape, from, &Shape::among_heads, out, &Shape::in_projection, change);
   });
-  return out;
 }
 
 // ---- LlamaGen's heads: queries and keys turned, queries scaled ---------------------------------------------------
@@ -101,9 +101,9 @@ Tensor turned_heads(const Tensor& projection, const Tensor& table, int64_t heads
   return heads_of(projection, shape, Turn(table, shape, scale, /*back=*/false));
 }
 
-Tensor turned_heads_backward(const Tensor& grad_heads, const Tensor& table, double scale) {
+void turned_heads_backward(const Tensor& grad_heads, const Tensor& table, double scale, Tensor out) {
   const Shape shape = shape_of_heads(grad_heads);
-  return projection_of(grad_heads, shape, Turn(table, shape, scale, /*back=*/true));
+  projection_of(grad_heads, shape, Turn(table, shape, scale, /*back=*/true), out);
 }
 
 // ---- VAR's heads: queries of length scale_H, keys of length 1 ----------------------------------------------------
@@ -129,10 +129,10 @@ std::tuple<Tensor, Tensor> normalised_heads(const Tensor& projection, const Tens
   return {heads, factors};
 }
 
-// Through y = factor * x of length l: factor * (g - y (y . g) / l^2). Also y . g of the queries, [B, H, L], from which the
-// gradient of the scale is made.
-std::tuple<Tensor, Tensor> normalised_heads_backward(const Tensor& grad_heads, const Tensor& heads, const Tensor& factors,
-                                                     const Tensor& scale_H) {
+// Through y = factor * x of length l: factor * (g - y (y . g) / l^2), into `out`. Returned is y . g of the queries, [B, H, L],
+// from which the gradient of the scale is made.
+Tensor normalised_heads_backward(const Tensor& grad_heads, const Tensor& heads, const Tensor& factors, const Tensor& scale_H,
+                                 Tensor out) {
   const Shape shape = shape_of_heads(heads);
   TORCH_CHECK(grad_heads.sizes() == heads.sizes() && grad_heads.scalar_type() == heads.scalar_type(), "gradients ",
               grad_heads.sizes(), " do not fit heads ", heads.sizes());
@@ -140,19 +140,19 @@ std::tuple<Tensor, Tensor> normalised_heads_backward(const Tensor& grad_heads, c
   const float *scale = scale_of(scale_H, shape), *factors_in = factors.const_data_ptr<float>();
   Tensor along_q = at::empty({shape.images, shape.heads, shape.positions}, factors.options());
   float* along_out = along_q.data_ptr<float>();
-  Tensor out;
   with_float_type(heads.scalar_type(), [&](auto t) {
     const auto* rows = lengthened.const_data_ptr<decltype(t)>();
-    out = projection_of(grad_heads, shape, [&](const Place& place, float* g) {
+    const auto change = [&](const Place& place, float* g) {
       float y[kMostChannels];
       widen_row(rows + shape.among_heads(place), shape.channels, y);
       const float along = dot(y, g, shape.channels), length = place.part == 0 ? scale[place.head] : 1.0f;
       const float share = along / (length * length), factor = factors_in[place.part * shape.rows() + shape.row(place)];
       for (int64_t i = 0; i < shape.channels; ++i) g[i] = factor * (g[i] - y[i] * share);
       if (place.part == 0) along_out[shape.row(place)] = along;
-    });
+    };
+    projection_of(grad_heads, shape, change, out);
   });
-  return {out, along_q};
+  return along_q;
 }
 
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {

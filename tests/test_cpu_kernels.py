@@ -120,22 +120,51 @@ def test_linear_layers_and_back(way, dtype, rows, width, outputs):
     assert found.dtype == dtype and error(found, expected) < TOLERANCE[dtype]
     for tensor, true in zip(inputs, wanted, strict=True):
         assert tensor.grad.dtype == dtype and error(tensor.grad, true) < TOLERANCE[dtype]
-    for mine, true in zip(products.linear_backward(grad, x, weight), wanted, strict=True):
-        assert error(mine, true) < TOLERANCE[dtype]
+    out = torch.full_like(grad, torch.nan)
+    assert products.product(x, weight, bias, out) is out and error(out, expected) < TOLERANCE[dtype]
+    out = torch.full_like(x, torch.nan)
+    assert products.input_gradient(grad, weight, out) is out and error(out, wanted[0]) < TOLERANCE[dtype]
+    out = torch.full_like(weight, torch.nan)
+    assert error(products.weight_gradient(grad, x, out), wanted[1]) < TOLERANCE[dtype]
     with torch.no_grad():
         assert error(products.linear(*inputs), expected) < TOLERANCE[dtype]
 
 
-def test_scratch_is_kept_grows_and_serves_training_after_sampling():
-    pool = type(cpu_kernels.scratch)()
+def test_scratch_is_reused_once_nothing_holds_it():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    pool, like = type(cpu_kernels.scratch)(), torch.empty(0)
     with torch.inference_mode():
-        small = pool.take("a use", torch.empty(3, 4))
+        small = pool.take("a use", (3, 4), like)
     small.fill_(1.0)  # not a tensor of inference alone
-    assert pool.take("a use", torch.empty(2, 6)).data_ptr() == small.data_ptr()
-    assert pool.take("another", torch.empty(3, 4)).data_ptr() != small.data_ptr()
-    assert pool.take("a use", torch.empty(3, 4).bfloat16()).dtype == torch.bfloat16
-    assert pool.take("a use", torch.empty(5, 5)).shape == (5, 5)
-    assert pool.take("a use", torch.empty(5, 5, device="meta")).is_meta
+    place = small.data_ptr()
+    assert pool.take("another", (3, 4), like).data_ptr() != place
+    held = pool.take("a use", (2, 6), like)
+    assert held.data_ptr() != place
+    place, part = held.data_ptr(), held[1:]
+    del held
+    assert pool.take("a use", (2, 6), like).data_ptr() != place  # a view holds it too
+    del part
+    again = pool.take("a use", (2, 6), like).data_ptr()
+    assert pool.take("a use", (3, 3), like).data_ptr() == again
+    assert pool.take("a use", (3, 4), like.bfloat16()).dtype == torch.bfloat16
+    assert pool.take("a use", (5, 5), like).shape == (5, 5)
+    assert pool.take("a use", (5, 5), like.to("meta")).is_meta
+
+
+def test_gradients_that_are_kept_are_not_written_over():
+    """Those of attention lie in memory that is used again."""
+    torch.manual_seed(0)
+    segments, scale = (prefix_attention.Segment(0, 9),), torch.tensor([1.0, 2.0])
+    found = []
+    for seed in (0, 1, 1):
+        torch.manual_seed(seed)
+        heads, factors = cpu_kernels.normalised_heads(torch.randn(2, 9, 48), scale)
+        mixed, lse = prefix_attention.attend(heads, segments)
+        grads = prefix_attention.attend_backward(torch.randn_like(mixed), heads, mixed, lse, segments)
+        found.append((grads, cpu_kernels.normalised_heads_backward(grads, heads, factors, scale)[0]))
+    for first, second, third in zip(*found, strict=True):
+        assert not torch.equal(first, second) and torch.equal(second, third)
 
 
 def test_operations_are_counted_as_those_of_pytorchs_own():
@@ -265,13 +294,14 @@ def test_opcheck():
     check(ops.block_linear.default, (x, torch.randn(5, 24), None, torch.empty(2, 9, 5)))
     check(ops.weight_gradient.default, (x[0], x[0]))
     check(ops.turned_heads.default, (x, table, 2, 0.5))
-    check(ops.turned_heads_backward.default, (heads, table, 0.5))
+    check(ops.turned_heads_backward.default, (heads, table, 0.5, torch.empty_like(x)))
     check(ops.normalised_heads.default, (x, scale))
-    check(ops.normalised_heads_backward.default, (heads, heads, factors, scale))
+    check(ops.normalised_heads_backward.default, (heads, heads, factors, scale, torch.empty_like(x)))
     for dtype in TOLERANCE:
         if not ops.has_prefix_attention(dtype == torch.bfloat16):
             continue
         heads, limits = heads.to(dtype), torch.arange(1, 10)
         check(ops.prefix_attention.default, (heads, limits))
         mixed, lse = ops.prefix_attention(heads, limits)
-        check(ops.prefix_attention_backward.default, (mixed, heads, mixed, lse, limits))
+        grads = torch.empty_like(heads)
+        check(ops.prefix_attention_backward.default, (mixed, heads, mixed, lse, limits, grads))

@@ -8,6 +8,7 @@ Legend: B images, L positions, D = H * C, H heads, C channels of a head.
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +36,21 @@ class _Scratch(threading.local):
     """Memory for what a step makes and soon forgets, kept: freed, it would be a hole that what is kept splits up."""
 
     def __init__(self) -> None:
-        self.pieces: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.pieces: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, use: str, like: Tensor) -> Tensor:
-        """An uninitialised tensor like the given one, valid until the next call for the same use in this thread."""
-        size, key = like.numel(), (use, like.dtype, like.device)
-        if key not in self.pieces or len(self.pieces[key]) < size:
+    def take(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of the dtype and device of the last one.
+
+        Its memory is that of an earlier call for the same use in this thread, once nothing holds that any more.
+        """
+        if not has_kernel(like):
+            return like.new_empty(shape)
+        size, key = math.prod(shape), (use, like.dtype)
+        piece = self.pieces.get(key)
+        if piece is None or len(piece) < size or torch.ops.cca_ds.owners(piece) > 1:
             with torch.inference_mode(False):  # what is made for sampling must serve training too
-                self.pieces[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self.pieces[key][:size].view(like.shape)
+                piece = self.pieces[key] = torch.empty(size, dtype=like.dtype)
+        return piece[:size].view(shape)
 
 
 scratch = _Scratch()
@@ -147,6 +154,12 @@ def join_heads(heads_3BHLC: Tensor) -> Tensor:
     return heads_3BHLC.permute(1, 3, 0, 2, 4).flatten(2)
 
 
+def _shape_of_projection(heads_3BHLC: Tensor) -> tuple[int, int, int]:
+    """[B, L, 3 D]."""
+    parts, batch, heads, length, channels = heads_3BHLC.shape
+    return batch, length, parts * heads * channels
+
+
 def _turned(qk_2BHLC: Tensor, table_LP2: Tensor, scale: float, back: bool) -> Tensor:
     angles_LP = torch.view_as_complex(table_LP2)
     angles_2LP = torch.stack([angles_LP * scale, angles_LP])[:, None, None]
@@ -169,7 +182,9 @@ def turned_heads(qkv_BLD: Tensor, table_LP2: Tensor, heads: int, scale: float) -
 def turned_heads_backward(grads_3BHLC: Tensor, table_LP2: Tensor, scale: float) -> Tensor:
     """The gradient [B, L, 3 D] of `turned_heads`' projection."""
     if has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
-        return torch.ops.cca_ds.turned_heads_backward(grads_3BHLC, table_LP2, scale)
+        grad_BLD = scratch.take("wide", _shape_of_projection(grads_3BHLC), grads_3BHLC)
+        torch.ops.cca_ds.turned_heads_backward(grads_3BHLC, table_LP2, scale, grad_BLD)
+        return grad_BLD
     return join_heads(torch.cat([_turned(grads_3BHLC[:2], table_LP2, scale, True), grads_3BHLC[2:]]))
 
 
@@ -197,8 +212,9 @@ def normalised_heads_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `normalised_heads`: of the projection [B, L, 3 D], and of the scale [H]."""
     if has_head_kernel(grads_3BHLC, grads_3BHLC.shape[-1]):
-        grad_qkv_BLD, along_BHL = torch.ops.cca_ds.normalised_heads_backward(
-            grads_3BHLC, heads_3BHLC, factors_2BHL, scale_H
+        grad_qkv_BLD = scratch.take("wide", _shape_of_projection(grads_3BHLC), grads_3BHLC)
+        along_BHL = torch.ops.cca_ds.normalised_heads_backward(
+            grads_3BHLC, heads_3BHLC, factors_2BHL, scale_H, grad_qkv_BLD
         )
     else:
         along_2BHL = torch.mul(heads_3BHLC[:2], grads_3BHLC[:2]).sum(-1, dtype=scale_H.dtype)
@@ -212,11 +228,6 @@ def normalised_heads_backward(
 def _fake_heads(projection: Tensor, heads: int) -> Tensor:
     batch, length, width = projection.shape
     return projection.new_empty(3, batch, heads, length, width // (3 * heads))
-
-
-def _fake_projection(heads_3BHLC: Tensor) -> Tensor:
-    _, batch, heads, length, channels = heads_3BHLC.shape
-    return heads_3BHLC.new_empty(batch, length, 3 * heads * channels)
 
 
 def _fake_normalised(projection: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,14 +266,13 @@ def _register() -> None:
             torch.empty_like(weight),
         ),
         "turned_heads": lambda projection, table, heads, scale: _fake_heads(projection, heads),
-        "turned_heads_backward": lambda grad_heads, table, scale: _fake_projection(grad_heads),
+        "turned_heads_backward": lambda grad_heads, table, scale, out: None,
         "normalised_heads": _fake_normalised,
-        "normalised_heads_backward": lambda grad_heads, heads, factors, scale: (
-            _fake_projection(heads),
-            factors.new_empty(factors.shape[1:]),
+        "normalised_heads_backward": lambda grad_heads, heads, factors, scale, out: factors.new_empty(
+            factors.shape[1:]
         ),
         "prefix_attention": _fake_prefix_attention,
-        "prefix_attention_backward": lambda grad, heads, mixed, lse, limits: torch.empty_like(heads),
+        "prefix_attention_backward": lambda grad, heads, mixed, lse, limits, out: None,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"cca_ds::{name}", fake)

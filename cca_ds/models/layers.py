@@ -139,7 +139,7 @@ class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_RF: Tensor, value_RF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_RF, value_RF, weight_DF)
-        return product(gated(gate_RF, value_RF, scratch.take("activated", gate_RF)), weight_DF)
+        return product(gated(gate_RF, value_RF, scratch.take("wide", gate_RF.shape, gate_RF)), weight_DF)
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ class _GatedLinearFunction(torch.autograd.Function):
         grad_weight_DF = None
         if ctx.needs_input_grad[2]:
             grad_weight_DF = weight_gradient(
-                grad_RD, gated(gate_RF, value_RF, scratch.take("activated", gate_RF))
+                grad_RD, gated(gate_RF, value_RF, scratch.take("wide", gate_RF.shape, gate_RF))
             )
         return *gated_backward(input_gradient(grad_RD, weight_DF), gate_RF, value_RF), grad_weight_DF
 

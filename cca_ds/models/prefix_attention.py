@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cca_ds.models.cpu_kernels import has_head_kernel, has_kernel
+from cca_ds.models.cpu_kernels import has_head_kernel, has_kernel, scratch
 
 _CHUNK_SCORES = 1 << 19  # scores a step of the backward works on: what a processor's cache holds
 
@@ -92,9 +92,11 @@ def attend_backward(
     """Gradients [3, B, H, L, C] of `attend`'s queries, keys and values."""
     if _has_kernel_for(heads_3BHLC):
         limits_L = _limits(segments)
-        return torch.ops.cca_ds.prefix_attention_backward(
-            grad_BLHC, heads_3BHLC, mixed_BLHC, lse_BHL, limits_L
+        grads_3BHLC = scratch.take("heads", heads_3BHLC.shape, heads_3BHLC)
+        torch.ops.cca_ds.prefix_attention_backward(
+            grad_BLHC, heads_3BHLC, mixed_BLHC, lse_BHL, limits_L, grads_3BHLC
         )
+        return grads_3BHLC
     delta_BHL = torch.mul(grad_BLHC, mixed_BLHC).sum(-1, dtype=lse_BHL.dtype).transpose(1, 2)
     grad_BHLC = grad_BLHC.transpose(1, 2)
     grads_3BHLC = torch.empty_like(heads_3BHLC)

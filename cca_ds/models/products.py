@@ -28,35 +28,35 @@ def _is_large(x: Tensor, weight_FD: Tensor) -> bool:
     return large and x.dtype == weight_FD.dtype and has_kernel(x)
 
 
-def _product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, slack: int) -> Tensor:
+def _product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, out: Tensor | None, slack: int) -> Tensor:
     if not _is_large(x, weight_FD) or not torch.ops.cca_ds.has_block_linear(x.dtype == torch.bfloat16):
-        return F.linear(x, weight_FD, bias_F)
-    shape = (*x.shape[:-1], weight_FD.shape[0])
-    out = x.new_empty(math.prod(shape) + slack)[: math.prod(shape)].view(shape)
+        if out is None:
+            return F.linear(x, weight_FD, bias_F)
+        factors, out_NF = (x.flatten(0, -2), weight_FD.t()), out.flatten(0, -2)
+        torch.mm(*factors, out=out_NF) if bias_F is None else torch.addmm(bias_F, *factors, out=out_NF)
+        return out
+    if out is None:
+        shape = (*x.shape[:-1], weight_FD.shape[0])
+        out = x.new_empty(math.prod(shape) + slack)[: math.prod(shape)].view(shape)
     torch.ops.cca_ds.block_linear(x, weight_FD, bias_F, out)
     return out
 
 
-def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [..., D] -> [..., F]; no autograd."""
-    return _product(x, weight_FD, bias_F, _SLACK)
+def product(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [..., D] -> [..., F]; in the memory of `out`, if that is given; no autograd."""
+    return _product(x, weight_FD, bias_F, out, _SLACK)
 
 
-def input_gradient(grad: Tensor, weight_FD: Tensor) -> Tensor:
-    """grad W, [..., F] -> [..., D]."""
-    return _product(grad, weight_FD.t(), None, 0)
+def input_gradient(grad: Tensor, weight_FD: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad W, [..., F] -> [..., D]; in the memory of `out`, if that is given."""
+    return _product(grad, weight_FD.t(), None, out, 0)
 
 
-def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
-    """grad^T x, [F, D]."""
-    return torch.ops.cca_ds.weight_gradient(grad_NF, x_ND) if has_kernel(grad_NF) else grad_NF.t() @ x_ND
-
-
-def linear_backward(grad: Tensor, x: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a linear layer's input [..., D], weight [F, D] and bias [F], from that of its output [..., F]."""
-    grad_NF = grad.flatten(0, -2)
-    grad_weight_FD = weight_gradient(grad_NF, x.flatten(0, -2))
-    return input_gradient(grad, weight_FD), grad_weight_FD, grad_NF.sum(0)
+def weight_gradient(grad_NF: Tensor, x_ND: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad^T x, [F, D]; in float32 in the memory of `out`, if that is given."""
+    if grad_NF.dtype == torch.bfloat16 and has_kernel(grad_NF):
+        return torch.ops.cca_ds.weight_gradient(grad_NF, x_ND)
+    return torch.mm(grad_NF.t(), x_ND, out=out)
 
 
 class _Linear(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cca_ds.models.cpu_kernels import gelu, gelu_backward_, layer_norm, layer_norm_backward, scratch
-from cca_ds.models.products import input_gradient, linear_backward, product, weight_gradient
+from cca_ds.models.products import input_gradient, product, weight_gradient
 
 _KERNEL_DTYPES = (
     torch.float32,
@@ -36,22 +36,33 @@ class _ModulatedNorm(torch.autograd.Function):
 class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, weight_FD: Tensor, bias_F: Tensor
+        ctx,
+        x_BLD: Tensor,
+        weight_BD: Tensor,
+        bias_BD: Tensor,
+        eps: float,
+        weight_FD: Tensor,
+        bias_F: Tensor,
+        kept: bool,
     ) -> Tensor:
-        normed_BLD = scratch.take("normed", x_BLD)
+        normed_BLD = scratch.take("normed", x_BLD.shape, x_BLD)
         statistics = layer_norm(x_BLD, weight_BD, bias_BD, eps, normed_BLD)
         ctx.save_for_backward(x_BLD, weight_BD, bias_BD, weight_FD, statistics)
         ctx.eps = eps
-        return product(normed_BLD, weight_FD, bias_F)
+        out = None if kept else scratch.take("wide", (*x_BLD.shape[:-1], len(weight_FD)), x_BLD)
+        return product(normed_BLD, weight_FD, bias_F, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor | None, ...]:
         x_BLD, weight_BD, bias_BD, weight_FD, statistics = ctx.saved_tensors
-        normed_BLD = scratch.take("normed", x_BLD)
+        normed_BLD = scratch.take("normed", x_BLD.shape, x_BLD)
         layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps, normed_BLD)
-        grad_BLD, *of_linear = linear_backward(grad_BLF, normed_BLD, weight_FD)
-        return *layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics), None, *of_linear
+        grad_NF = grad_BLF.flatten(0, 1)
+        grad_weight_FD = weight_gradient(grad_NF, normed_BLD.flatten(0, 1))
+        grad_BLD = input_gradient(grad_BLF, weight_FD, scratch.take("narrow", x_BLD.shape, x_BLD))
+        of_norm = layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
+        return *of_norm, None, grad_weight_FD, grad_NF.sum(0), None
 
 
 class _GatedResidualLinear(torch.autograd.Function):
@@ -73,7 +84,8 @@ class _GatedResidualLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_BLF, gate_BD, weight_DF, bias_D)
         ctx.with_gelu = with_gelu
-        branch_BLD = product(_activated(x_BLF, with_gelu), weight_DF, bias_D)
+        active_BLF = gelu(x_BLF, scratch.take("wide", x_BLF.shape, x_BLF)) if with_gelu else x_BLF
+        branch_BLD = product(active_BLF, weight_DF, bias_D)
         return torch.addcmul(stream_BLD, branch_BLD, gate_BD[:, None], out=branch_BLD)
 
     @staticmethod
@@ -82,19 +94,22 @@ class _GatedResidualLinear(torch.autograd.Function):
         x_BLF, gate_BD, weight_DF, bias_D = ctx.saved_tensors
         grad_weight_DF, grad_gate_BD = torch.zeros_like(weight_DF), torch.empty_like(gate_BD)
         sums_BD = grad_BLD.sum(1)
-        images = zip(grad_BLD, _activated(x_BLF, ctx.with_gelu), gate_BD, grad_gate_BD, sums_BD, strict=True)
-        for grad_LD, active_LF, gate_D, grad_gate_D, sum_D in images:
-            own_DF = weight_gradient(grad_LD, active_LF)
+        own_DF = scratch.take("own", weight_DF.shape, weight_DF)
+        active_LF = scratch.take("activated", x_BLF.shape[1:], x_BLF)
+        images = zip(grad_BLD, x_BLF, gate_BD, grad_gate_BD, sums_BD, strict=True)
+        for grad_LD, x_LF, gate_D, grad_gate_D, sum_D in images:
+            own_DF = weight_gradient(grad_LD, gelu(x_LF, active_LF) if ctx.with_gelu else x_LF, own_DF)
             grad_weight_DF.addcmul_(own_DF, gate_D[:, None])
             torch.add(own_DF.mul_(weight_DF).sum(1), sum_D * bias_D, out=grad_gate_D)
-        grad_x_BLF = input_gradient(grad_BLD * gate_BD[:, None], weight_DF)
+        gated_BLD = torch.mul(
+            grad_BLD, gate_BD[:, None], out=scratch.take("narrow", grad_BLD.shape, grad_BLD)
+        )
         if ctx.with_gelu:
-            grad_x_BLF = gelu_backward_(grad_x_BLF, x_BLF)
+            grad_x_BLF = input_gradient(gated_BLD, weight_DF, scratch.take("wide", x_BLF.shape, x_BLF))
+            gelu_backward_(grad_x_BLF, x_BLF)
+        else:
+            grad_x_BLF = input_gradient(gated_BLD, weight_DF)
         return grad_x_BLF, grad_BLD, grad_gate_BD, grad_weight_DF, (sums_BD * gate_BD).sum(0), None
-
-
-def _activated(x_BLF: Tensor, with_gelu: bool) -> Tensor:
-    return gelu(x_BLF, scratch.take("activated", x_BLF)) if with_gelu else x_BLF
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -110,13 +125,21 @@ def modulated_norm(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float
 
 
 def modulated_linear(
-    x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float, weight_FD: Tensor, bias_F: Tensor
+    x_BLD: Tensor,
+    scale_BD: Tensor,
+    shift_BD: Tensor,
+    eps: float,
+    weight_FD: Tensor,
+    bias_F: Tensor,
+    kept: bool = True,
 ) -> Tensor:
     """A linear layer of `modulated_norm`: [B, L, D] -> [B, L, F] in x's dtype."""
     if not _on_cpu(x_BLD):
         return F.linear(modulated_norm(x_BLD, scale_BD, shift_BD, eps), weight_FD, bias_F)
     weight_FD, bias_F = weight_FD.to(x_BLD.dtype), bias_F.to(x_BLD.dtype)
-    return _ModulatedLinear.apply(x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F)
+    return _ModulatedLinear.apply(
+        x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F, kept
+    )
 
 
 def gated_residual_linear(

@@ -30,10 +30,12 @@ class Modulation(NamedTuple):
 class ModulatedLinear(Linear):
     """`nn.Linear` behind a layer norm that an image's own scale and shift modulate."""
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation, bias: Tensor | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, F]; `bias` in place of the layer's own, where it has none."""
+    def forward(
+        self, x_BLD: Tensor, modulation: Modulation, bias: Tensor | None = None, kept: bool = True
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, F]; `bias` in place of the layer's own, where it has none; `kept` for a backward."""
         bias = self.bias if bias is None else bias
-        return modulated_linear(x_BLD, modulation.scale, modulation.shift, modulation.eps, self.weight, bias)
+        return modulated_linear(x_BLD, *modulation, self.weight, bias, kept)
 
 
 class GatedResidualLinear(Linear):
@@ -76,7 +78,9 @@ class Attention(nn.Module):
     def _project(self, x_BLD: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias.dtype), self.v_bias])
         scale_1H11 = self.scale_mul_1H11.to(torch.promote_types(self.scale_mul_1H11.dtype, torch.float32))
-        return self.mat_qkv(x_BLD, modulation, bias), scale_1H11.clamp_max(_MAX_LOG_SCALE).exp().flatten()
+        return self.mat_qkv(x_BLD, modulation, bias, kept=False), scale_1H11.clamp_max(
+            _MAX_LOG_SCALE
+        ).exp().flatten()
 
     def forward(self, x_BLD: Tensor, modulation: Modulation, gate_BD: Tensor) -> Tensor:
         """All scales at once, added to the stream: [B, L, D] -> [B, L, D]."""
