@@ -72,9 +72,20 @@ struct AccumulateIn<double> {
 template <class T>
 using accumulate_t = typename AccumulateIn<T>::type;
 
+// An element from and to the type that sums run in. PyTorch's build switches CUDA's own conversions of 16 bits off, so the
+// CUDA file says how.
+template <class T>
+struct Convert {
+  static CCA_DS_HD accumulate_t<T> widen(T x) { return static_cast<accumulate_t<T>>(x); }
+  template <class A>
+  static CCA_DS_HD T narrow(A x) {
+    return static_cast<T>(x);
+  }
+};
+
 template <class T>
 CCA_DS_HD accumulate_t<T> widen(T x) {
-  return static_cast<accumulate_t<T>>(x);
+  return Convert<T>::widen(x);
 }
 
 // ---- a row's running sum ---------------------------------------------------------------------------------------
@@ -241,7 +252,7 @@ CCA_DS_HD void thread_row_gradient(const T* row, const B* bias, O* out, int64_t 
   constexpr int kWidth = pack_width<T, O>();
   const auto gradient = [&](A x, int64_t i) {
     const A off_target = off_target_gradient(x, stats, weight);
-    return static_cast<O>(i == target ? weight + off_target : off_target);
+    return Convert<O>::narrow(i == target ? weight + off_target : off_target);
   };
   const auto write_one = [&](int64_t i) { out[i] = gradient(logit_at(row, bias, i), i); };
   const auto write_packs = [&](int64_t first, int64_t stride, auto count) {

@@ -8,6 +8,19 @@
 #include "sequence_logp.h"
 
 namespace cca_ds {
+
+template <>
+struct Convert<__nv_bfloat16> {
+  static CCA_DS_HD float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static CCA_DS_HD __nv_bfloat16 narrow(float x) { return __float2bfloat16(x); }
+};
+
+template <>
+struct Convert<__half> {
+  static CCA_DS_HD float widen(__half x) { return __half2float(x); }
+  static CCA_DS_HD __half narrow(float x) { return __float2half(x); }
+};
+
 namespace {
 
 constexpr int kWarp = 32;

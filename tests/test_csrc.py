@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ROWS = Path(__file__).parent / "csrc" / "rows.cpp"
@@ -126,6 +127,8 @@ def test_cuda_file_has_no_torch_header_and_no_atomics():
 
 @pytest.mark.parametrize("source", ["sequence_logp_cuda.cu"])
 def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
+    """With the flags that PyTorch's builder adds: they switch the conversions of 16-bit numbers off."""
+    assert "-D__CUDA_NO_BFLOAT16_CONVERSIONS__" in COMMON_NVCC_FLAGS
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
@@ -136,6 +139,7 @@ def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
         "-O3",
         "--extended-lambda",
         "-Werror=all-warnings",
+        *COMMON_NVCC_FLAGS,
         *TARGETS,
     ]
     done = subprocess.run(
