@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_report_states_protocol_sampler_and_seed(samples, capsys):
     assert report["protocol"]["neighbours"] == 3
     assert report["protocol"]["inception_score_splits_of"] == 5000
     assert "ADM" in report["protocol"]["evaluator"]
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == metadata.version("torch")
     samples.with_suffix(".json").write_text(json.dumps({"guidance_scale": 1.5, "seed": 11}))
     report = json.loads(run(capsys, samples, "--format", "json")[1])
     assert (report["sampler"]["guidance_scale"], report["seed"]) == (1.5, 11)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cca_ds.models import LlamaGenConfig, create_model
+from cca_ds.models import LlamaGenConfig, create_model, var_functions
 from cca_ds.models.var import VARConfig
 from cca_ds.planning.architecture import architecture_of
 from cca_ds.planning.devices import GIB, parse_nodes
@@ -77,6 +77,7 @@ def measured_peak(model, images):
     labels_B = torch.zeros(images, dtype=torch.int64)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    model(codes_BL, labels_B).sum().backward()  # scratch, which is kept, counts for nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model(codes_BL, labels_B).sum().backward()
     now = peak = 0
@@ -104,8 +105,9 @@ def test_activations_against_the_measured_peak_of_llamagen(checkpointing, shape)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_against_the_measured_peak_of_var(checkpointing):
-    """Between the measured peak and twice it: on a CPU, VAR's norms, branches and attention keep less than on a GPU."""
+def test_activations_against_the_measured_peak_of_var(checkpointing, monkeypatch):
+    """Between the measured peak and 1.4 times it, with the blocks' passes as a GPU has them: a CPU's own keep less."""
+    monkeypatch.setattr(var_functions, "_on_cpu", lambda x: False)
     scales = (1, 2, 3, 4, 5, 6, 8)
     tokenizer = create_tokenizer(
         "var-vqvae",
@@ -121,7 +123,7 @@ def test_activations_against_the_measured_peak_of_var(checkpointing):
     each = (measured_peak(model, 4) - measured_peak(model, 1)) / 3
     architecture = architecture_of("var-d16", overrides)
     predicted = architecture.codes * activation_bytes(architecture, checkpointing, element_bytes=4)
-    assert each <= predicted <= 2.0 * each
+    assert each <= predicted <= 1.4 * each
 
 
 def test_what_does_not_fit_is_said():
