@@ -3,6 +3,8 @@
 PyTorch's own graph would keep, beside what a block's products give, every input of theirs; here the normalised stream
 and the result of the GELU are made again from what they came from, by cheap passes, and a branch is not kept at all.
 
+Scratch: `wide` is [B, L, F], `narrow` and `normed` are [B, L, D], `own` is one image's gradient of a weight.
+
 Legend: B images, L codes per image, N = B * L rows, D width of the stream, F the other width of a linear layer.
 """
 
@@ -14,10 +16,7 @@ from torch.autograd.function import once_differentiable
 from cca_ds.models.cpu_kernels import gelu, gelu_backward_, layer_norm, layer_norm_backward, scratch
 from cca_ds.models.products import input_gradient, product, weight_gradient
 
-_KERNEL_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-)  # float32 weights beside bf16 inputs: PyTorch's CPU layer norm
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _ModulatedNorm(torch.autograd.Function):
