@@ -1,6 +1,8 @@
-# make demo   one epoch of CCA on real images, before and after, in three minutes on two CPU cores
-# make test   lint and tests
-# Both make .venv and install the locked requirements where they are missing.
+# make demo        one epoch of CCA on real images, before and after, in three minutes on two CPU cores
+# make test        lint and tests
+# make test-slow   the tests that take minutes: kills at random moments, a real Slurm cluster
+# make base        the base model that the demo fine-tunes
+# All of them make .venv and install the locked requirements where they are missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,8 +11,6 @@ RUN ?= runs/demo
 export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-
-# make test-slow   the tests that take minutes, a real Slurm cluster among them
 
 .PHONY: demo test test-slow lint install base clean
 
@@ -31,7 +31,6 @@ demo: install
 test: install lint
 	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=12 $(PYTEST_ARGS)
 
-# What takes minutes: kills at random moments, a real Slurm cluster.
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or slurm" --durations=12 $(PYTEST_ARGS)
 

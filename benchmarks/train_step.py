@@ -39,6 +39,20 @@ def our_step(policy, reference, codes_BL: torch.Tensor, labels_B: torch.Tensor) 
     return step
 
 
+def original_loss(
+    logits_2LV: torch.Tensor, reference_2LV: torch.Tensor, codes_BL: torch.Tensor
+) -> torch.Tensor:
+    """CCA's loss as the original programs compute it: four log-softmaxes of all logits, chosen first."""
+
+    def sequence_logp(logits_BLV: torch.Tensor) -> torch.Tensor:
+        return logits_BLV.log_softmax(-1).gather(2, codes_BL[..., None])[..., 0].sum(-1)
+
+    chosen = sequence_logp(logits_2LV[:PAIRS]) - sequence_logp(reference_2LV[:PAIRS])
+    rejected = sequence_logp(logits_2LV[PAIRS:]) - sequence_logp(reference_2LV[PAIRS:])
+    loss = -F.logsigmoid(BETA * chosen).mean() - LAMBDA * F.logsigmoid(-BETA * rejected).mean()
+    return loss / LAMBDA
+
+
 def llamagen_ours(dtype: torch.dtype) -> Callable[[], float]:
     """GPT-B, 384 px, in `dtype` throughout."""
     from cca_ds.models import create_model
@@ -59,18 +73,13 @@ def llamagen_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
     codes_2L = torch.cat([codes_BL, codes_BL])
     labels_2 = torch.cat([labels_B, labels_B.roll(-1)])
 
-    def sequence_logp(logits_BLV: torch.Tensor) -> torch.Tensor:
-        return logits_BLV.log_softmax(-1).gather(2, codes_BL[..., None])[..., 0].sum(-1)
-
     def step() -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             with torch.no_grad():
                 reference_logits, _ = reference(codes_2L[:, :-1], labels_2, targets=codes_2L)
             logits, _ = policy(codes_2L[:, :-1], labels_2, targets=codes_2L)
-        chosen = sequence_logp(logits[:PAIRS]) - sequence_logp(reference_logits[:PAIRS])
-        rejected = sequence_logp(logits[PAIRS:]) - sequence_logp(reference_logits[PAIRS:])
-        loss = -F.logsigmoid(BETA * chosen).mean() - LAMBDA * F.logsigmoid(-BETA * rejected).mean()
-        (loss / LAMBDA).backward()
+        loss = original_loss(logits, reference_logits, codes_BL)
+        loss.backward()
         policy.zero_grad(set_to_none=True)
         return loss.item()
 
@@ -106,9 +115,6 @@ def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
     codes_BL, labels_B = torch.randint(4096, (PAIRS, 680)), torch.randint(1000, (PAIRS,))
     labels_2 = torch.cat([labels_B, labels_B.roll(-1)])
 
-    def sequence_logp(logits_BLV: torch.Tensor) -> torch.Tensor:
-        return logits_BLV.log_softmax(-1).gather(2, codes_BL[..., None])[..., 0].sum(-1)
-
     def step() -> float:
         scale_codes = list(codes_BL.split([scale**2 for scale in scales], dim=1))
         input_BLZ = tokenizer.quantize.idxBl_to_var_input(scale_codes)
@@ -117,10 +123,8 @@ def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
             logits = policy(labels_2, input_2LZ)
             with torch.no_grad():
                 reference_logits = reference(labels_2, input_2LZ)
-        chosen = sequence_logp(logits[:PAIRS]) - sequence_logp(reference_logits[:PAIRS])
-        rejected = sequence_logp(logits[PAIRS:]) - sequence_logp(reference_logits[PAIRS:])
-        loss = -F.logsigmoid(BETA * chosen).mean() - LAMBDA * F.logsigmoid(-BETA * rejected).mean()
-        (loss / LAMBDA).backward()
+        loss = original_loss(logits, reference_logits, codes_BL)
+        loss.backward()
         policy.zero_grad(set_to_none=True)
         return loss.item()
 

@@ -71,8 +71,8 @@ Shape shape_of_attention(const Tensor& heads) {
   const Shape shape = shape_of_heads(heads);
   check_channels(shape);
   const bool in_bf16 = heads.scalar_type() == at::kBFloat16;
-  TORCH_CHECK((in_bf16 || heads.scalar_type() == at::kFloat) && has_prefix_attention(in_bf16), "prefix_attention takes bf16 and float32, on a processor with their ",
-              "block products, not ", heads.scalar_type());
+  TORCH_CHECK((in_bf16 || heads.scalar_type() == at::kFloat) && has_prefix_attention(in_bf16),
+              "prefix_attention takes bf16 and float32, on a processor with their block products, not ", heads.scalar_type());
   return shape;
 }
 
