@@ -103,9 +103,9 @@ def test_lockstep_counts_the_slowest_rank_of_each_forward():
 
 def test_thousands_of_ranks_are_cut_in_a_blink():
     seconds = [0.1] * 2048 + [0.3] * 1024 + [0.9] * 1024
-    start = time.perf_counter()
+    start = time.process_time()
     result = cut(16384, seconds, [8] * 2048 + [4] * 2048)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert result.seconds == pytest.approx(16384 / sum(1 / s for s in seconds), rel=0.2)
 
 

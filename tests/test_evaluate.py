@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from importlib import metadata
 
 import numpy as np
@@ -270,18 +269,15 @@ def test_unknown_recipe_keys_are_reported_together(samples, capsys):
 
 
 def test_help_answers_without_torch():
-    start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "cca_ds.evaluate", "--help"],
         capture_output=True,
         text=True,
     )
-    seconds = time.perf_counter() - start
     assert process.returncode == 0
     assert "--inception_weights" in process.stdout
     imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert not imported & {"torch", "deepspeed", "numpy", "sklearn", "PIL"}
-    assert seconds < 5  # under a second on an idle machine; the imports above are what holds it there
 
 
 @pytest.mark.dist
