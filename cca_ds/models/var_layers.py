@@ -78,9 +78,8 @@ class Attention(nn.Module):
     def _project(self, x_BLD: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias.dtype), self.v_bias])
         scale_1H11 = self.scale_mul_1H11.to(torch.promote_types(self.scale_mul_1H11.dtype, torch.float32))
-        return self.mat_qkv(x_BLD, modulation, bias, kept=False), scale_1H11.clamp_max(
-            _MAX_LOG_SCALE
-        ).exp().flatten()
+        scale_H = scale_1H11.clamp_max(_MAX_LOG_SCALE).exp().flatten()
+        return self.mat_qkv(x_BLD, modulation, bias, kept=False), scale_H
 
     def forward(self, x_BLD: Tensor, modulation: Modulation, gate_BD: Tensor) -> Tensor:
         """All scales at once, added to the stream: [B, L, D] -> [B, L, D]."""
