@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt setup.py $(wildcard csrc/*)
+$(VENV)/installed: requirements.txt setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
@@ -26,7 +26,7 @@ demo: install
 	rm -rf $(RUN)
 	deepspeed cca_ds/train.py --ds_config ds_configs/zero3.json --output $(RUN)
 	$(BIN)/python -m cca_ds.export --run $(RUN) --output $(RUN)/policy.safetensors --layout safetensors
-	$(BIN)/python benchmarks/digits_demo.py --run $(RUN)
+	$(BIN)/python benchmarks/digits/demo.py --run $(RUN)
 
 test: install lint
 	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=12 $(PYTEST_ARGS)

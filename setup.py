@@ -3,7 +3,7 @@
     pip install --no-build-isolation -e .          # CUDA kernels where they can be built, else C++, else none
     CCA_DS_BUILD=cuda|cpu|none pip install ...     # one of them, or an error that says why not
 
-The kernels of csrc/ become libraries beside cca_ds/likelihood/ops.py, which loads them: `_C` (the schema, and the CUDA
+The kernels of csrc/ become libraries beside cca_ds/ops/library.py, which loads them: `_C` (the schema, and the CUDA
 kernels), and `_cpu_default`, `_cpu_avx2`, `_cpu_avx512`, of which one is loaded, as PyTorch's own dispatch decides.
 """
 
@@ -11,21 +11,23 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
 CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
 CPU_SOURCES = [
-    f"csrc/{name}_cpu.cpp"
-    for name in ("sequence_logp", "matmul", "activations", "norms", "heads", "attention", "decoding")
+    "csrc/likelihood/sequence_logp_cpu.cpp",
+    *(
+        f"csrc/cpu/{name}_cpu.cpp"
+        for name in ("matmul", "activations", "norms", "heads", "attention", "decoding")
+    ),
 ]
-SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/linear_sequence_logp.cpp"]
-CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/sequence_logp_cuda.cu"]
-HEADERS = [
-    f"csrc/{name}.h"
-    for name in ("sequence_logp", "sequence_logp_cuda", "vector_math", "huge_pages", "wide_product", "heads")
-]
+SHARED_SOURCES = ["csrc/likelihood/bindings.cpp", "csrc/likelihood/linear_sequence_logp.cpp"]
+CUDA_SOURCES = ["csrc/likelihood/bindings_cuda.cpp", "csrc/likelihood/sequence_logp_cuda.cu"]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+INCLUDES = [str(Path("csrc").resolve())]
 CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-Wno-unknown-pragmas"]
 INSTRUCTION_SETS = {
     "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
@@ -108,8 +110,9 @@ def extensions(build: str) -> list[Extension]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     modules = [
         CppExtension(
-            f"cca_ds.likelihood._cpu_{name}",
+            f"cca_ds.ops._cpu_{name}",
             CPU_SOURCES,
+            include_dirs=INCLUDES,
             depends=HEADERS,
             extra_compile_args=[*CPU_FLAGS, *flags],
             extra_link_args=["-fopenmp"],
@@ -119,13 +122,16 @@ def extensions(build: str) -> list[Extension]:
     ]
     if build == "cpu":
         return [
-            CppExtension("cca_ds.likelihood._C", SHARED_SOURCES, extra_compile_args=["-O2", "-g0"]),
+            CppExtension(
+                "cca_ds.ops._C", SHARED_SOURCES, include_dirs=INCLUDES, extra_compile_args=["-O2", "-g0"]
+            ),
             *modules,
         ]
     nvcc = ["-O3", "--extended-lambda", *gencode()]
     library = CUDAExtension(
-        "cca_ds.likelihood._C",
+        "cca_ds.ops._C",
         [*SHARED_SOURCES, *CUDA_SOURCES],
+        include_dirs=INCLUDES,
         depends=HEADERS,
         extra_compile_args={"cxx": ["-O2", "-g0"], "nvcc": nvcc},
     )

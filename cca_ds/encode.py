@@ -19,14 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cca_ds.config import RunConfig, add_recipe_arguments, recipe_from_arguments, resolve_path
+from cca_ds.config.recipes import RunConfig, add_recipe_arguments, recipe_from_arguments, resolve_path
 
 # what is slow to import is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
+    from cca_ds.cluster.launch import Ranks
     from cca_ds.data.building import Plan, Producer
     from cca_ds.data.codes import Manifest
     from cca_ds.data.crops import CropSettings
-    from cca_ds.engine.launch import Ranks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(options: argparse.Namespace, run: RunConfig) -> int:
     """What the command line asks for. Raises ValueError with one line for the user."""
+    from cca_ds.cluster.launch import find_ranks
     from cca_ds.data.codes import CodeTable
-    from cca_ds.engine.launch import find_ranks
 
     output = Path(options.output or run.data.codes).expanduser()
     source = options.source or run.data.source

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cca_ds.config import ConfigError, add_recipe_arguments, recipe_from_arguments
-from cca_ds.telemetry import progress, say, write_atomic
+from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
+from cca_ds.console import progress, say
+from cca_ds.files import write_atomic
 
 if TYPE_CHECKING:
-    from cca_ds.config_schema import RunConfig
+    from cca_ds.config.schema import RunConfig
     from cca_ds.metrics.extraction import Extractor, Features
     from cca_ds.metrics.images import Images
     from cca_ds.metrics.scores import Reference
@@ -75,7 +76,7 @@ def evaluate(run: RunConfig, arguments: argparse.Namespace) -> dict[str, Any] | 
     """Features of the samples and of the reference across all ranks, then the report; None on ranks but 0."""
     from cca_ds.metrics.images import open_images
     from cca_ds.metrics.scores import order_note, score
-    from cca_ds.reporting.scores import build_report
+    from cca_ds.reporting.score_report import build_report
 
     images = open_images(arguments.samples)
     ranks = Ranks.find(arguments.device)
@@ -99,7 +100,7 @@ def evaluate(run: RunConfig, arguments: argparse.Namespace) -> dict[str, Any] | 
 
 def publish(report: dict[str, Any], style: str, output: str | None) -> None:
     """Print the report in one style, and write it as JSON and as Markdown where an output is named."""
-    from cca_ds.reporting.scores import as_json, as_line, as_markdown
+    from cca_ds.reporting.score_report import as_json, as_line, as_markdown
 
     print({"line": as_line, "json": as_json, "markdown": as_markdown}[style](report))
     if output:
@@ -157,7 +158,7 @@ class Ranks:
     @classmethod
     def find(cls, device: str | None) -> Ranks:
         """Join the other ranks where there are any."""
-        from cca_ds.engine.launch import find_ranks, initialize
+        from cca_ds.cluster.launch import find_ranks, initialize
 
         found = find_ranks(os.environ)
         self = cls(found.rank, found.world_size, device or found.device)

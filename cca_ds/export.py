@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cca_ds.config import ConfigError, RunConfig, dump_recipe, resolve_path
+from cca_ds.config.recipes import ConfigError, RunConfig, dump_recipe, resolve_path
 
 # what is slow to import is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
-    from cca_ds.engine.run_weights import RunWeights
+    from cca_ds.checkpoints.run_weights import RunWeights
 
 LAYOUTS = ("safetensors", "llamagen", "var")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def export(arguments: argparse.Namespace) -> str:
     """Write the file; returns the line that says so. Raises ValueError before anything is written."""
     check_arguments(arguments)
-    from cca_ds.engine.run_weights import recipe_of_run, run_weights
+    from cca_ds.checkpoints.run_weights import recipe_of_run, run_weights
     from cca_ds.models import DTYPES, check_weights, expected_shapes, fix_lambda, save_weights
 
     folder, output = arguments.run.expanduser(), arguments.output.expanduser()

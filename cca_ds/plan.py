@@ -10,13 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
-from cca_ds.config import add_recipe_arguments, recipe_from_arguments
-from cca_ds.config_deepspeed import read_ds_config
-from cca_ds.config_schema import RunConfig
+from cca_ds.config.deepspeed_file import read_ds_config
+from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
+from cca_ds.config.schema import RunConfig
 from cca_ds.data.manifest import expected_images
 from cca_ds.planning.architecture import architecture_of
-from cca_ds.planning.devices import DEVICES, parse_nodes
 from cca_ds.planning.memory import Sharding
+from cca_ds.planning.nodes import DEVICES, parse_nodes
 from cca_ds.planning.outcomes import PLACEMENTS, Job, leaner_outcome, outcome
 from cca_ds.planning.report import COST_MODEL, as_tree, report
 

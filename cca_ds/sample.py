@@ -20,13 +20,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cca_ds.config import ConfigError, RunConfig, add_recipe_arguments, recipe_from_arguments, resolve_path
+from cca_ds.config.recipes import (
+    ConfigError,
+    RunConfig,
+    add_recipe_arguments,
+    recipe_from_arguments,
+    resolve_path,
+)
 
 # what is slow to import is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
-    from cca_ds.engine.launchers import Ranks
-    from cca_ds.engine.sampler import Sampler, Source
+    from cca_ds.cluster.launchers import Ranks
     from cca_ds.sampling.image_folder import SampleFolder
+    from cca_ds.sampling.sampler import Sampler, Source
 
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
@@ -98,8 +104,8 @@ def recipe_of(arguments: argparse.Namespace) -> RunConfig:
     run = recipe_from_arguments(arguments)
     scale = arguments.guidance_scale
     if arguments.cfg_scale is not None:
-        from cca_ds.engine.sampler import family_of
         from cca_ds.sampling.guidance import paper_scale
+        from cca_ds.sampling.sampler import family_of
 
         scale = paper_scale(family_of(run), arguments.cfg_scale)
     if scale is not None and not 0.0 <= scale < float("inf"):
@@ -113,7 +119,7 @@ def recipe_of(arguments: argparse.Namespace) -> RunConfig:
 
 def source_of(run: RunConfig, arguments: argparse.Namespace) -> Source:
     """Where the weights come from. Raises ConfigError when nothing names them."""
-    from cca_ds.engine.sampler import Source
+    from cca_ds.sampling.sampler import Source
 
     path = arguments.weights or (run.model.weights and resolve_path(run.model.weights))
     if path is None:
@@ -125,10 +131,10 @@ def sample(run: RunConfig, arguments: argparse.Namespace) -> None:
     """Draw what is missing of this rank's share; then, on rank 0, write the archive and the grid."""
     import torch
 
-    from cca_ds.config_deepspeed import resolve_precision
-    from cca_ds.engine.launch import find_ranks, initialize, shutdown
-    from cca_ds.engine.sampler import draw_missing, load_sampler, on_first
+    from cca_ds.cluster.launch import find_ranks, initialize, shutdown
+    from cca_ds.config.deepspeed_file import resolve_precision
     from cca_ds.sampling.image_folder import SampleFolder, wanted_images
+    from cca_ds.sampling.sampler import draw_missing, load_sampler, on_first
 
     ranks, source = find_ranks(os.environ), source_of(run, arguments)
     precision = resolve_precision({}, run, ranks.device.startswith("cuda"))
@@ -185,9 +191,9 @@ def announce(run: RunConfig, ranks: Ranks, images: int, there: int, precision: s
     """One line on rank 0: how many images, with which guidance in both conventions."""
     if ranks.rank:
         return
-    from cca_ds.engine.sampler import family_of
+    from cca_ds.console import say
     from cca_ds.sampling.guidance import describe_guidance
-    from cca_ds.telemetry import say
+    from cca_ds.sampling.sampler import family_of
 
     settings = run.sampling
     say(
@@ -202,7 +208,7 @@ def write_products(
     run: RunConfig, arguments: argparse.Namespace, folder: SampleFolder, wanted: list[int], seconds: float
 ) -> None:
     """The mark that all images are there, the archive and the grid, and the paths of each."""
-    from cca_ds.telemetry import progress, say
+    from cca_ds.console import progress, say
 
     folder.finish(len(wanted))
     say(f"{len(wanted)} images in {seconds:.1f} s: {folder.folder / 'images'}")

@@ -12,11 +12,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from cca_ds.config import ConfigError, add_recipe_arguments, recipe_from_arguments
-from cca_ds.config_deepspeed import conflicts, read_ds_config
+from cca_ds.config.deepspeed_file import conflicts, read_ds_config
+from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
 
 if TYPE_CHECKING:
-    from cca_ds.engine.session import Session
+    from cca_ds.training.session import Session
 
 
 def train(session: Session) -> bool:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.dry_run:
-        from cca_ds.dry_run import describe
+        from cca_ds.planning.dry_run import describe
 
         try:
             print(describe(run, ds))
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"config error: {error}", file=sys.stderr)
             return 2
         return 0
-    from cca_ds.engine.command import train_command
+    from cca_ds.training.run import train_command
 
     return train_command(run, ds, arguments, train)
 

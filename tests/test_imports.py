@@ -1,4 +1,4 @@
-"""Imports point one way, deepspeed stays in the engine, and no name in the package hides another's."""
+"""Imports point one way, deepspeed stays where ranks are, and no name in the package hides another's."""
 
 import ast
 import sys
@@ -9,24 +9,31 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cca_ds"
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-ENTRIES = {"train", "encode", "sample", "evaluate", "export", "plan"}
-# What each stage may import of the others; a stage may always import itself.
-BOTTOM = {"config", "config_schema", "config_deepspeed", "telemetry", "__init__"}
-MIDDLE = {"models", "likelihood", "data", "vq"}
-UPPER = {"alignment", "sampling"}
-ALLOWED = {
-    **dict.fromkeys(BOTTOM, BOTTOM),
-    **dict.fromkeys(MIDDLE, MIDDLE | BOTTOM),
-    **dict.fromkeys(UPPER, UPPER | MIDDLE | BOTTOM),
-    "engine": UPPER | MIDDLE | BOTTOM,
-    "metrics": set(),
-    "reporting": {"metrics"} | BOTTOM,  # evaluate's own tables and pages
-    "planning": {"engine"} | BOTTOM,  # the cut over unequal ranks is the training's own solver
-    "dry_run": {"planning", "engine"} | MIDDLE | BOTTOM,  # the part of train that --dry_run prints
-}
-# Tables of shapes and of GPUs, which import nothing of the package: the engine reads its peak rates there.
-TABLES = ("planning/architecture.py", "planning/devices.py")
-ALONE = ("alignment/losses.py", "data/pairs.py", "likelihood/ops.py")
+COMMANDS = ("train", "encode", "sample", "evaluate", "export", "plan")
+# A stage imports only itself and what stands below it.
+ORDER = (
+    "planning",
+    "training",
+    "reference",
+    "checkpoints",
+    "balance",
+    "cluster",
+    "reporting",
+    "alignment",
+    "sampling",
+    "metrics",
+    "vq",
+    "models",
+    "data",
+    "likelihood",
+    "ops",
+    "config",
+    "console",
+    "files",
+    "__init__",
+)
+WITH_DEEPSPEED = {"training", "reference", "checkpoints", "cluster"}
+ALONE = ("alignment/losses.py", "data/pairs.py", "files.py")  # import nothing of the package
 
 
 def imported(path: Path) -> set[str]:
@@ -42,13 +49,9 @@ def imported(path: Path) -> set[str]:
 
 
 def own_parts(path: Path) -> set[str]:
-    """First parts below cca_ds of what a file imports: "engine", "config", ..."""
+    """First parts below cca_ds of what a file imports: "training", "config", ..."""
     found = set()
     for name in imported(path):
-        if name.startswith(
-            tuple(f"cca_ds.{table.removesuffix('.py').replace('/', '.')}" for table in TABLES)
-        ):
-            continue
         first, _, rest = name.partition(".")
         if first == "cca_ds" and rest:
             part = rest.partition(".")[0]
@@ -57,26 +60,30 @@ def own_parts(path: Path) -> set[str]:
     return found
 
 
+def test_every_stage_has_its_place():
+    stages = {path.parts[0].removesuffix(".py") for path in MODULES}
+    assert stages == {*ORDER, *COMMANDS}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_point_one_way(path):
     stage = path.parts[0].removesuffix(".py")
-    parts = own_parts(path) - {stage, "__init__"}
-    assert not parts & ENTRIES, f"{path} imports the entry point {parts & ENTRIES}"
-    if stage not in ENTRIES:
-        assert stage in ALLOWED, f"{path}: DESIGN.md has no such stage"
-        assert parts <= ALLOWED[stage], f"{path} imports {parts - ALLOWED[stage]}"
+    parts = own_parts(path) - {stage}
+    assert not parts & set(COMMANDS), f"{path} imports the command {parts & set(COMMANDS)}"
+    below = set(ORDER) if stage in COMMANDS else set(ORDER[ORDER.index(stage) + 1 :])
+    assert parts <= below, f"{path} imports {parts - below}, which stand above it"
 
 
-@pytest.mark.parametrize("path", ALONE + TABLES)
+@pytest.mark.parametrize("path", ALONE)
 def test_pure_parts_import_nothing_of_the_package(path):
-    assert not own_parts(Path(path)) - {"__init__"}
+    assert not own_parts(Path(path))
 
 
-def test_only_the_engine_imports_deepspeed():
-    outside = [path for path in MODULES if path.parts[0] != "engine"]
-    found = [str(path) for path in outside if any(n.partition(".")[0] == "deepspeed" for n in imported(path))]
-    assert not found
-    assert any("deepspeed" in imported(path) for path in MODULES if path.parts[0] == "engine")
+def test_deepspeed_stays_where_ranks_are():
+    users = {
+        path.parts[0] for path in MODULES if any(n.partition(".")[0] == "deepspeed" for n in imported(path))
+    }
+    assert users <= WITH_DEEPSPEED
 
 
 def test_no_name_in_the_package_hides_another():
@@ -85,7 +92,7 @@ def test_no_name_in_the_package_hides_another():
         path.name for path in PACKAGE.iterdir() if path.is_dir()
     }
     own -= {"__init__", "__pycache__"}
-    assert own >= ENTRIES
+    assert own >= set(COMMANDS)
     others = set(sys.stdlib_module_names) | set(sys.builtin_module_names)
     for name, packages in metadata.packages_distributions().items():
         if any(package.lower().replace("_", "-") != "cca-ds" for package in packages):

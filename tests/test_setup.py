@@ -66,7 +66,7 @@ def test_sources_exist_and_none_builds_none(package_setup):
     assert not [
         s for s in (*sources, *package_setup.CUDA_SOURCES, *package_setup.HEADERS) if not (ROOT / s).exists()
     ]
-    assert {p.name for p in (ROOT / "csrc").iterdir()} == {
+    assert {p.name for p in (ROOT / "csrc").rglob("*") if p.is_file()} == {
         Path(s).name for s in (*sources, *package_setup.CUDA_SOURCES, *package_setup.HEADERS)
     }
 

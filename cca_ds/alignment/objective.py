@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cca_ds.alignment import losses
-from cca_ds.config_schema import Loss
+from cca_ds.config.schema import Loss
 from cca_ds.data.batches import MicroBatch
 
 _CONTRASTIVE = {"cca": losses.cca_loss, "dpo": losses.dpo_loss, "unlearning": losses.unlearning_loss}

@@ -20,7 +20,7 @@ import numpy as np
 
 from cca_ds.data.manifest import CodesError, Manifest, Shard, histogram, read_manifest
 from cca_ds.data.writing import check_rows, publish_folder, write_descriptions, write_shard
-from cca_ds.telemetry import write_atomic
+from cca_ds.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from cca_ds.data.manifest import CodesError, Manifest, Shard, read_manifest
-from cca_ds.data.writing import check_rows, file_hash, write_codes, write_digits
+from cca_ds.data.writing import check_rows, write_codes, write_digits
+from cca_ds.files import file_hash
 
 __all__ = ["CodeTable", "CodesError", "Manifest", "open_codes", "write_codes"]
 

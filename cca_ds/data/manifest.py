@@ -6,8 +6,6 @@ Training reads images, classes, crops and sequence length from here, never from 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -114,20 +112,6 @@ def package_version() -> str:
     from cca_ds import __version__
 
     return __version__
-
-
-def partial_name(path: Path) -> Path:
-    """Hidden sibling to write a file or folder under before it gets its name; no two writers share it."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-
-
-def fsync_folder(folder: str | Path) -> None:
-    """Make the names in a folder durable, as `os.replace` alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def histogram(labels: Sequence[int], classes: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from cca_ds.data.codes import CodesError, CodeTable
-from cca_ds.telemetry import write_atomic
+from cca_ds.files import write_atomic
 
 
 def verify_table(

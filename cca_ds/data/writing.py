@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,13 +24,11 @@ from cca_ds.data.manifest import (
     CodesError,
     Manifest,
     Shard,
-    fsync_folder,
     histogram,
     package_version,
-    partial_name,
     read_manifest,
 )
-from cca_ds.telemetry import write_atomic
+from cca_ds.files import file_hash, partial_name, sync_folder, write_atomic, write_streamed
 
 SHARD_BYTES = 512 * 2**20  # datasets' own default size of a shard
 
@@ -94,27 +93,16 @@ def write_shard(path: str | Path, codes_NCL: np.ndarray, labels_N: np.ndarray) -
         column = pyarrow.FixedSizeListArray.from_arrays(column, size)
     labels = pyarrow.array(labels_N.astype(np.int32))
     table = pyarrow.Table.from_arrays([column, labels], schema=features.arrow_schema)
-    partial = partial_name(path)
-    try:
-        with open(partial, "wb") as stream:
-            writer = _datasets().arrow_writer.ArrowWriter(
-                stream=stream, features=features, writer_batch_size=images
-            )
-            writer.write_table(table, writer_batch_size=images)
-            writer.finalize(close_stream=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        entry = Shard(path.name, images, partial.stat().st_size, file_hash(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return entry
 
+    def write(stream: BinaryIO) -> None:
+        writer = _datasets().arrow_writer.ArrowWriter(
+            stream=stream, features=features, writer_batch_size=images
+        )
+        writer.write_table(table, writer_batch_size=images)
+        writer.finalize(close_stream=False)
 
-def file_hash(path: str | Path) -> str:
-    """Sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    write_streamed(path, write)
+    return Shard(path.name, images, path.stat().st_size, file_hash(path))
 
 
 def write_descriptions(folder: str | Path, manifest: Manifest) -> None:
@@ -134,7 +122,7 @@ def write_descriptions(folder: str | Path, manifest: Manifest) -> None:
     }
     write_atomic(folder / "state.json", json.dumps(state, indent=1))
     write_atomic(folder / MANIFEST_NAME, manifest.to_json())
-    fsync_folder(folder)
+    sync_folder(folder)
 
 
 @contextmanager
@@ -156,14 +144,14 @@ def one_line_errors(target: str | Path) -> Iterator[None]:
 
 def publish_folder(partial: Path, folder: Path) -> None:
     """Rename a finished folder to its name. Raises FileExistsError when another process was first."""
-    fsync_folder(partial)
+    sync_folder(partial)
     try:
         os.rename(partial, folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(errno.EEXIST, "is there already", str(folder)) from error
         raise
-    fsync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def write_codes(

@@ -5,8 +5,8 @@ Letters: B sequences, L codes a sequence, V vocabulary, D width.
 
 from torch import Tensor, nn
 
-from cca_ds.likelihood.decoding import linear
-from cca_ds.likelihood.ops import linear_sequence_logp
+from cca_ds.likelihood.sequence_logp import linear_sequence_logp
+from cca_ds.ops.decoding import linear
 
 
 class LikelihoodHead(nn.Linear):

@@ -3,7 +3,6 @@
 N images, B of them in a batch, D features, S spatial features, K classes.
 """
 
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from cca_ds.files import write_streamed
 from cca_ds.metrics.features import LEVELS, digits_classifier
 from cca_ds.metrics.images import Images, ImagesError
 
@@ -140,12 +140,4 @@ def store_cached(path: Path, key: str, features: Features) -> None:
     arrays = {"pool": features.pool_ND, "probabilities": features.probabilities_NK}
     if features.spatial_NS is not None:
         arrays["spatial"] = features.spatial_NS
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, key=np.array(key), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_streamed(path, lambda file: np.savez(file, key=np.array(key), **arrays))

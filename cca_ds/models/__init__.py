@@ -1,8 +1,8 @@
 """The two families of autoregressive image models, by name, with weights in and out."""
 
-from cca_ds.models.llamagen import LlamaGenConfig
-from cca_ds.models.presets import PRESETS, create_model, model_config, preset_name
-from cca_ds.models.var import VARConfig
+from cca_ds.models.llamagen.model import LlamaGenConfig
+from cca_ds.models.registry import PRESETS, create_model, model_config, preset_name
+from cca_ds.models.var.model import VARConfig
 from cca_ds.models.weight_files import WeightsError, read_weights
 from cca_ds.models.weights import (
     DTYPES,

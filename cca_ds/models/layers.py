@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cca_ds.models.cpu_kernels import gated, gated_backward, rms_norm, rms_norm_backward, scratch
-from cca_ds.models.products import input_gradient, linear, product, weight_gradient
+from cca_ds.ops.cpu_kernels import gated, gated_backward, rms_norm, rms_norm_backward, scratch
+from cca_ds.ops.linear import input_gradient, linear, product, weight_gradient
 
 
 class Linear(nn.Linear):

@@ -5,10 +5,8 @@ runs no code of theirs.
 """
 
 import json
-import os
 import pickle
 import re
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from cca_ds.files import atomic_path
 
 # where the programs keep the model's own state, the outermost first
 _WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -123,17 +123,11 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises WeightsError where it cannot be written, and leaves nothing behind.
     """
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(draft)
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with atomic_path(path) as partial:
+            write(partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors wrap the system's errors in their own
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WeightsError(f"cannot write weights to {path}: {reason}") from None
-    finally:
-        if draft.exists():
-            draft.unlink()

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cca_ds.planning.architecture import Architecture
-from cca_ds.planning.devices import NodeGroup
 from cca_ds.planning.memory import Memory, Sharding, memory_of
-from cca_ds.planning.timing import StepTime, micro_caps, step_time, work_of
+from cca_ds.planning.nodes import NodeGroup
+from cca_ds.planning.step_time import StepTime, micro_caps, step_time, work_of
 
 PLACEMENTS = ("inference", "zero3", "cached", "streamed")
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cca_ds.planning.devices import GIB, NodeGroup
+from cca_ds.planning.nodes import GIB, NodeGroup
 from cca_ds.planning.outcomes import Job, Outcome
-from cca_ds.planning.timing import LINK_SHARE, rank_devices
+from cca_ds.planning.step_time import LINK_SHARE, rank_devices
 
 COST_MODEL = f"""\
 How this is reckoned
@@ -18,7 +18,7 @@ How this is reckoned
   links    every forward gathers the weights twice and scatters the gradients once (stage 3), in a ring at
            {LINK_SHARE:.0%} of the slowest stated link, hidden behind the computing as far as that lasts.
   step     every rank runs the same number of forwards and waits at each layer for the slowest; a GPU without pairs
-           computes a dummy one. Balanced cuts are the training's own solver's (cca_ds/engine/balance.py).
+           computes a dummy one. Balanced cuts are the training's own solver's (cca_ds/balance/partition.py).
   share    of the allocation: the time all its GPUs would need for what must be computed, over the time predicted.
   Not in it: data loading, checkpoints, evaluation, and the first step's compilation."""
 

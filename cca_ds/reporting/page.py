@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cca_ds.files import write_atomic
 from cca_ds.reporting.charts import legend, line_chart
-from cca_ds.reporting.run_folder import RunFolder, read_run
-from cca_ds.reporting.scores import DECIMALS, TITLES, paper_rows, versions
-from cca_ds.telemetry import write_atomic
+from cca_ds.reporting.run_files import RunFolder, read_run
+from cca_ds.reporting.score_report import DECIMALS, TITLES, paper_rows, versions
 
 CHARTS = (
     ("Loss", ("loss",)),

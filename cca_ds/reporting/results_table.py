@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cca_ds.telemetry import write_atomic
+from cca_ds.files import write_atomic
 
 SOURCES = {"demo": "What `make demo` prints", "digits_paper": "The paper's findings on the digits"}
 COLUMNS = {"name": "model", "s": "guidance s", "fid": "FID", "inception_score": "IS", "accuracy": "class accuracy",

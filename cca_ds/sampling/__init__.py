@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from cca_ds.models.llamagen.decode import sample_raster
 from cca_ds.sampling.guidance import Draw, guidance_scales, image_uniforms
-from cca_ds.sampling.raster import sample_raster
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def generate(
     try:
         if model.family == "llamagen":
             return sample_raster(*arguments, cuda_graphs=cuda_graphs)
-        from cca_ds.sampling.next_scale import sample_next_scale
+        from cca_ds.models.var.decode import sample_next_scale
 
         return sample_next_scale(*arguments)
     finally:

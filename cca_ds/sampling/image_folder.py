@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cca_ds.files import write_atomic, write_streamed
 from cca_ds.sampling.grid import image_grid
-from cca_ds.telemetry import write_atomic, write_streamed
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk

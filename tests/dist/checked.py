@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cca_ds.engine import preflight
-from cca_ds.engine.launch import find_ranks, shutdown
+from cca_ds.cluster import preflight
+from cca_ds.cluster.launch import find_ranks, shutdown
 
 limit, trouble = float(sys.argv[1]), sys.argv[2]
 ranks = find_ranks(os.environ)

@@ -146,10 +146,10 @@ def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    import cca_ds.engine.command
-    import cca_ds.engine.inputs
-    import cca_ds.engine.produce
-    import cca_ds.engine.session  # noqa: F401
+    import cca_ds.training.run
+    import cca_ds.training.inputs
+    import cca_ds.reference.producer
+    import cca_ds.training.session  # noqa: F401
 
     torch.set_num_threads(1)
     children: dict[int, str] = {}

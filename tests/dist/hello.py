@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from cca_ds.engine.launch import find_ranks, initialize, shutdown
+from cca_ds.cluster.launch import find_ranks, initialize, shutdown
 
 ranks = initialize(find_ranks(os.environ), timeout_seconds=60, meeting_seconds=60)
 total = torch.tensor([2.0**ranks.rank], device=ranks.device)

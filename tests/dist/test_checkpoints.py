@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cca_ds.engine.checkpoint_store import complete_checkpoints, newest_verified, verify
+from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
 from tests.dist.runs import (
     PATIENCE,
     REPOSITORY,

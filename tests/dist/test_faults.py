@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cca_ds.data.codes import open_codes
 from cca_ds.data.pairs import epoch_order, make_pairs
-from cca_ds.engine.checkpoint_store import complete_checkpoints, newest_verified
+from cca_ds.checkpoints.store import complete_checkpoints, newest_verified
 from tests.dist.fork_server import CPU_ONLY
 from tests.dist.ranks import REPOSITORY, clean_environment
 from tests.dist.runs import PATIENCE, command, losses, metrics, scratch, start_training, tiny_weights, train

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cca_ds.config import load_recipe
-from cca_ds.engine.checkpoint import consolidated_weights
-from cca_ds.engine.checkpoint_store import complete_checkpoints, read_manifest
-from cca_ds.engine.schedule import learning_rate
+from cca_ds.config.recipes import load_recipe
+from cca_ds.checkpoints.deepspeed_state import consolidated_weights
+from cca_ds.checkpoints.store import complete_checkpoints, read_manifest
+from cca_ds.training.schedule import learning_rate
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import REPOSITORY, RankOutput, RanksFailed
 from tests.dist.runs import PATIENCE, command, losses, metrics, scratch, sharded_zero3, tiny_weights

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cca_ds.engine.checkpoint_store import complete_checkpoints, newest_verified, verify
+from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
 from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
 
 pytestmark = pytest.mark.dist

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cca_ds.config import ConfigError, load_recipe
-from cca_ds.engine.checkpoint_store import complete_checkpoints, verify
+from cca_ds.config.recipes import ConfigError, load_recipe
+from cca_ds.checkpoints.store import complete_checkpoints, verify
 from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
 
 pytestmark = pytest.mark.dist

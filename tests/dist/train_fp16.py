@@ -5,10 +5,10 @@ import sys
 
 from deepspeed.accelerator import get_accelerator
 
-from cca_ds import config_deepspeed
-from cca_ds.engine import session
+from cca_ds.config import deepspeed_file
+from cca_ds.training import session
 from cca_ds.train import main
 
 get_accelerator().is_fp16_supported = lambda: True
-session.resolve_precision = lambda ds, run, _has_gpu: config_deepspeed.resolve_precision(ds, run, has_gpu=True)
+session.resolve_precision = lambda ds, run, _has_gpu: deepspeed_file.resolve_precision(ds, run, has_gpu=True)
 sys.exit(main())

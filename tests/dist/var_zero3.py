@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cca_ds.models import create_model
-from cca_ds.models.var import VARConfig
+from cca_ds.models.var.model import VARConfig
 from cca_ds.vq import create_tokenizer
 
 SCALES, CODES, CLASSES = (1, 2, 3), 16, 5

@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cca_ds.engine.launch import find_ranks, shutdown
-from cca_ds.engine.watchdog import Watchdog
+from cca_ds.cluster.launch import find_ranks, shutdown
+from cca_ds.cluster.watchdog import Watchdog
 
 limit, stuck, steps = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 ranks = find_ranks(os.environ)

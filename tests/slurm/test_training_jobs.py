@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from cca_ds.engine import checkpoint_store
+from cca_ds.checkpoints import store
 from tests.slurm.runs import EVERY, ONE_RANK, SETTINGS, START, STEPS, Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -42,8 +42,8 @@ def test_time_limit_requeue_and_continuation(run, undisturbed):
     run.until(lambda: "stopped for the time limit: requeueing" in run.said(), "the requeue")
     stopped_after = max(run.steps())
     assert stopped_after < STEPS
-    newest, _ = checkpoint_store.newest_verified(run.folder / "checkpoints")
-    assert checkpoint_store.read_manifest(newest).step == stopped_after
+    newest, _ = store.newest_verified(run.folder / "checkpoints")
+    assert store.read_manifest(newest).step == stopped_after
     assert run.end() == {"COMPLETED"}, run.said()
     assert run.cluster.job(job)["Restarts"] == "1"
     assert run.steps() == list(range(1, STEPS + 1))
@@ -77,8 +77,8 @@ def test_scancel_ends_the_run_for_good_and_leaves_it_usable(run):
     run.cluster.wait_for(lambda: not run.cluster.ranks_of(job), START, "the end of every rank", job)
     assert run.cluster.job(job)["Restarts"] == "0"
     assert not (run.folder / "COMPLETED").exists()
-    newest, _ = checkpoint_store.newest_verified(run.folder / "checkpoints")
-    assert checkpoint_store.read_manifest(newest).step >= EVERY
+    newest, _ = store.newest_verified(run.folder / "checkpoints")
+    assert store.read_manifest(newest).step >= EVERY
 
 
 def test_job_array_over_lambda(run):

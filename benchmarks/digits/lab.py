@@ -1,0 +1,193 @@
+"""Fine-tune and judge small models on the digits, in one process and without DeepSpeed.
+
+The loop is the package's own, step for step (tests/dist/test_trajectory.py holds the two equal); starting an engine
+for each of a hundred short runs would take longer than the runs.
+
+Letters: B images, L codes per image.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cca_ds.alignment.objective import SUMS, Objective, summarize
+from cca_ds.config.recipes import load_recipe, resolve_path
+from cca_ds.config.schema import RunConfig
+from cca_ds.data.batches import BatchPlan, Steps
+from cca_ds.data.codes import CodeTable, open_codes
+from cca_ds.metrics import frechet_distance, inception_score
+from cca_ds.metrics.features import class_accuracy, digits_classifier
+from cca_ds.models import create_model
+from cca_ds.models.weights import load_weights
+from cca_ds.sampling import generate
+from cca_ds.training.schedule import learning_rate
+
+IMAGES = 1800
+BATCH = 450
+EVALUATION_STREAM = 10**6  # held-out pairings of the same images: an epoch that no run reaches
+
+
+@dataclass
+class Tuned:
+    """A fine-tuned model and how it went."""
+
+    model: nn.Module
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Digits:
+    """The digits as codes, and the way from sampled codes to what the classifier looks at."""
+
+    table: CodeTable
+    base: nn.Module
+    to_pixels: Callable[[Tensor], np.ndarray] = Tensor.numpy
+
+    @classmethod
+    def shipped(cls, folder: Path) -> Digits:
+        """The base model that the package ships."""
+        recipe = load_recipe("digits")
+        base = create_model(recipe.model.preset)
+        load_weights(base, resolve_path(recipe.model.weights))
+        return cls(open_codes("digits", folder), base.eval())
+
+
+def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
+    """One run of the digits recipe from the base model, with overrides."""
+    run = load_recipe("digits", [f"seed={seed}", *overrides])
+    torch.manual_seed(seed)
+    policy = _policy(digits, run)
+    objective = Objective(run.loss, run.model.lambda_conditioning)
+    steps = _steps(digits, run, objective.contrastive)
+    total = round(run.batch.epochs * steps.steps_per_epoch)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=run.optimizer.learning_rate, betas=run.optimizer.betas
+    )
+    groups = [p for p in policy.parameters() if p.ndim >= 2], [p for p in policy.parameters() if p.ndim < 2]
+    optimizer.param_groups[0]["params"] = groups[0]
+    optimizer.param_groups[0]["weight_decay"] = run.optimizer.weight_decay
+    optimizer.add_param_group({"params": groups[1], "weight_decay": 0.0})
+    tuned = Tuned(policy)
+    for step in range(total):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, steps.steps_per_epoch, run.optimizer, run.schedule)
+        (batch,) = steps[step]
+        inputs = objective.stacked(batch)
+        with torch.no_grad():
+            reference_logp = digits.base(*inputs[:2]) if objective.contrastive else None
+        loss, sums = objective(policy(*inputs), reference_logp, batch)
+        (loss / run.batch.global_size).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), run.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.history.append(summarize(sums, objective.contrastive))
+    policy.eval()
+    return tuned
+
+
+def _policy(digits: Digits, run: RunConfig) -> nn.Module:
+    if not run.model.lambda_conditioning:
+        return copy.deepcopy(digits.base).train(run.model.dropout)
+    policy = create_model(digits.base.config, lambda_conditioning=True)
+    policy.load_state_dict(
+        digits.base.state_dict(), strict=False
+    )  # the embedding of lambda starts without effect
+    return policy.train(run.model.dropout)
+
+
+def _steps(digits: Digits, run: RunConfig, contrastive: bool) -> Steps:
+    plan = BatchPlan(
+        run.batch.global_size,
+        run.seed,
+        run.loss.condition_mask_probability,
+        digits.base.null_class,
+        contrastive,
+    )
+    return Steps(digits.table, plan, 0, [run.batch.global_size])
+
+
+@torch.no_grad()
+def likelihood_change(digits: Digits, model: nn.Module, batches: int = 8) -> tuple[float, float]:
+    """Mean log p_policy - log p_reference of positives and of negatives after training, in nats an image."""
+    run = load_recipe("digits", ["loss.condition_mask_probability=0"])
+    objective, steps = Objective(run.loss), _steps(digits, run, True)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    for place in range(batches):
+        (batch,) = steps[EVALUATION_STREAM * steps.steps_per_epoch + place]
+        inputs = objective.stacked(batch)
+        sums += objective(model(*inputs), digits.base(*inputs), batch)[1]
+    means = summarize(sums)
+    return means["logps/chosen"], means["logps/rejected"]
+
+
+def sampled(
+    model: nn.Module, labels_B: Tensor, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
+) -> tuple[Tensor, float]:
+    """Codes [B, L] of the seed's first images, and the seconds that they took.
+
+    On a CPU those of one thread on its processor: what else the machine does then counts for nothing.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    clock, threads = time.process_time if on_cpu else time.perf_counter, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started, parts = clock(), []
+        for first in range(0, len(labels_B), BATCH):
+            part_B = labels_B[first : first + BATCH]
+            indices_B = range(first, first + len(part_B))
+            codes_BL = generate(
+                model,
+                part_B,
+                guidance_scale=scale,
+                seed=seed,
+                image_indices_B=indices_B,
+                log_lambda=log_lambda,
+            )
+            parts.append(codes_BL.cpu())
+        return torch.cat(parts), clock() - started
+    finally:
+        torch.set_num_threads(threads)
+
+
+def judge(
+    digits: Digits, model: nn.Module, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
+) -> dict:
+    """Sample 1,800 images, 180 a class, and score them by the digits' classifier."""
+    labels_B = torch.arange(IMAGES) % 10
+    codes_BL, seconds = sampled(model, labels_B, scale, seed, log_lambda)
+    return {"seconds": seconds, **scores(digits.to_pixels(codes_BL), labels_B.numpy())}
+
+
+def scores(pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """FID, inception score and class accuracy of grey levels [B, 64]."""
+    classifier = digits_classifier()
+    probabilities = classifier.probabilities(pixels)
+    real = classifier.features(classifier.reference_codes)
+    return {
+        "fid": frechet_distance(real, classifier.features(pixels)),
+        "inception_score": inception_score(probabilities),
+        "accuracy": class_accuracy(probabilities, labels),
+    }
+
+
+def mean_and_spread(values: list[float]) -> dict[str, float]:
+    """Mean and half the range of a few repeats."""
+    return {"mean": float(np.mean(values)), "spread": float((max(values) - min(values)) / 2)}
+
+
+def average(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and spread of every number over repeats."""
+    return {name: mean_and_spread([repeat[name] for repeat in repeats]) for name in repeats[0]}
+
+
+def untimed(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """`average` where the time of sampling is that of any model without guidance, and says nothing."""
+    return {name: value for name, value in average(repeats).items() if name != "seconds"}

@@ -1,0 +1,126 @@
+"""The ways to get log p and its gradient that benchmarks/speed/sequence_logp.py compares."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cca_ds.likelihood import linear_sequence_logp, sequence_logp
+
+WITHOUT_MEMORY = ("products alone", "copy", "forward only")
+
+
+def eager(logits: Tensor, targets: Tensor) -> Tensor:
+    """As the public CCA program does it: float32 logits, log-softmax, gather, sum."""
+    return F.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's own loss, per token."""
+    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return -flat.view(targets.shape).float().sum(-1)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's fused head and loss (2.13 and newer), per token where it can, else summed."""
+    flat = F.linear_cross_entropy(
+        hidden.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, reduction="sum"
+    )
+    return -flat.reshape(1).float()
+
+
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Liger's fused head and loss."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    flat = liger_fused_linear_cross_entropy(
+        hidden.flatten(0, 1), weight, targets.flatten(), bias, reduction="sum"
+    )
+    return -flat.reshape(1).float()
+
+
+def apple(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Apple's cut cross-entropy."""
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    flat = cut(hidden.flatten(0, 1), weight, targets.flatten(), bias=bias, reduction="none")
+    return -flat.view(targets.shape).float().sum(-1)
+
+
+def over_head(loss: Callable) -> Callable:
+    """A loss from logits as one from hidden states."""
+    return lambda hidden, weight, targets, bias: loss(F.linear(hidden, weight, bias), targets)
+
+
+FROM_LOGITS = {
+    "cca_ds": sequence_logp,
+    "eager": eager,
+    "cross_entropy": cross_entropy,
+    "compiled eager": torch.compile(eager),
+    "compiled cross_entropy": torch.compile(cross_entropy),
+}
+FROM_HIDDEN = {
+    "cca_ds": linear_sequence_logp,
+    "cca_ds native": lambda h, w, t, b: linear_sequence_logp(h, w, t, b, accumulate="native"),
+    "cca_ds lean": lambda h, w, t, b: linear_sequence_logp(
+        h, w, t, b, chunk_rows=1 << 24 >> w.shape[0].bit_length() - 1
+    ),
+    "eager": over_head(eager),
+    "cross_entropy": over_head(cross_entropy),
+    "compiled eager": torch.compile(over_head(eager)),
+    "compiled cross_entropy": torch.compile(over_head(cross_entropy)),
+    "linear_cross_entropy": linear_cross_entropy,
+}
+ON_GPU = {"liger": liger, "cut_cross_entropy": apple}
+
+
+def names(face: str, device: str) -> list[str]:
+    """The variants of a face, the yardsticks last."""
+    if face == "logits":
+        return [*FROM_LOGITS, *(["copy"] if device == "cuda" else [])]
+    return [*FROM_HIDDEN, *(ON_GPU if device == "cuda" else ()), "forward only", "products alone"]
+
+
+def free_gradients(case: dict) -> None:
+    """Forgets the gradients of the last run."""
+    for tensor in case.values():
+        if tensor is not None:
+            tensor.grad = None
+
+
+def products_alone(case: dict) -> Callable[[], None]:
+    """The three matrix products that no way of doing it can avoid."""
+    hidden, weight = case["hidden"].detach().flatten(0, 1), case["weight"].detach()
+    residual = torch.randn(hidden.shape[0], weight.shape[0], device=hidden.device).to(hidden.dtype)
+
+    def run() -> None:
+        hidden @ weight.t()
+        residual @ weight
+        residual.t() @ hidden
+
+    return run
+
+
+def make(face: str, name: str, case: dict) -> Callable[[], None]:
+    """One forward and backward of a variant on the case's tensors."""
+    if name == "products alone":
+        return products_alone(case)
+    if name == "copy":
+        from_, to = case["logits"].detach(), torch.empty_like(case["logits"])
+        return lambda: to.copy_(from_)
+    if name == "forward only":
+        with_no_grad = torch.no_grad()(linear_sequence_logp)
+        return lambda: with_no_grad(case["hidden"], case["weight"], case["targets"], case["bias"])
+
+    def run() -> None:
+        if face == "logits":
+            logp = FROM_LOGITS[name](case["logits"], case["targets"])
+        else:
+            logp = {**FROM_HIDDEN, **ON_GPU}[name](
+                case["hidden"], case["weight"], case["targets"], case["bias"]
+            )
+        logp.sum().backward()
+        free_gradients(case)  # here, or each variant would pay for giving back the pages of the one before it
+
+    return run

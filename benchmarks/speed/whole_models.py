@@ -1,0 +1,182 @@
+"""Trains and samples whole models with random weights, through the same entry points as a user's run.
+
+    python benchmarks/speed/whole_models.py --output benchmarks/results        # LlamaGen-3B and VAR-d30 on a GPU
+    python benchmarks/speed/whole_models.py --recipes llamagen-b --pairs 4 --steps 3 --images 2
+
+For each recipe: a few steps of `cca_ds/train.py` under ZeRO-3 on random codes, with its first loss checked to be that
+of a policy that equals its reference; then guidance-free images, for LlamaGen with CUDA graphs and without. The first
+step, which warms up, is left out of the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cca_ds.config.recipes import load_recipe
+from cca_ds.data.writing import write_codes
+from cca_ds.models import create_model, model_config
+from cca_ds.sampling import generate
+from cca_ds.vq import create_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKENIZER = {"channels": 32}  # only the codebook and the residual convolutions are used
+QUIET = (
+    "logging.every_steps=1", "logging.sample_every_steps=null", "logging.tensorboard=false", "logging.progress=false",
+    "baseline.nll_band=null", "checkpoint.every_steps=1000000", "data.workers=0",
+)  # fmt: skip
+
+
+def random_codes(folder: Path, recipe: str, overrides: list[str], images: int) -> Path:
+    """A table of random codes that fits the recipe's model."""
+    model = load_recipe(recipe, overrides).model
+    config = model_config(model.preset, **model.overrides)
+    draw = np.random.default_rng(0)
+    write_codes(
+        folder / "codes",
+        draw.integers(0, config.vocab_size, (images, 1, config.sequence_length)),
+        draw.integers(0, config.num_classes, images),
+        vocab_size=config.vocab_size,
+        classes=config.num_classes,
+        family=recipe.split("-")[0],
+        tokenizer="random",
+        tokenizer_hash="",
+    )
+    return folder / "codes"
+
+
+def tokenizer_settings(folder: Path, scales: tuple[int, ...], vocab_size: int) -> list[str]:
+    """Settings that name a VAR's tokenizer of random weights."""
+    options = {**TOKENIZER, "scales": list(scales), "codebook_size": vocab_size}
+    torch.manual_seed(0)
+    torch.save(create_tokenizer("var-vqvae", **options).state_dict(), folder / "tokenizer.pth")
+    return [f"tokenizer.weights={folder / 'tokenizer.pth'}", f"tokenizer.options={json.dumps(options)}"]
+
+
+def train(recipe: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the log says of a few steps."""
+    codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
+    settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
+    run = load_recipe(recipe, arguments.set)
+    settings += [
+        f"batch.max_steps={arguments.steps}",
+        f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}",
+    ]
+    if recipe.startswith("var"):
+        config = model_config(run.model.preset, **run.model.overrides)
+        settings += tokenizer_settings(folder, config.scales, config.vocab_size)
+    command = [sys.executable, "cca_ds/train.py", "--ds_config", arguments.ds_config, "--recipe", recipe]
+    command += ["--output", str(folder / "run"), "--set", *settings]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{recipe}: training failed: {done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["throughput/images_per_second"] for line in lines[1:]]
+    kept = ("throughput/mfu", "memory/peak_gib", "loss", "grad_norm")
+    return {
+        "pairs": arguments.pairs,
+        "step_seconds": round(arguments.pairs / statistics.median(rates), 3),
+        "images_per_second": round(statistics.median(rates), 3),
+        **{f"last {name}": lines[-1][name] for name in kept if name in lines[-1]},
+        "first loss": lines[0]["loss"],
+        "seconds with start": round(time.perf_counter() - started, 1),
+    }
+
+
+def sample(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Codes a second of guidance-free sampling in the recipe's way, bf16 on a GPU."""
+    run = load_recipe(recipe, arguments.set)
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    config = model_config(run.model.preset, **run.model.overrides)
+    tokenizer = None
+    if recipe.startswith("var"):
+        tokenizer = create_tokenizer(
+            "var-vqvae", scales=config.scales, codebook_size=config.vocab_size, **TOKENIZER
+        )
+    with torch.device(device):
+        model = create_model(run.model.preset, tokenizer, **run.model.overrides).to(dtype).to(device).eval()
+    labels_B = torch.arange(arguments.images) % config.num_classes
+    found: dict[str, Any] = {"images": arguments.images, "dtype": str(dtype).removeprefix("torch.")}
+    ways = {"eager": False, "CUDA graphs": True} if gpu and model.family == "llamagen" else {"eager": False}
+    codes = {}
+    for way, graphs in ways.items():
+        seconds = []
+        for _ in range(2):  # the first warms up and is left out
+            started = time.perf_counter()
+            codes[way] = generate(
+                model, labels_B, top_k=run.sampling.top_k, top_p=run.sampling.top_p, cuda_graphs=graphs
+            ).cpu()
+            seconds.append(time.perf_counter() - started)
+        found[f"codes per second, {way}"] = round(codes[way].numel() / seconds[-1], 1)
+    if len(codes) == 2:
+        found["equal codes"] = round(float((codes["eager"] == codes["CUDA graphs"]).float().mean()), 4)
+    if gpu:
+        found["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """The findings as Markdown."""
+    lines = ["| model | | |", "|---|---|--:|"]
+    for recipe, parts in models.items():
+        for part, found in parts.items():
+            for name, value in found.items():
+                shown = f"{value:.4g}" if isinstance(value, float) else value
+                lines.append(f"| {recipe} | {part}: {name} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One recipe's findings; a part that fails is said in its place, and the others go on."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part, run in {
+            "training": lambda: train(recipe, arguments, Path(folder)),
+            "sampling": lambda: sample(recipe, arguments),
+        }.items():
+            try:
+                found[part] = run()
+            except (RuntimeError, ValueError) as error:
+                found[part] = {"failed": str(error)}
+            print(f"{recipe} {part}: {found[part]}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> int:
+    """Measures, prints the table, writes both files after every model; 1 where something failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", default=["llamagen-3b", "var-d30"])
+    parser.add_argument("--ds_config", default="ds_configs/zero3.json")
+    parser.add_argument("--pairs", type=int, default=32, help="of a step")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--images", type=int, default=48, help="sampled at once")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, key.path=value")
+    parser.add_argument("--output", type=Path, help="folder for whole_models.json and .md")
+    arguments = parser.parse_args()
+    models: dict[str, dict[str, Any]] = {}
+    for recipe in arguments.recipes:
+        models[recipe] = measure(recipe, arguments)
+        if arguments.output is not None:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            path = arguments.output / "whole_models.json"
+            path.write_text(json.dumps({"whole_models": models}, indent=1) + "\n")
+            path.with_suffix(".md").write_text(table(models))
+    print(table(models))
+    return int(any("failed" in part for parts in models.values() for part in parts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints that are complete or absent, and the weights out of them."""

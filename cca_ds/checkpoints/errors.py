@@ -1,0 +1,57 @@
+"""What a full disk or a read-only folder does to a checkpoint, in one line."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cca_ds.files import FORBIDDEN, FULL
+
+# torch.save reports a file it cannot open or write as a RuntimeError of its zip writer, without an errno
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or must not be read; the message names the file and the remedy."""
+
+
+@contextlib.contextmanager
+def clear_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk or a read-only folder raises, in torch.save too, into one `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(_explain(error, folder)) from error
+    except RuntimeError as error:
+        if not any(mark in str(error) for mark in _TORCH_SAVE):
+            raise
+        if number := _errno_of_torch_save(str(error), folder):
+            raise CheckpointError(_explain(OSError(number, os.strerror(number)), folder)) from error
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise CheckpointError(
+            f"checkpoint {folder}: torch.save could not write ({free:.0f} MiB free); free some space or "
+            "lower checkpoint.keep_last; older checkpoints are untouched"
+        ) from error
+
+
+def _errno_of_torch_save(text: str, path: Path) -> int | None:
+    """What kept torch.save from writing, where it says so or the file system shows it."""
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    return next((number for number in (*FORBIDDEN, *FULL) if os.strerror(number) in text), None)
+
+
+def _explain(error: OSError, folder: Path) -> str:
+    if error.errno in FULL:
+        return (
+            f"checkpoint {folder}: no space left on the disk; free some or lower checkpoint.keep_last; "
+            "older checkpoints are untouched"
+        )
+    if error.errno in FORBIDDEN:
+        return (
+            f"checkpoint {folder}: not writable ({error.strerror}); make it writable and start again to continue "
+            "from the last checkpoint, or choose another --output; older checkpoints are untouched"
+        )
+    return f"checkpoint {folder}: {error.strerror or error} ({error.filename})"

@@ -1,0 +1,1 @@
+"""Ranks and collectives, launchers, preflight checks, the watchdog, signals, logs and failure messages."""

@@ -1,0 +1,230 @@
+"""Before the first step: all ranks answer, and all run the same thing on the same data.
+
+check_ranks(ranks, timeout_seconds, {"configuration": hash, "data manifest": hash})
+stop = agree(stop_signal.requested)          # at every step: does any rank want to stop?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cca_ds.cluster.launchers import LaunchError, Ranks
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "datasets", "cca_ds")
+_SHARED = "preflight"
+
+
+def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Compare what every rank is about to do, and try the collectives.
+
+    Args:
+        ranks: this process's place; the process group is up.
+        timeout_seconds: limit for all ranks to report, and again for each collective to answer.
+        run: what must be the same everywhere, e.g. hashes of the configuration and of the data's manifest.
+
+    Returns:
+        The reports by rank: host, pid, device and the values compared, for the log.
+
+    Raises:
+        LaunchError: ranks that differ, that did not answer in time, or that share a device, with their hosts.
+    """
+    own = describe(ranks, run)
+    reports = _exchange(ranks, own, timeout_seconds)
+    compare(reports)
+    _try_collectives(ranks, reports, timeout_seconds)
+    return reports
+
+
+def describe(ranks: Ranks, run: Mapping[str, str]) -> dict[str, Any]:
+    """This rank's report: `same` must agree everywhere, `host_same` on one host."""
+    return {
+        "rank": ranks.rank,
+        "host": ranks.host,
+        "device": device_name(ranks.device),
+        "device_id": _device_id(ranks),
+        "same": {**_versions(), **_code(), "kind of device": ranks.device.partition(":")[0], **run},
+        "host_same": {"devices of the host": ", ".join(_visible_devices(ranks.device))},
+    }
+
+
+def compare(reports: list[dict[str, Any]]) -> None:
+    """Raise LaunchError for the first value on which the ranks differ; it names those in the minority."""
+    for name in dict.fromkeys(key for report in reports for key in report["same"]):
+        _check_equal(reports, name, [report["same"].get(name, "nothing") for report in reports])
+    for host in dict.fromkeys(report["host"] for report in reports):
+        here = [report for report in reports if report["host"] == host]
+        for name in here[0]["host_same"]:
+            _check_equal(here, name, [report["host_same"].get(name, "nothing") for report in here])
+        owners: dict[str, int] = {}
+        for report in here:
+            other = owners.setdefault(report["device_id"], report["rank"])
+            if other != report["rank"]:
+                raise LaunchError(
+                    f"ranks {other} and {report['rank']} on {host} share one device ({report['device_id']}): "
+                    "start one rank per device"
+                )
+
+
+def agree(flag: bool) -> bool:
+    """Whether any rank says so. A collective: every rank calls it at the same point, and all get one answer."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())
+
+
+def _check_equal(reports: list[dict[str, Any]], name: str, values: list[str]) -> None:
+    if len(set(values)) == 1:
+        return
+    (common, count), *_ = Counter(values).most_common()
+    if list(values).count(values[0]) == count:
+        common = values[0]  # in a draw, rank 0 is right
+    odd = [
+        f"rank {report['rank']} on {report['host']} has {value}"
+        for report, value in zip(reports, values, strict=True)
+        if value != common
+    ]
+    more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+    raise LaunchError(f"{name} differs: {'; '.join(odd[:8])}{more}; the others have {common}")
+
+
+def _exchange(ranks: Ranks, own: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]]:
+    """Every rank's report, through the store: unlike a collective it can tell who is missing."""
+    store = _store("reports")
+    store.set(str(ranks.rank), json.dumps(own))
+    texts = _wait_for_keys(store, ranks.world_size, timeout_seconds)
+    absent = [rank for rank, text in enumerate(texts) if text is None]
+    if absent:
+        known = [json.loads(text) for text in texts if text is not None]
+        hosts = "; ".join(dict.fromkeys(f"rank {report['rank']} on {report['host']}" for report in known[:8]))
+        raise LaunchError(
+            f"{_list_ranks(absent)} did not report within {timeout_seconds:g} s; heard from: {hosts}"
+        )
+    return [json.loads(text) for text in texts]
+
+
+def _wait_for_keys(store: dist.Store, world_size: int, timeout_seconds: float) -> list[str | None]:
+    texts: list[str | None] = [None] * world_size
+    end = time.monotonic() + timeout_seconds
+    while None in texts:
+        for rank, text in enumerate(texts):
+            if text is None and store.check([str(rank)]):
+                texts[rank] = store.get(str(rank)).decode()
+        if None in texts:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+    return texts
+
+
+def _try_collectives(ranks: Ranks, reports: list[dict[str, Any]], timeout_seconds: float) -> None:
+    """All-reduce and all-gather answer, with the right numbers, within the limit."""
+    device = torch.device(ranks.device)
+    world_size = ranks.world_size
+    total = torch.tensor([float(ranks.rank + 1)], device=device)
+    gathered = torch.empty(world_size, device=device)
+    _finish("all-reduce", dist.all_reduce(total, async_op=True), ranks, reports, timeout_seconds)
+    work = dist.all_gather_into_tensor(
+        gathered, torch.tensor([float(ranks.rank)], device=device), async_op=True
+    )
+    _finish("all-gather", work, ranks, reports, timeout_seconds)
+    if total.item() != world_size * (world_size + 1) / 2 or gathered.tolist() != list(range(world_size)):
+        raise LaunchError(
+            f"rank {ranks.rank} on {ranks.host}: a collective over {world_size} ranks gave wrong numbers "
+            f"(sum {total.item():g}); look at the network and its libraries"
+        )
+
+
+def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[dict[str, Any]], seconds: float) -> None:
+    store, end, trouble = _store(name), time.monotonic() + seconds, ""
+    try:
+        while not work.is_completed() and time.monotonic() < end:
+            time.sleep(0.002)
+        if work.is_completed():
+            work.wait()
+            store.set(str(ranks.rank), "done")
+            return
+    except RuntimeError as error:  # a peer went away
+        trouble = f" ({str(error).splitlines()[0]})"
+    answered = _wait_for_keys(store, ranks.world_size, timeout_seconds=1.0)
+    silent = [reports[rank] for rank, text in enumerate(answered) if text is None and rank != ranks.rank]
+    named = (
+        "; ".join(f"rank {report['rank']} on {report['host']}" for report in silent[:8]) or "all but this one"
+    )
+    raise LaunchError(
+        f"{name} did not answer within {seconds:g} s on rank {ranks.rank} on {ranks.host}{trouble}; "
+        f"not done either: {named}"
+    )
+
+
+def _store(purpose: str) -> dist.Store:
+    store = dist.PrefixStore(f"{_SHARED}/{purpose}", dist.distributed_c10d._get_default_store())
+    store.set_timeout(timedelta(seconds=30))
+    return store
+
+
+def _list_ranks(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def _versions() -> dict[str, str]:
+    """Versions that change the arithmetic or the protocol between ranks."""
+    found = {"the version of Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[f"the version of {package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["the version of CUDA"] = str(torch.version.cuda)
+        found["the version of NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _code() -> dict[str, str]:
+    """The commit where the package is a checkout, and a hash of its sources: edits count as well."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "none"  # installed without its repository, or git is not on this node
+    return {"the git commit": commit, "the source code": digest.hexdigest()[:16]}
+
+
+def device_name(device: str) -> str:
+    """As its maker calls it ("NVIDIA H100 80GB HBM3"), or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def _device_id(ranks: Ranks) -> str:
+    if ranks.device.startswith("cuda"):
+        return str(torch.cuda.get_device_properties(ranks.device).uuid)
+    return f"cpu rank {ranks.rank}"  # ranks may share a CPU
+
+
+def _visible_devices(device: str) -> list[str]:
+    if not device.startswith("cuda"):
+        return ["cpu"]
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,1 @@
+"""A recipe, its schema and overrides, and DeepSpeed's file."""

@@ -1,0 +1,282 @@
+"""From a recipe's name, its overrides and a DeepSpeed file to one checked configuration.
+
+Every error is reported at once, before any device or process group is touched; an unknown key names the
+nearest known one. Nothing here imports torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cca_ds.config.schema import RunConfig
+
+PACKAGE = Path(__file__).parents[1]
+RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
+
+# What users of the original programs type -> where it stands here.
+ORIGINAL_NAMES = {
+    "lambda_": "loss.lambda",
+    "beta": "loss.beta",
+    "loss_type": "loss.name",
+    "uncond_ratio": "loss.condition_mask_probability",
+    "ref_ckpt": "model.weights",
+    "code_path": "data.codes",
+    "data_path": "data.source",
+    "keep_dropout": "model.dropout",
+    "lr": "optimizer.learning_rate",
+    "tblr": "optimizer.learning_rate",
+    "global_batch_size": "batch.global_size",
+    "bs": "batch.global_size",
+    "epochs": "batch.epochs",
+    "ep": "batch.epochs",
+    "max_grad_norm": "optimizer.grad_clip",
+    "global_seed": "seed",
+}
+ORIGINAL_MODELS = {f"gpt-{size}": f"llamagen-{size}" for size in ("b", "l", "xl", "xxl", "3b")}
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line each in `problems`."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(f"config error: {problem}" for problem in problems))
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` takes; files that begin with an underscore are shared bases."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def canonical_recipe(name: str) -> str:
+    """`GPT-3B` -> `llamagen-3b`; names of our own come back in lower case where they are shipped."""
+    lowered = name.lower()
+    if lowered in ORIGINAL_MODELS:
+        return ORIGINAL_MODELS[lowered]
+    return lowered if (RECIPES / f"{lowered}.yaml").is_file() else name
+
+
+def load_recipe(name_or_file: str = "digits", overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe, apply `a.b=c` overrides, check everything.
+
+    Raises:
+        ConfigError: with every problem found, not the first.
+    """
+    problems: list[str] = []
+    tree = _read_with_bases(name_or_file, problems)
+    for override in overrides or []:
+        _apply(tree, override, problems)
+    run = _validate(tree, problems)
+    if run is not None:
+        problems.extend(_contradictions(run))
+    if problems:
+        raise ConfigError(problems)
+    assert run is not None
+    return run
+
+
+def config_hash(run: RunConfig) -> str:
+    """sha256 of what shapes the trajectory; logging and checkpoint habits are left out."""
+    tree = run.model_dump(mode="json", by_alias=True)
+    for section in ("logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "paper"):
+        tree.pop(section)
+    tree["data"] = {"codes": tree["data"]["codes"]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def dump_recipe(run: RunConfig) -> str:
+    """The resolved recipe as YAML; `load_recipe` reads it back."""
+    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def resolve_path(path: str) -> Path:
+    """`asset:NAME` is a file shipped with the package, anything else a path of the user's."""
+    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--recipe`, `--set`, and the names that users of the original programs know."""
+    parser.add_argument(
+        "--recipe", default="digits", help="shipped recipe's name or a YAML file (default: digits)"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE",
+        help="override a value of the recipe, e.g. loss.beta=0.1",
+    )  # fmt: skip
+    original = parser.add_argument_group("names of the original programs")
+    original.add_argument(
+        "--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe"
+    )
+    original.add_argument("--depth", type=int, help="16, 20, 24, 30: VAR's recipe of that depth")
+    for name, key in ORIGINAL_NAMES.items():
+        flags = (
+            dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+            if name != "lambda_"
+            else ["--lambda_"]
+        )
+        kind: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "keep_dropout" else {}
+        original.add_argument(
+            *flags, dest=f"original_{name}", help=f"same as --set {key}=VALUE", metavar="VALUE", **kind
+        )
+
+
+def recipe_from_arguments(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that a parsed command line names.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    recipe = arguments.recipe
+    if arguments.gpt_model:
+        recipe = arguments.gpt_model
+    if arguments.depth is not None:
+        recipe = f"var-d{arguments.depth}"
+    given = {name: getattr(arguments, f"original_{name}") for name in ORIGINAL_NAMES}
+    translated = [f"{ORIGINAL_NAMES[name]}={value}" for name, value in given.items() if value is not None]
+    return load_recipe(recipe, translated + arguments.overrides)
+
+
+def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    shipped = RECIPES / f"{canonical_recipe(name_or_file)}.yaml"
+    path = shipped if shipped.is_file() else Path(name_or_file).expanduser()
+    if not path.is_file():
+        near = _nearest(name_or_file, recipe_names())
+        problems.append(f"--recipe {name_or_file}: no shipped recipe and no file of that name{near}")
+        return {}
+    if path in seen:
+        problems.append(f"recipe {path.name} extends itself")
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"recipe {path}: not YAML ({' '.join(str(error).split())})")
+        return {}
+    if not isinstance(tree, dict):
+        problems.append(f"recipe {path}: holds a {type(tree).__name__}, not a mapping of sections")
+        return {}
+    base = tree.pop("extends", None)
+    return _merge(_read_with_bases(str(base), problems, (*seen, path)), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and value and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"--set {override}: write KEY.PATH=VALUE, e.g. loss.beta=0.1")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    key = ORIGINAL_NAMES.get(key, key)
+    value = _number(value)
+    if key == "loss.name" and isinstance(value, str):
+        value = value.lower()
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            problems.append(f"--set {override}: {parent} is a value, not a section")
+            return
+    if leaf == "lambda_":
+        leaf = "lambda"
+    tree[leaf] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; users mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return [_number(item) for item in value] if isinstance(value, list) else value
+
+
+def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
+    names = {key: tree.get(key) for key in ("name",) if key in tree}  # a name like 1e5 stays a string
+    try:
+        return RunConfig.model_validate({**_number(tree), **names})
+    except ValidationError as error:
+        problems.extend(_explain(entry) for entry in error.errors())
+        return None
+
+
+def _explain(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = RunConfig
+        for part in entry["loc"][:-1]:
+            annotation = section.model_fields[str(part)].annotation if section else None
+            section = (
+                annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            )
+        known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+        return f"{where}: unknown key{_nearest(str(entry['loc'][-1]), known)}"
+    return f"{where}: {entry['msg']} (got {entry['input']!r})"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}" if known else ""
+
+
+def _contradictions(run: RunConfig) -> list[str]:
+    """What each value allows alone but not together."""
+    found = []
+    reference, loss = run.reference, run.loss
+    if reference.dropout and reference.placement in ("cached", "streamed"):
+        found.append(
+            f"reference.dropout=true with reference.placement={reference.placement}: a stored log-likelihood "
+            "has one dropout mask only; use placement inference or zero3, or dropout=false"
+        )
+    if reference.placement in ("cached", "streamed") and loss.name != "mle" and not reference.cache:
+        found.append(f"reference.placement={reference.placement} needs reference.cache=FOLDER")
+    if reference.offload and reference.placement != "zero3":
+        found.append(f"reference.offload=true needs reference.placement=zero3, not {reference.placement}")
+    if reference.tensor_parallel > 1 and reference.placement != "inference":
+        found.append(
+            f"reference.tensor_parallel={reference.tensor_parallel} needs reference.placement=inference"
+        )
+    if reference.tensor_parallel > 1 and reference.dropout:
+        found.append(
+            f"reference.tensor_parallel={reference.tensor_parallel} with reference.dropout=true: the ranks' parts "
+            "would draw different masks; choose one"
+        )
+    if reference.tensor_parallel > 1 and run.model.preset.startswith("var"):
+        found.append(
+            f"reference.tensor_parallel={reference.tensor_parallel} splits LlamaGen only, not "
+            f"{run.model.preset}; use reference.placement=zero3"
+        )
+    if run.batch.micro_size > run.batch.global_size:
+        found.append(
+            f"batch.micro_size={run.batch.micro_size} is larger than "
+            f"batch.global_size={run.batch.global_size}"
+        )
+    if run.balance.mode == "given" and not run.balance.speeds:
+        found.append("balance.mode=given needs balance.speeds={device, host or rank: pairs a second}")
+    if run.balance.remeasure_every and run.balance.mode != "measured":
+        found.append(
+            f"balance.remeasure_every={run.balance.remeasure_every} needs balance.mode=measured, "
+            f"not {run.balance.mode}"
+        )
+    if run.model.lambda_conditioning and loss.name != "cca":
+        found.append(f"model.lambda_conditioning=true needs loss.name=cca, not {loss.name}")
+    return found

@@ -1,0 +1,27 @@
+"""Lines and progress bars on the console; tqdm is imported when the first is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def say(message: str) -> None:
+    """One line on the console, without tearing a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress(
+    items: Iterable[Item], description: str, total: int | None = None, show: bool = True
+) -> Iterator[Item]:
+    """Pass items through under a bar with rate and time left."""
+    from tqdm import tqdm
+
+    yield from tqdm(
+        items, desc=description, total=total, disable=not show, dynamic_ncols=True, file=sys.stderr
+    )

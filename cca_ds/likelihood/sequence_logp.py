@@ -1,0 +1,205 @@
+"""log p(x|c) of a sequence of codes, from logits or straight from the output head.
+
+Letters: B sequences, L codes a sequence, V vocabulary, D width, N = B * L rows.
+
+    log p[b] = sum_n log softmax(logits[b, n])[targets[b, n]]
+    d log p[b] / d logits[b, n] = onehot(targets[b, n]) - softmax(logits[b, n])
+
+The kernels are in csrc/, built by setup.py into libraries beside this file. Each has a plain-torch twin, `*_reference`,
+which is also what runs where no library was built, and for what the libraries lack.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from cca_ds.ops.library import backend
+
+ACCUMULATE = ("fp32", "native")
+_KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+# ---- plain-torch twins --------------------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def sequence_logp_reference(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Plain-torch twin of `sequence_logp`: the same numbers, through a float32 copy of the logits."""
+    logits_BLV = _wide(logits_BLV)
+    logp_BL = logits_BLV.log_softmax(-1).gather(-1, targets_BL.long().unsqueeze(-1)).squeeze(-1)
+    return logp_BL.sum(-1, dtype=torch.float64).to(logits_BLV.dtype)
+
+
+def linear_sequence_logp_reference(
+    hidden_BLD: Tensor,
+    weight_VD: Tensor,
+    targets_BL: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: str = "fp32",
+) -> Tensor:
+    """Plain-torch twin of `linear_sequence_logp`: builds all of the logits."""
+    if accumulate == "fp32":
+        hidden_BLD, weight_VD = _wide(hidden_BLD), _wide(weight_VD)
+        bias = None if bias is None else _wide(bias)
+    return sequence_logp_reference(torch.nn.functional.linear(hidden_BLD, weight_VD, bias), targets_BL)
+
+
+# ---- what a compiler and autograd must know of the libraries -------------------------------------------------------
+
+
+def _fake_sequence_logp(logits, targets):
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = targets.numel()
+    return logits.new_empty(targets.shape[:-1], dtype=wide), logits.new_empty((rows, 2), dtype=wide)
+
+
+def _fake_linear_sequence_logp(hidden, weight, targets, bias, wide, chunk_rows, keep):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    residual = weight.new_empty((targets.numel(), weight.shape[0]) if keep else (0, 0))
+    return hidden.new_empty(targets.shape[:-1], dtype=dtype), residual
+
+
+def _fake_linear_backward(grad, hidden, weight, targets, bias, residual, wide, chunk_rows, needed):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(weight.new_empty(s if n else (0,)) for s, n in zip(shapes, needed, strict=True))
+
+
+def _save_for_sequence(ctx, inputs, output):
+    logits, targets = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _sequence_gradient(ctx, grad, _stats):
+    if grad is None:
+        return None, None
+    return torch.ops.cca_ds.sequence_logp_backward(grad, *ctx.saved_tensors), None
+
+
+def _save_for_linear(ctx, inputs, output):
+    hidden, weight, targets, bias, ctx.wide, ctx.chunk_rows, _keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1])
+
+
+def _linear_gradient(ctx, grad, _residual):
+    if grad is None:
+        return (None,) * 7
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = torch.ops.cca_ds.linear_sequence_logp_backward(
+        grad, *ctx.saved_tensors, ctx.wide, ctx.chunk_rows, needed
+    )
+    hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
+    return hidden, weight, None, bias, None, None, None
+
+
+def _register() -> None:
+    fake, differentiate = torch.library.register_fake, torch.library.register_autograd
+    fake("cca_ds::sequence_logp", _fake_sequence_logp)
+    fake(
+        "cca_ds::sequence_logp_backward", lambda grad, logits, targets, stats: logits.new_empty(logits.shape)
+    )
+    fake("cca_ds::linear_sequence_logp", _fake_linear_sequence_logp)
+    fake("cca_ds::linear_sequence_logp_backward", _fake_linear_backward)
+    differentiate("cca_ds::sequence_logp", _sequence_gradient, setup_context=_save_for_sequence)
+    differentiate("cca_ds::linear_sequence_logp", _linear_gradient, setup_context=_save_for_linear)
+
+
+if backend() != "torch":
+    _register()
+
+
+# ---- the two faces -------------------------------------------------------------------------------------------------
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    built = backend() == "cuda" or (backend() == "cpp" and device == "cpu")
+    return built and tensor.dtype in _KERNEL_DTYPES.get(device, ())
+
+
+def _check(rows_of: Tensor, targets_BL: Tensor, vocabulary: int) -> None:
+    if targets_BL.is_floating_point() or targets_BL.dtype == torch.bool:
+        raise ValueError(f"targets are {targets_BL.dtype}; give integers from 0 to {vocabulary - 1}")
+    if rows_of.shape[:-1] != targets_BL.shape or targets_BL.dim() == 0:
+        raise ValueError(
+            f"targets of shape {list(targets_BL.shape)} do not match {list(rows_of.shape)}; "
+            f"give [..., L] with [..., L, {rows_of.shape[-1]}]"
+        )
+    if os.environ.get("CCA_DS_DEBUG") and targets_BL.is_cuda and targets_BL.numel():  # waits for the GPU
+        low, high = targets_BL.min().item(), targets_BL.max().item()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"targets from {low} to {high} lie outside the vocabulary of {vocabulary}")
+
+
+def sequence_logp(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """log p of each sequence from its logits.
+
+    logits [B, L, V] bf16, fp16, fp32 or fp64; targets [B, L] integers in [0, V). Returns [B], nats, float32
+    (float64 from float64), differentiable in the logits. A target outside the vocabulary is a ValueError on a CPU;
+    on a GPU it gives NaN, and a ValueError with CCA_DS_DEBUG=1. A row with NaN or +inf makes its sequence NaN.
+    """
+    _check(logits_BLV, targets_BL, logits_BLV.shape[-1])
+    if not _has_kernel(logits_BLV):
+        return sequence_logp_reference(logits_BLV, targets_BL)
+    return torch.ops.cca_ds.sequence_logp(logits_BLV, targets_BL)[0]
+
+
+def linear_sequence_logp(
+    hidden_BLD: Tensor,
+    weight_VD: Tensor,
+    targets_BL: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: str = "fp32",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """log p of each sequence from the last hidden states and the output head's weight (and bias).
+
+    hidden [B, L, D], weight [V, D], bias [V], of one dtype (under autocast, its dtype); targets [B, L] integers in
+    [0, V). Returns [B], nats, float32 (float64 from float64), differentiable in hidden, weight and bias.
+
+    `accumulate`: "fp32" keeps the logits in float32 up to the softmax; "native" rounds them to the inputs' dtype.
+    `chunk_rows`: asks for lean memory: never more than so many rows of logits at once, made again in the backward.
+    By default the backward gets onehot - softmax [N, V] in the inputs' dtype from the forward, and costs two matrix
+    products; without gradients nothing is kept. Errors are those of `sequence_logp`.
+    """
+    _check(hidden_BLD, targets_BL, weight_VD.shape[0])
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"accumulate={accumulate!r} is not known; choose one of {', '.join(ACCUMULATE)}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} is too few; give 1 or more, or None")
+    device = hidden_BLD.device.type
+    if torch.is_autocast_enabled(device) and hidden_BLD.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if {t.dtype for t in (weight_VD, bias) if t is not None} != {hidden_BLD.dtype}:
+        dtypes = ", ".join(str(t.dtype) for t in (hidden_BLD, weight_VD, bias) if t is not None)
+        raise ValueError(f"hidden, weight and bias are {dtypes}; cast them to one dtype, or use autocast")
+    with torch.autocast(device, enabled=False):
+        if not _has_kernel(hidden_BLD):
+            return linear_sequence_logp_reference(
+                hidden_BLD, weight_VD, targets_BL, bias, accumulate=accumulate
+            )
+        inputs = (hidden_BLD, weight_VD, bias)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        return torch.ops.cca_ds.linear_sequence_logp(
+            hidden_BLD,
+            weight_VD,
+            targets_BL,
+            bias,
+            accumulate == "fp32",
+            chunk_rows or 0,
+            keep and chunk_rows is None,
+        )[0]

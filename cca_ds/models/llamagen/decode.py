@@ -1,0 +1,166 @@
+"""Code after code in raster order, for LlamaGen, with a cache of keys and values.
+
+Legend: B images, R rows of the running batch (B, or 2 B with the unconditional half after the conditional
+one), L codes per image, S slots of the cache (1 + L - 1 = L), V vocabulary, D width, H heads, C channels of a
+head.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cca_ds.models.llamagen.model import LlamaGen
+from cca_ds.ops.decoding import one_query_attention
+from cca_ds.sampling.guidance import Draw, guide
+
+Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [R, H, S, C]
+
+GRAPH_SPANS = 4  # CUDA graphs have fixed shapes: one for each quarter of the slots
+
+
+def sample_raster(
+    model: LlamaGen,
+    labels_B: Tensor,
+    scales: Sequence[float],
+    uniforms_BL: Tensor,
+    draw: Draw,
+    log_lambda_B: Tensor | None = None,
+    cuda_graphs: bool = False,
+) -> Tensor:
+    """Codes [B, L] int64. `scales` are the guidance s of each code, `uniforms_BL` the numbers that draw them.
+
+    The unconditional half runs from the first code until the last guided one, and not at all when none is.
+    """
+    batch, length = uniforms_BL.shape
+    guided_until = max((step + 1 for step, scale in enumerate(scales) if scale), default=0)
+    if guided_until:
+        labels_B = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)])
+        log_lambda_B = None if log_lambda_B is None else log_lambda_B.repeat(2)
+    x_RD = model.condition(labels_B, log_lambda_B)
+    cache = new_cache(model, len(labels_B), x_RD.device, x_RD.dtype)
+    decode = _GraphedStep(model, cache) if cuda_graphs and x_RD.is_cuda else _EagerStep(model, cache)
+    codes_BL = torch.empty(batch, length, dtype=torch.int64, device=x_RD.device)
+    for step in range(length):
+        if step == guided_until and guided_until:
+            decode = decode.keep_rows(batch)
+            x_RD = x_RD[:batch]
+        logits_RV = decode(x_RD, step)
+        if step < guided_until:
+            logits_RV = guide(logits_RV[:batch].float(), logits_RV[batch:].float(), scales[step])
+        codes_B = draw(logits_RV, uniforms_BL[:, step])
+        codes_BL[:, step] = codes_B
+        if step + 1 < length:
+            x_RD = model.tok_embeddings(codes_B if step >= guided_until else codes_B.repeat(2))
+    return codes_BL
+
+
+def new_cache(model: LlamaGen, rows: int, device: torch.device, dtype: torch.dtype) -> Cache:
+    """Keys and values of every layer, each head's slots in one piece of memory so that the live ones are a
+    view.
+    """
+    config = model.config
+    shape = (rows, config.n_head, config.sequence_length, config.head_dim)
+    return [
+        (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        for _ in range(config.n_layer)
+    ]
+
+
+def _run(model: LlamaGen, x_RD: Tensor, table_12: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """One position through the blocks and the head: [R, D] -> logits [R, V]. `attend` knows the cache."""
+    x_R1D = x_RD.unsqueeze(1)
+    for index, layer in enumerate(model.layers):
+        q_RH1C, k_RH1C, v_RH1C = layer.attention.split(
+            layer.attention.wqkv(layer.attention_norm(x_R1D)), table_12
+        )
+        mixed_RH1C = attend(index, q_RH1C, k_RH1C, v_RH1C)
+        x_R1D = x_R1D + layer.attention.wo(mixed_RH1C.transpose(1, 2).flatten(2))
+        x_R1D = x_R1D + layer.feed_forward(layer.ffn_norm(x_R1D))
+    return model.output(model.norm(x_R1D)).squeeze(1)
+
+
+class _EagerStep:
+    """A decoding step that writes one slot and attends to the live slots only, as views of the cache."""
+
+    def __init__(self, model: LlamaGen, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self.table = model.rotary(cache[0][0].device)
+
+    def keep_rows(self, rows: int) -> "_EagerStep":
+        """From here on without the unconditional half: the same cache, seen through its first rows."""
+        return _EagerStep(self.model, [(keys[:rows], values[:rows]) for keys, values in self.cache])
+
+    def __call__(self, x_RD: Tensor, step: int) -> Tensor:
+        """Embedded input [R, D] of position `step` -> logits [R, V] of code `step`."""
+
+        def attend(layer: int, q_RH1C: Tensor, k_RH1C: Tensor, v_RH1C: Tensor) -> Tensor:
+            keys_RHSC, values_RHSC = self.cache[layer]
+            keys_RHSC[:, :, step] = k_RH1C[:, :, 0]
+            values_RHSC[:, :, step] = v_RH1C[:, :, 0]
+            live = slice(0, step + 1)
+            return one_query_attention(q_RH1C, keys_RHSC[:, :, live], values_RHSC[:, :, live])
+
+        return _run(self.model, x_RD, self.table[step : step + 1], attend)
+
+
+class _GraphedStep:
+    """The same step with fixed shapes: the position is a tensor, a mask hides the slots behind it.
+
+    On a GPU it is captured once per quarter of the slots as a CUDA graph and replayed; elsewhere it runs as
+    it is.
+    """
+
+    def __init__(self, model: LlamaGen, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        keys_RHSC = cache[0][0]
+        self.table = model.rotary(keys_RHSC.device)
+        self.slots_S = torch.arange(keys_RHSC.shape[2], device=keys_RHSC.device)
+        self.step_1 = torch.zeros(1, dtype=torch.int64, device=keys_RHSC.device)
+        self.x_RD = torch.empty(
+            len(keys_RHSC), model.config.dim, device=keys_RHSC.device, dtype=keys_RHSC.dtype
+        )
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def keep_rows(self, rows: int) -> "_GraphedStep":
+        """From here on without the unconditional half."""
+        return _GraphedStep(self.model, [(keys[:rows], values[:rows]) for keys, values in self.cache])
+
+    def __call__(self, x_RD: Tensor, step: int) -> Tensor:
+        """Embedded input [R, D] of position `step` -> logits [R, V] of code `step`."""
+        self.x_RD.copy_(x_RD)
+        self.step_1.fill_(step)
+        part = -(-len(self.slots_S) // GRAPH_SPANS)
+        span = min((step // part + 1) * part, len(self.slots_S))
+        if not x_RD.is_cuda:
+            return self._run(span)
+        if span not in self.graphs:
+            self.graphs[span] = self._capture(span)
+        graph, logits_RV = self.graphs[span]
+        graph.replay()
+        return logits_RV
+
+    def _run(self, span: int) -> Tensor:
+        mask_1S = self.slots_S[None, :span] <= self.step_1
+
+        def attend(layer: int, q_RH1C: Tensor, k_RH1C: Tensor, v_RH1C: Tensor) -> Tensor:
+            keys_RHSC, values_RHSC = self.cache[layer]
+            keys_RHSC.index_copy_(2, self.step_1, k_RH1C)
+            values_RHSC.index_copy_(2, self.step_1, v_RH1C)
+            spanned = (keys_RHSC[:, :, :span], values_RHSC[:, :, :span])
+            return F.scaled_dot_product_attention(q_RH1C, *spanned, attn_mask=mask_1S)
+
+        return _run(self.model, self.x_RD, self.table.index_select(0, self.step_1), attend)
+
+    def _capture(self, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # lazy initialisations must not be captured
+            for _ in range(2):
+                self._run(span)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits_RV = self._run(span)
+        return graph, logits_RV

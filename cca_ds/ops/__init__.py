@@ -1,0 +1,1 @@
+"""What models are written in: each op chooses its kernel inside."""

@@ -1,0 +1,162 @@
+"""What a training run would be, told without weights, ranks or a GPU: `train.py --dry_run`.
+
+The model is built on the meta device, which holds shapes alone; the memory is planning's arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from cca_ds.balance.partition import cut
+from cca_ds.config.deepspeed_file import zero_stage
+from cca_ds.config.recipes import dump_recipe
+from cca_ds.config.schema import RunConfig
+from cca_ds.data.manifest import expected_images
+from cca_ds.models import create_model
+from cca_ds.planning.architecture import Architecture, architecture_of
+from cca_ds.planning.memory import Memory, Sharding, memory_of
+
+USUAL_RANKS = 8
+MIB, GIB = 2**20, 2**30
+# of Memory's fields, in the order of the table
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer and master weights",
+    "buffers": "gathered weights, buckets",
+    "reference": "reference",
+    "head": "logits of one chunk",
+    "activations": "activations of a micro-batch",
+    "reserved": "CUDA, libraries",
+}
+
+
+def describe(run: RunConfig, ds: dict[str, Any]) -> str:
+    """Resolved configuration, parameters, sequence, batch, steps, and memory by part and ZeRO stage.
+
+    Args:
+        run: a checked recipe.
+        ds: DeepSpeed's file as read.
+
+    Raises:
+        ValueError: a model that cannot be built.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "0")) or USUAL_RANKS
+    module = meta_model(run)
+    parts = [
+        f"# resolved recipe\n{dump_recipe(run)}",
+        "\n".join(["# model", *model_lines(run, module)]),
+        "\n".join(["# batch and steps", *batch_lines(run, ranks)]),
+        "\n".join(["# memory", *memory_lines(run, ds, count_parameters(module), ranks)]),
+    ]
+    return "\n\n".join(part.rstrip() for part in parts)
+
+
+def meta_model(run: RunConfig) -> torch.nn.Module:
+    """The recipe's model as shapes."""
+    with torch.device("meta"):
+        return create_model(run.model.preset, **run.model.shape)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Numbers in all its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def model_lines(run: RunConfig, module: torch.nn.Module) -> list[str]:
+    """Parameters, by the module's own parts, and the sequence."""
+    by_part = {name: count_parameters(part) for name, part in module.named_children()}
+    by_part["(own)"] = count_parameters(module) - sum(by_part.values())
+    shown = ", ".join(f"{name} {_short(count)}" for name, count in by_part.items() if count)
+    scales = getattr(module.config, "scales", None)
+    pyramid = f" over {len(scales)} scales up to {scales[-1]} x {scales[-1]}" if scales else ""
+    return [
+        f"{run.model.preset}: {count_parameters(module):,} parameters ({shown})",
+        f"sequence: {module.sequence_length} codes{pyramid}, vocabulary {module.vocab_size:,}, "
+        f"{module.num_classes:,} classes and the null class",
+        f"weights: {run.model.weights or 'none named, so drawn at random'}",
+    ]
+
+
+def batch_lines(run: RunConfig, ranks: int) -> list[str]:
+    """The global batch, its cut over equal ranks, and the steps."""
+    batch, (images, origin) = run.batch, expected_images(run.data.codes)
+    an_epoch = images // batch.global_size
+    steps = max(1, round(batch.epochs * an_epoch))
+    limited = min(steps, batch.max_steps or steps)
+    even = cut(batch.global_size, [1.0] * ranks, [batch.micro_size] * ranks)
+    sequences = batch.global_size * (1 if run.loss.name == "mle" else 2)
+    lines = [
+        f"batch: {batch.global_size} pairs a step, {sequences} sequences through the policy",
+        f"on {ranks} equal ranks: at most {max(even.pairs)} pairs each, in {even.forwards} forwards of at most "
+        f"{max(max(sizes) for sizes in even.micro_sizes)}",
+        f"epoch: {images:,} images ({origin}), {an_epoch:,} steps",
+        f"run: {batch.epochs:g} epoch(s), {limited:,} steps",
+    ]
+    if limited < steps:
+        lines[-1] += f" (batch.max_steps; {steps:,} without)"
+    if an_epoch == 0:
+        lines.append(
+            f"note: batch.global_size={batch.global_size} is more than the {images} images; lower it"
+        )
+    return lines
+
+
+def memory_lines(run: RunConfig, ds: dict[str, Any], parameters: int, ranks: int) -> list[str]:
+    """A table of GiB a GPU: parts by ZeRO stage on `ranks` GPUs, then the file's stage on other numbers of them."""
+    sharding, own = Sharding.of(ds), zero_stage(ds)
+    model = architecture_of(run.model.preset, run.model.shape, run.model.dropout)
+    model = replace(model, parameters=parameters)
+    columns = [_bytes(run, model, _at_stage(sharding, stage), ranks) for stage in range(4)]
+    heads = [f"stage {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    unit, name = (GIB, "GiB") if columns[0]["total"] > 4 * GIB else (MIB, "MiB")
+    lines = [
+        f"{name} a GPU on {ranks} of them, reference {_placement(run)}, * is the ds_config's stage",
+        f"{'':<30}" + "".join(f"{head:>12}" for head in heads),
+    ]
+    for key, title in [*PARTS.items(), ("total", "total")]:
+        lines.append(f"{title:<30}" + "".join(f"{column[key] / unit:>12.2f}" for column in columns))
+    totals = [f"{n}: {_bytes(run, model, sharding, n)['total'] / unit:.1f}" for n in (1, 8, 64)]
+    lines.append(f"total at stage {own} by number of GPUs: {', '.join(totals)} {name}")
+    offloaded = {"optimizer": sharding.offload_optimizer, "weights": sharding.offload_weights}
+    if any(offloaded.values()):
+        kept = ", ".join(what for what, on in offloaded.items() if on)
+        lines.append(f"kept in host memory, as the ds_config says: {kept}")
+    return lines
+
+
+def _at_stage(sharding: Sharding, stage: int) -> Sharding:
+    """The same file at another stage; stage 0 offloads nothing, and only stage 3 the weights."""
+    return replace(
+        sharding,
+        stage=stage,
+        offload_optimizer=sharding.offload_optimizer and stage > 0,
+        offload_weights=sharding.offload_weights and stage == 3,
+    )
+
+
+def _placement(run: RunConfig) -> str:
+    return "none" if run.loss.name == "mle" else run.reference.placement
+
+
+def _bytes(run: RunConfig, model: Architecture, sharding: Sharding, ranks: int) -> dict[str, float]:
+    """Bytes by the keys of PARTS, and their total."""
+    memory: Memory = memory_of(
+        model, sharding, ranks, _placement(run), run.model.activation_checkpointing,
+        reference_offload=run.reference.offload,
+        tensor_parallel=run.reference.tensor_parallel,
+        sequences_per_pair=1 if run.loss.name == "mle" else 2,
+        element_bytes=4 if run.precision == "fp32" else 2,
+    )  # fmt: skip
+    share = -(-run.batch.global_size // ranks)  # pairs of a rank
+    found = {field.name: getattr(memory, field.name) for field in fields(memory)}
+    found["activations"] = found.pop("activations_per_pair") * min(run.batch.micro_size, share)
+    return found | {"total": sum(found.values())}
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B"

@@ -1,0 +1,181 @@
+"""Seconds of one step on unequal GPUs, from a batch cut, the model's operations and the links.
+
+A step is F forwards (see `cca_ds/balance/partition.py`), each a chain of passes over the layers: reference,
+policy forward, policy backward. In a pass, layer after layer is gathered on the link while the one before is
+computed; both queues are in order, so a pass of U layers with c seconds of computing and g of link a layer
+takes U max(c, g) + min(c, g). Ranks wait for one another at every gather, so c is the slowest rank's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cca_ds.balance.partition import BalanceError, Cut, cut, largest_micro
+from cca_ds.planning.architecture import Architecture
+from cca_ds.planning.memory import USABLE_SHARE, Memory, Sharding
+from cca_ds.planning.nodes import Device, NodeGroup
+
+LINK_SHARE = 0.8  # of a link's rate that large collectives reach
+HOP_SECONDS = 5e-6  # a collective's latency, for each doubling of the ranks
+OPTIMIZER_BYTES = 28  # AdamW reads and writes weights, gradient, master weight and two moments, a parameter
+BYTES = 2  # of a gathered weight and of a reduced gradient
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one pair, pass by pass; the passes of a forward run one after another."""
+
+    reference: float
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Operations of one pair on the trainers."""
+        return self.reference + self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Links:
+    """Seconds that one gather or scatter of the whole model takes on the slowest link on its way.
+
+    `near` is that within groups of ranks of a node, for hierarchical partitions; equal to `far` without them.
+    """
+
+    far: float
+    near: float
+    far_bytes: float  # that every GPU receives in one such gather
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A cut with its predicted time; `efficiency` is the time of a perfect split without links over
+    `seconds`."""
+
+    cut: Cut
+    seconds: float
+    compute_seconds: float
+    link_seconds: float
+    link_bytes: float
+    efficiency: float
+
+
+def work_of(model: Architecture, placement: str, checkpointing: bool, sequences: int = 2) -> Work:
+    """A backward is two forwards, three with the recomputation; a reference on the trainers one more."""
+    forward = model.forward_flops() * sequences
+    reference = forward if placement in ("inference", "zero3") else 0.0
+    return Work(reference, forward, forward * (3 if checkpointing else 2))
+
+
+def rank_devices(groups: Sequence[NodeGroup]) -> list[Device]:
+    """The device of each rank, nodes in the order of the allocation."""
+    return [group.device for group in groups for _ in range(group.ranks)]
+
+
+def links_of(groups: Sequence[NodeGroup], model: Architecture, sharding: Sharding) -> Links:
+    """A ring over all ranks: nodes exchange over the slowest network, GPUs of a node over the slowest
+    link."""
+    size = model.parameters * BYTES
+    ranks, nodes = sum(group.ranks for group in groups), sum(group.nodes for group in groups)
+    network = min(group.device.node_link for group in groups) * LINK_SHARE
+    inside = min(group.device.gpu_link for group in groups) * LINK_SHARE
+    latency = HOP_SECONDS * math.log2(max(ranks, 1)) * model.layers
+    across = size * (nodes - 1) / nodes / network
+    within = size * (ranks - 1) / ranks / inside
+    far = max(across, within) + latency if ranks > 1 else 0.0
+    near = far
+    if sharding.hierarchical > 1:
+        part = min(sharding.hierarchical, ranks)
+        near = size * (part - 1) / part / inside + HOP_SECONDS * math.log2(part) * model.layers
+    return Links(far, near, size * (ranks - 1) / ranks)
+
+
+def pass_links(links: Links, sharding: Sharding, placement: str) -> tuple[float, float, float]:
+    """Link seconds of the reference pass, the policy's forward and its backward, in one forward of a step."""
+    if sharding.stage < 3:
+        return (links.far if placement == "zero3" else 0.0, 0.0, links.far if sharding.stage == 2 else 0.0)
+    return (links.far if placement == "zero3" else 0.0, links.far, links.near + links.far)
+
+
+def pass_seconds(layers: int, compute: float, link: float) -> float:
+    """U max(c, g) + min(c, g) for a pass of `compute` = U c seconds of computing and `link` = U g of link."""
+    return max(compute, link) + min(compute, link) / layers
+
+
+def micro_caps(groups: Sequence[NodeGroup], memories: Sequence[Memory], pairs: int) -> list[int]:
+    """Most pairs that fit in one forward, for every group; at most the global batch."""
+    caps = []
+    for group, memory in zip(groups, memories, strict=True):
+        usable = group.device.memory_bytes * USABLE_SHARE
+        caps.append(min(pairs, largest_micro(usable, memory.fixed, memory.activations_per_pair)))
+    return caps
+
+
+def step_time(
+    groups: Sequence[NodeGroup],
+    caps: Sequence[int],
+    pairs: int,
+    model: Architecture,
+    work: Work,
+    sharding: Sharding,
+    placement: str,
+    even: bool = False,
+) -> StepTime | None:
+    """The predicted step of a balanced cut, or of an `even` one; None where not a pair fits.
+
+    An even cut gives every rank the same number of pairs, in micro-batches that fit on the smallest GPU.
+    """
+    devices = rank_devices(groups)
+    speeds = {g.device.name: work.total / (g.device.peak_flops * g.device.efficiency) for g in groups}
+    seconds = [speeds[device.name] for device in devices]
+    limits = [cap for group, cap in zip(groups, caps, strict=True) for _ in range(group.ranks)]
+    links = links_of(groups, model, sharding)
+    per_pass = pass_links(links, sharding, placement)
+    candidates = []
+    try:
+        if even:
+            candidates.append(cut(pairs, [1.0] * len(devices), [min(limits)] * len(devices)))
+        else:
+            # The link hides behind the computing or the other way round; the better of both cuts is taken.
+            for exposed in (sum(per_pass) / model.layers, sum(per_pass)):
+                candidates.append(cut(pairs, seconds, limits, exposed))
+    except BalanceError:
+        return None
+    times = [_evaluate(one, seconds, devices, model, work, sharding, links, per_pass) for one in candidates]
+    return min(times, key=lambda time: time.seconds)
+
+
+def _evaluate(
+    batch: Cut,
+    seconds: Sequence[float],
+    devices: Sequence[Device],
+    model: Architecture,
+    work: Work,
+    sharding: Sharding,
+    links: Links,
+    per_pass: tuple[float, float, float],
+) -> StepTime:
+    shares = [part / work.total for part in (work.reference, work.forward, work.backward)]
+    kinds = set(zip(batch.micro_sizes, seconds, strict=True))
+    total = compute = 0.0
+    for index in range(batch.forwards):
+        # A rank without pairs runs a dummy pair, which takes it as long as a true one.
+        slowest = max(max(sizes[index], 1) * second for sizes, second in kinds)
+        compute += slowest
+        for share, link in zip(shares, per_pass, strict=True):
+            total += pass_seconds(model.layers, slowest * share, link)
+    once = links.far * gathers_a_step(sharding)
+    shard = len(devices) if sharding.stage >= 1 else 1
+    update = model.parameters / shard * OPTIMIZER_BYTES / min(device.memory_bandwidth for device in devices)
+    perfect = sum(batch.pairs) / sum(1 / second for second in seconds)
+    total += once + update
+    link_seconds = batch.forwards * sum(per_pass) + once
+    near = batch.forwards * links.near if sharding.stage == 3 and sharding.hierarchical > 1 else 0.0
+    gathers = round((link_seconds - near) / links.far) if links.far else 0
+    return StepTime(batch, total, compute, link_seconds, gathers * links.far_bytes, perfect / total)
+
+
+def gathers_a_step(sharding: Sharding) -> int:
+    """Exchanges of the whole model once a step: at stage 3 none, at 2 the new weights, below the gradients
+    too."""
+    return {3: 0, 2: 1}.get(sharding.stage, 2)

@@ -1,0 +1,216 @@
+"""Stored log-likelihoods of the reference: computed ahead or beside the training, read in the reference's place.
+
+    CACHE/key.json                what the numbers belong to; a run with another key is refused
+    CACHE/shard_000012.arrow      steps 12 S to 13 S - 1: one row a pair, in the order of the global batch
+    CACHE/producers/*.json        who works on which shard, and when last heard of
+    CACHE/trainer.json            how far training has come, which bounds how far producers run ahead
+
+Letters: K pairs of a global batch, S steps of a shard, B pairs of a micro-batch.
+
+Shards appear whole or not at all, so either side may die at any moment and come back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cca_ds.config.schema import RunConfig
+from cca_ds.console import say
+from cca_ds.data.batches import MicroBatch
+from cca_ds.data.codes import CodeTable
+from cca_ds.files import write_atomic
+
+COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
+_LOOK_SECONDS = 0.2
+_SPEAK_SECONDS = 30.0
+
+
+class ReferenceCacheError(ValueError):
+    """A cache that belongs to another run, is damaged, or did not come in time."""
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes and float32 values of a state dict, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cache_key(run: RunConfig, table: CodeTable, weights: dict[str, Tensor], precision: str) -> dict[str, Any]:
+    """All that the stored numbers depend on: beta, lambda, loss and learning rate have no part in it."""
+    return {
+        "reference": state_hash(weights),
+        "model": run.model.preset,
+        "overrides": dict(run.model.overrides),
+        "data": hashlib.sha256((table.folder / "manifest.json").read_bytes()).hexdigest(),
+        "seed": run.seed,
+        "global_size": run.batch.global_size,
+        "mask_probability": run.loss.condition_mask_probability,
+        "shard_steps": run.reference.shard_steps,
+        "precision": precision,
+    }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Numbers of S steps: [S K] each, step by step in the order of the global batch."""
+
+    samples: np.ndarray  # int64
+    positive: np.ndarray  # float32, log p_reference(x_k | c_k)
+    negative: np.ndarray  # float32, log p_reference(x_k | c'_k)
+
+
+class ReferenceCache:
+    """A folder of shards that belong to one key.
+
+    Raises:
+        ReferenceCacheError: the folder's key is another; the fields that differ are named.
+    """
+
+    def __init__(self, folder: str | Path, key: dict[str, Any]):
+        self.folder = Path(folder).expanduser()
+        self.shard_steps, self.global_size = key["shard_steps"], key["global_size"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "key.json"
+        if not path.is_file():
+            write_atomic(path, json.dumps(key, indent=1) + "\n")
+        found = json.loads(path.read_text())
+        differing = [f"{name} ({found.get(name)!r} there)" for name in key if found.get(name) != key[name]]
+        if differing:
+            raise ReferenceCacheError(
+                f"reference.cache={folder} belongs to another run: {', '.join(differing)} differ; "
+                "name another folder, or compute this run's with --cache_reference"
+            )
+
+    def path(self, shard: int) -> Path:
+        """Where shard number `shard` is or will be."""
+        return self.folder / f"shard_{shard:06d}.arrow"
+
+    def shard_of(self, step: int) -> int:
+        """The shard that holds a step."""
+        return step // self.shard_steps
+
+    def write(self, shard: int, content: Shard) -> None:
+        """Store a shard, whole or not at all."""
+        import pyarrow
+
+        steps = np.repeat(np.arange(len(content.samples) // self.global_size), self.global_size)
+        columns = [steps + shard * self.shard_steps, content.samples, content.positive, content.negative]
+        batch = pyarrow.record_batch([pyarrow.array(c) for c in columns], names=list(COLUMNS))
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        write_atomic(self.path(shard), sink.getvalue().to_pybytes())
+
+    def read(self, shard: int) -> Shard:
+        """Read a shard. Raises ReferenceCacheError where the file is damaged."""
+        import pyarrow
+
+        try:
+            with pyarrow.memory_map(str(self.path(shard))) as source:
+                table = pyarrow.ipc.open_file(source).read_all()
+            return Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
+        except (pyarrow.ArrowException, KeyError, OSError) as error:
+            raise ReferenceCacheError(
+                f"{self.path(shard)} is damaged ({' '.join(str(error).split())}): delete it and compute it again"
+            ) from None
+
+    def note_producer(self, rank: int, host: str, shard: int) -> None:
+        """Tell whoever waits who works on what."""
+        (self.folder / "producers").mkdir(exist_ok=True)
+        note = {"rank": rank, "host": host, "shard": shard, "time": time.time()}
+        write_atomic(self.folder / "producers" / f"rank_{rank:05d}.json", json.dumps(note))
+
+    def producers(self) -> str:
+        """Who was last heard of, for messages."""
+        notes = [
+            json.loads(path.read_text()) for path in sorted((self.folder / "producers").glob("rank_*.json"))
+        ]
+        if not notes:
+            return "no producer has been heard of; start one with --produce_reference"
+        return "; ".join(
+            f"producer {n['rank']} on {n['host']} at shard {n['shard']}, "
+            f"last heard of {time.time() - n['time']:.0f} s ago"
+            for n in notes
+        )
+
+    def note_trainer(self, step: int) -> None:
+        """Tell producers that training has come to `step`."""
+        write_atomic(self.folder / "trainer.json", json.dumps({"step": step}))
+
+    def trainer_step(self) -> int:
+        """How far training has come; 0 before it began."""
+        path = self.folder / "trainer.json"
+        return json.loads(path.read_text())["step"] if path.is_file() else 0
+
+
+class CachedReference:
+    """Looks log-likelihoods up; waits up to `wait_seconds` for a shard where producers stream them.
+
+    Args:
+        speaks: True on the rank that tells producers how far training is, and the console for whom it waits.
+        agree: given the step, whether this rank misses the shard and whether it has waited too long, answers
+            whether any rank does; may be collective, as every rank comes to each shard at the same place and
+            leaves the wait with the same answer.
+    """
+
+    def __init__(self, cache: ReferenceCache, wait_seconds: float = 0.0, speaks: bool = False,
+                 agree: Callable[[int, bool, bool], tuple[bool, bool]] | None = None):  # fmt: skip
+        self.cache, self.wait_seconds, self.speaks = cache, wait_seconds, speaks
+        self._agree = agree or (lambda step, missing, late: (missing, late))
+        self._number, self._shard = -1, None
+
+    def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
+        """[2B] float32, [positive, negative]; see `reference.Reference`."""
+        shard = self._get(batch.step)
+        first = (batch.step % self.cache.shard_steps) * self.cache.global_size
+        places = first + batch.positions_B.cpu().numpy()
+        if (shard.samples[places] != batch.sample_indices_B.cpu().numpy()).any():
+            raise ReferenceCacheError(
+                f"{self.cache.path(self._number)}: holds other samples at step {batch.step}: "
+                "delete it and compute it again"
+            )
+        both = np.concatenate([shard.positive[places], shard.negative[places]])
+        return torch.from_numpy(both).to(batch.codes_BL.device)
+
+    def _get(self, step: int) -> Shard:
+        number = self.cache.shard_of(step)
+        if number != self._number:
+            if self.speaks and self.wait_seconds:
+                self.cache.note_trainer(step)
+            self._wait(number, step)
+            self._number, self._shard = number, self.cache.read(number)
+        assert self._shard is not None
+        return self._shard
+
+    def _wait(self, number: int, step: int) -> None:
+        started = spoke = time.monotonic()
+        while True:
+            waited = time.monotonic() - started
+            missing, late = self._agree(
+                step, not self.cache.path(number).is_file(), waited >= self.wait_seconds
+            )
+            if not missing:
+                return
+            if late:
+                after = f" after {waited:.0f} s" if self.wait_seconds else ""
+                raise ReferenceCacheError(
+                    f"step {step + 1} needs {self.cache.path(number)}, which is missing{after}: "
+                    f"{self.cache.producers()}"
+                )
+            if self.speaks and time.monotonic() - spoke > _SPEAK_SECONDS:
+                say(f"step {step + 1} waits for shard {number}: {self.cache.producers()}")
+                spoke = time.monotonic()
+            time.sleep(_LOOK_SECONDS)

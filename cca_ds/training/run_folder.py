@@ -1,0 +1,105 @@
+"""A run's folder: whose it is, where it stands, and that it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cca_ds.checkpoints import store
+from cca_ds.checkpoints.errors import CheckpointError
+from cca_ds.config.recipes import ConfigError, config_hash, dump_recipe, load_recipe
+from cca_ds.config.schema import RunConfig
+from cca_ds.files import write_atomic
+
+COMPLETED = "COMPLETED"
+
+
+def check_output(folder: Path, run: RunConfig, resume: str) -> None:
+    """Refuse a folder that cannot be written or holds another run, before anything is started.
+
+    Args:
+        resume: "auto" continues a run of the same configuration, "never" wants a fresh folder, a path names the
+            checkpoint to start from.
+
+    Raises:
+        ConfigError: one line with the folder and the remedy.
+    """
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    for place in (nearest, folder / "checkpoints"):  # which may be a file system of its own
+        if place.exists():
+            _check_writable(place, folder)
+    if resume not in ("auto", "never"):
+        _check_resume(Path(resume), folder)
+    if not (folder / "config.yaml").exists():
+        if folder.is_dir() and any(
+            (folder / name).exists() for name in ("checkpoints", "metrics.jsonl", COMPLETED)
+        ):
+            raise ConfigError(
+                [f"--output {folder}: holds a run without its config.yaml; choose another folder"]
+            )
+        return
+    try:
+        existing = config_hash(load_recipe(str(folder / "config.yaml")))
+    except (ConfigError, yaml.YAMLError) as error:
+        raise ConfigError(
+            [f"--output {folder}: holds a run whose config.yaml is unreadable ({error})"]
+        ) from None
+    if existing != config_hash(run):
+        raise ConfigError(
+            [f"--output {folder}: already holds another run (its config.yaml differs); choose another folder"]
+        )
+    if resume == "never":
+        raise ConfigError([f"--output {folder}: already holds this run; use --resume auto or another folder"])
+
+
+def _check_writable(place: Path, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=place):  # root is told that it may write where nobody can
+            pass
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {folder}: {place} cannot be written ({error.strerror}); choose another folder"]
+        ) from None
+
+
+def _check_resume(checkpoint: Path, folder: Path) -> None:
+    try:
+        step = store.read_manifest(checkpoint).step
+    except CheckpointError as error:
+        raise ConfigError([f"--resume {error}"]) from None
+    newest = next(iter(store.complete_checkpoints(folder / "checkpoints")), None)
+    if newest and store.read_manifest(newest).step > step:
+        raise ConfigError(
+            [f"--resume {checkpoint}: {newest.name} is newer in --output {folder}; give another --output"]
+        )
+
+
+def is_completed(folder: Path) -> bool:
+    """Whether the run in `folder` has left its mark of completion."""
+    return (folder / COMPLETED).is_file()
+
+
+def open_folder(folder: Path, run: RunConfig) -> bool:
+    """Make the folder and write the resolved recipe into it. True where there was nothing before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = not any(folder.iterdir())
+    write_atomic(folder / "config.yaml", dump_recipe(run))
+    return fresh
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that never began, so that the corrected command finds it free."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, then the mark that says the run is done."""
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(folder / COMPLETED, json.dumps({"steps": summary["steps"]}) + "\n")

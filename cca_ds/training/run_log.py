@@ -1,0 +1,136 @@
+"""What a run tells: TensorBoard, JSON lines, a progress bar, the console. Rank 0 speaks; the others are silent.
+
+A run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, logs/, checkpoints/, summary.json, COMPLETED.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cca_ds.console import say
+from cca_ds.files import write_atomic
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop lines of steps after `last_step`, so that a resumed run logs no step twice."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a line torn by a kill; what follows it cannot be trusted
+        if record["step"] <= last_step:
+            kept.append(line)
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+class RunLog:
+    """TensorBoard, JSON lines and the bar of one run, on rank 0; does nothing on others.
+
+    Args:
+        folder: the run's folder.
+        speaking: True on rank 0.
+        steps, first_step: of the whole run, and where this process takes it up.
+    """
+
+    def __init__(self, folder: Path, speaking: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
+                 bar: bool = True):  # fmt: skip
+        self.speaking, self.folder, self.first_step = speaking, folder, first_step
+        self.writer, self.lines, self.bar = None, None, None
+        if not speaking:
+            return
+        from tqdm import tqdm
+
+        truncate_metrics(folder / "metrics.jsonl", first_step)
+        self.lines = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            disable=not bar,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file keeps every line
+        )
+
+    def say(self, message: str) -> None:
+        """One line on rank 0's console."""
+        if self.speaking:
+            say(message)
+
+    def step(self, step: int, values: dict[str, float], write: bool = True) -> None:
+        """Values of step `step` (1 after the first), under the tags they are plotted by."""
+        if not self.speaking:
+            return
+        assert self.bar is not None and self.lines is not None
+        shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['throughput/images_per_second']:.1f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+        if not write:
+            return
+        try:
+            self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:  # of an open file: names none
+            raise OSError(error.errno, error.strerror, self.lines.name) from error
+        for tag, value in values.items():
+            if self.writer:
+                self.writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, step: int, grid: Any, file_name: str) -> None:
+        """A picture [H, W, C] uint8: into TensorBoard and as samples/`file_name`."""
+        if not self.speaking:
+            return
+        import io
+
+        from PIL import Image
+
+        (self.folder / "samples").mkdir(exist_ok=True)
+        picture = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
+        encoded = io.BytesIO()
+        picture.save(encoded, format="PNG")
+        write_atomic(self.folder / "samples" / file_name, encoded.getvalue())
+        if self.writer:
+            self.writer.add_image(tag, grid, step, dataformats="HWC")
+
+    def text(self, tag: str, content: str) -> None:
+        """Preformatted text in TensorBoard, at the step where this process takes the run up."""
+        if self.writer:
+            lines = "\n".join(f"    {line}" for line in content.splitlines())
+            self.writer.add_text(tag, lines, self.first_step)
+
+    def hparams(self, settings: dict[str, bool | str | float]) -> None:
+        """This run's row in TensorBoard's table of runs, from its first step on.
+
+        No experiment is declared: TensorBoard then takes the columns from all runs, those that differ first, and
+        the last value of every scalar as results.
+        """
+        self._session(settings, part=1)
+
+    def finished(self) -> None:
+        """Mark the row as one of a run that went well to its end."""
+        self._session({}, part=2)
+
+    def _session(self, settings: dict[str, bool | str | float], part: int) -> None:
+        if self.writer:
+            from torch.utils.tensorboard.summary import hparams
+
+            self.writer.file_writer.add_summary(hparams(settings, {})[part])  # [experiment, start, end]
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        for part in (self.bar, self.writer, self.lines):
+            if part is not None:
+                part.close()

@@ -1,0 +1,190 @@
+"""The cut of a batch over unequal ranks: exact against brute force, and the loss scale that makes it
+invisible."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+
+from cca_ds.balance.partition import BalanceError, cut, largest_micro, lockstep_seconds, measure_speed
+
+
+def brute_force_seconds(pairs, seconds, caps, seconds_per_forward):
+    """Smallest slowest-rank time over every number of forwards and every assignment, by trying them all."""
+    best = float("inf")
+    for forwards in range(1, pairs + 1):
+        limits = [min(pairs, forwards * cap) for cap in caps]
+        for counts in itertools.product(*(range(limit + 1) for limit in limits)):
+            if sum(counts) == pairs:
+                slowest = max(n * s for n, s in zip(counts, seconds, strict=True))
+                best = min(best, slowest + forwards * seconds_per_forward)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_no_assignment_beats_the_cut(seed):
+    draw = random.Random(seed)
+    ranks, pairs = draw.randint(1, 4), draw.randint(1, 9)
+    speeds = [1.0, 1.5, 2.0, 3.0, 0.1, 0.7] if seed % 2 else [draw.uniform(0.1, 3) for _ in range(6)]
+    seconds = [draw.choice(speeds) for _ in range(ranks)]
+    caps = [draw.randint(0, 4) for _ in range(ranks)]
+    caps[draw.randrange(ranks)] += 1
+    per_forward = draw.choice([0.0, 0.05, 0.5, 2.0])
+    result = cut(pairs, seconds, caps, per_forward)
+    assert result.seconds == pytest.approx(brute_force_seconds(pairs, seconds, caps, per_forward), rel=1e-12)
+    assert sum(result.pairs) == pairs
+    slowest = max(n * s for n, s in zip(result.pairs, seconds, strict=True))
+    assert result.seconds == pytest.approx(slowest + result.forwards * per_forward, rel=1e-12)
+    assert result == cut(pairs, seconds, caps, per_forward)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sizes_are_even_within_memory_and_as_many_on_every_rank(seed):
+    draw = random.Random(1000 + seed)
+    ranks = draw.randint(1, 12)
+    seconds, caps = [draw.uniform(0.1, 2) for _ in range(ranks)], [draw.randint(1, 6) for _ in range(ranks)]
+    result = cut(draw.randint(1, 200), seconds, caps)
+    for sizes, cap in zip(result.micro_sizes, caps, strict=True):
+        assert len(sizes) == result.forwards
+        assert max(sizes) <= cap
+        assert max(sizes) - min(sizes) <= 1
+    taken = [position for rank in range(ranks) for span in result.positions(rank) for position in span]
+    assert taken == list(range(sum(result.pairs)))  # every pair once, in the order of the global batch
+
+
+def test_by_hand():
+    """Three to one: a rank three times slower gets a quarter; memory then forces a second forward."""
+    free = cut(32, [1.0, 3.0], [32, 32])
+    assert free.pairs == (24, 8) and free.forwards == 1 and free.seconds == 24.0
+    capped = cut(32, [1.0, 3.0], [12, 32])
+    assert capped.micro_sizes == ((12, 12), (4, 4)) and capped.seconds == 24.0
+    # A forward that costs 10 s is worth avoiding: one forward of (12, 20) takes 60 + 10, two take 24 + 20.
+    assert cut(32, [1.0, 3.0], [12, 32], 10.0).forwards == 2
+    # At 40 s a forward, one of (12, 20) takes 100 and two take 104.
+    assert cut(32, [1.0, 3.0], [12, 32], 40.0).micro_sizes == ((12,), (20,))
+
+
+def test_ties_take_the_fewest_forwards_and_the_lower_rank():
+    assert cut(3, [1.0, 1.0], [4, 4]).micro_sizes == ((2,), (1,))
+    assert cut(1, [1.0, 1.0, 1.0], [1, 1, 1]).pairs == (1, 0, 0)
+
+
+def test_ranks_without_pairs_run_dummy_forwards_of_weight_zero():
+    result = cut(4, [1.0, 100.0, 1.0], [2, 2, 0])
+    assert result.micro_sizes == ((2, 2), (0, 0), (0, 0))
+    assert result.positions(1) == [range(4, 4), range(4, 4)]
+
+
+def test_the_stated_loss_scale_makes_the_average_over_ranks_that_of_the_whole_batch():
+    """Mean over ranks of n_r W / n times the rank's mean loss, and of its summed losses times W / n."""
+    losses = torch.randn(23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result, ranks, pairs = cut(23, [1.0, 2.5, 7.0, 900.0], [4, 3, 1, 1]), 4, 23
+    by_rank = by_forward = 0.0
+    for rank in range(ranks):
+        own = [losses[span.start : span.stop] for span in result.positions(rank)]
+        if result.pairs[rank]:
+            by_rank += torch.cat(own).mean() * result.pairs[rank] * ranks / pairs / ranks
+        by_forward += sum(part.sum() * ranks / pairs for part in own) / ranks
+    assert result.pairs[3] == 0 and result.forwards > 1
+    assert by_rank.item() == pytest.approx(losses.mean().item(), rel=1e-12)
+    assert by_forward.item() == pytest.approx(losses.mean().item(), rel=1e-12)
+
+
+def test_lockstep_counts_the_slowest_rank_of_each_forward():
+    assert lockstep_seconds([(2, 2), (1, 0)], [1.0, 3.0]) == 3.0 + 2.0
+    result = cut(5, [1.0, 3.0], [2, 2], 0.25)
+    assert (
+        result.lockstep_seconds == lockstep_seconds(result.micro_sizes, [1.0, 3.0]) + result.forwards * 0.25
+    )
+    assert result.lockstep_seconds >= result.seconds
+
+
+def test_thousands_of_ranks_are_cut_in_a_blink():
+    seconds = [0.1] * 2048 + [0.3] * 1024 + [0.9] * 1024
+    start = time.process_time()
+    result = cut(16384, seconds, [8] * 2048 + [4] * 2048)
+    assert time.process_time() - start < 1.0
+    assert result.seconds == pytest.approx(16384 / sum(1 / s for s in seconds), rel=0.2)
+
+
+def test_description_groups_equal_ranks():
+    line = cut(7, [1.0, 1.0, 3.0], [8, 8, 8]).describe()
+    assert "rank 0-1: 3" in line and "rank 2: 1" in line and "forwards 1" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((0, [1.0], [1]), "0 pairs"),
+        ((4, [1.0], [1, 2]), "1 speeds for 2"),
+        ((4, [1.0, 0.0], [1, 2]), "rank 1 has 0.0"),
+        ((4, [1.0, float("nan")], [1, 2]), "rank 1 has nan"),
+        ((4, [1.0], [0]), "not one pair fits"),
+        ((4, [1.0], [-1]), "must not be negative"),
+        ((4, [], []), "0 speeds"),
+    ],
+)
+def test_impossible_cuts_say_why(arguments, said):
+    with pytest.raises(BalanceError, match=said):
+        cut(*arguments)
+
+
+def test_largest_micro():
+    assert largest_micro(100, 10, 30) == 3
+    assert largest_micro(100, 10, 90) == 1
+    assert largest_micro(100, 120, 30) == 0
+
+
+class Clock:
+    """A clock that only `step` moves, so that speeds are exact."""
+
+    def __init__(self, cost):
+        self.now, self.cost, self.calls = 0.0, cost, []
+
+    def perf_counter(self):
+        return self.now
+
+    def step(self, size):
+        self.now += self.cost(size, len(self.calls))
+        self.calls.append(size)
+
+
+def measured(monkeypatch, cost, sizes, repeats=5):
+    clock = Clock(cost)
+    monkeypatch.setattr("cca_ds.balance.partition.time.perf_counter", clock.perf_counter)
+    return measure_speed(clock.step, sizes, repeats), clock
+
+
+def test_speed_is_the_slope_whatever_a_pass_costs_at_least(monkeypatch):
+    speed, clock = measured(monkeypatch, lambda size, call: 5.0 + 0.25 * size, [1, 2, 4])
+    assert speed == pytest.approx(0.25)
+    assert clock.calls == [1] * 6 + [2] * 6 + [4] * 6  # one pass to warm up, five timed
+
+
+def test_warm_up_and_bursts_do_not_count(monkeypatch):
+    """The first pass of a size and two of the five timed ones are a hundred times slower."""
+    speed, _ = measured(
+        monkeypatch, lambda size, call: size * (100.0 if call % 6 in (0, 2, 4) else 1.0), [2, 4]
+    )
+    assert speed == pytest.approx(1.0)
+
+
+def test_speed_from_one_size_or_without_a_slope(monkeypatch):
+    assert measured(monkeypatch, lambda size, call: 3.0 * size, [2])[0] == pytest.approx(3.0)
+    assert measured(monkeypatch, lambda size, call: 8.0, [2, 4])[0] == pytest.approx(2.0)
+
+
+def test_speed_of_nothing_is_refused():
+    for sizes, repeats in (([], 1), ([0], 1), ([1], 0)):
+        with pytest.raises(BalanceError, match="at least 1"):
+            measure_speed(lambda size: None, sizes, repeats)
+
+
+def test_speed_of_real_passes_grows_with_the_model(device):
+    def step_of(width):
+        layer = torch.nn.Linear(width, width, device=device)
+        return lambda size: layer(torch.ones(16 * size, width, device=device)).sum().backward()
+
+    assert measure_speed(step_of(1024), [8, 16], 3) > measure_speed(step_of(64), [8, 16], 3)

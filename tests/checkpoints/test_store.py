@@ -1,0 +1,308 @@
+"""Checkpoints are complete or absent: protocol, damage, retention, crashes at every point, kills at random
+ones."""
+
+import errno
+import gc
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from cca_ds.checkpoints.store import (
+    CheckpointError,
+    begin,
+    clean_partials,
+    clear_errors,
+    complete_checkpoints,
+    newest_verified,
+    publish,
+    retain,
+    verify,
+)
+
+
+def save(root, step, ranks=2, size=1000, metadata=None):
+    """A checkpoint of `ranks` ranks, each with a file of its own; returns the complete folder."""
+    published = []
+    begin(root, step)
+    for rank in range(ranks):
+        partial = begin_again(root, step)
+        (partial / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(
+            bytes([step % 256, rank]) * size
+        )
+        published.append(publish(partial, rank, ranks, metadata=metadata))
+    assert published[:-1] == [None] * (ranks - 1)
+    return published[-1]
+
+
+def begin_again(root, step):
+    return begin(root, step, rank=1)  # any rank but 0 only waits for the folder
+
+
+def test_published_folder_lists_every_file_of_every_rank(tmp_path):
+    folder = save(tmp_path, 1234, ranks=3, metadata={"epoch": 2, "seeds": {10: 1, 9: 2}})
+    assert folder == tmp_path / "step_00001234"
+    assert (tmp_path / "latest").read_text().strip() == "step_00001234"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00001234"]
+    manifest = verify(folder)
+    assert manifest.step == 1234 and manifest.world_size == 3
+    assert manifest.metadata == {"epoch": 2, "seeds": {"10": 1, "9": 2}}
+    assert sorted(manifest.files) == [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(3)]
+    assert all(entry["size"] == 2000 for entry in manifest.files.values())
+    assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE.json", *sorted(manifest.files)]
+
+
+def test_hashes_are_sha256(tmp_path):
+    """The sha256 of "abc" as FIPS 180-2 prints it."""
+    partial = begin(tmp_path, 1)
+    (partial / "abc").write_bytes(b"abc")
+    manifest = verify(publish(partial))
+    assert manifest.files["abc"]["sha256"].startswith(
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61"
+    )
+
+
+def test_nothing_is_visible_before_the_last_rank(tmp_path):
+    older = save(tmp_path, 1)
+    partial = begin(tmp_path, 2)
+    for rank in (2, 0):
+        (partial / f"rank_{rank}.pt").write_bytes(b"x")
+        assert publish(partial, rank, 3) is None
+        assert complete_checkpoints(tmp_path) == [older]
+    (partial / "rank_1.pt").write_bytes(b"x")
+    assert publish(partial, 1, 3) == tmp_path / "step_00000002"
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step_00000002", older]
+
+
+def test_files_that_bear_no_rank_belong_to_rank_zero(tmp_path):
+    partial = begin(tmp_path, 1)
+    names = ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt", "deep/state.json"]
+    (partial / "deep").mkdir()
+    for name in names:
+        (partial / name).write_bytes(b"x")
+    publish(partial, 1, 2)
+    listed = json.loads((partial / "files_of_rank_00001.json").read_text())
+    assert list(listed["files"]) == [names[1]]
+    assert sorted(verify(publish(partial, 0, 2)).files) == sorted(names)
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_ranks_that_finish_together_publish_once(tmp_path, attempt):
+    partial, ranks = begin(tmp_path, 7), 8
+    for rank in range(ranks):
+        (partial / f"rank_{rank}.pt").write_bytes(b"x" * rank)
+    gate, results = threading.Barrier(ranks), []
+
+    def one(rank):
+        gate.wait()
+        try:
+            results.append(publish(partial, rank, ranks))
+        except CheckpointError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(map(str, results)) == sorted([str(tmp_path / "step_00000007")] + ["None"] * (ranks - 1))
+    assert len(verify(tmp_path / "step_00000007").files) == ranks
+
+
+def test_begin_clears_an_interrupted_attempt_and_keeps_other_ranks_waiting(tmp_path):
+    stale = begin(tmp_path, 3)
+    (stale / "rank_0.pt").write_bytes(b"stale")
+    publish(stale, 0, 2)  # rank 1 was killed
+    waited = []
+    partial = begin(tmp_path, 3, rank=0, barrier=lambda: waited.append(sorted(stale.iterdir())))
+    assert waited == [[]] and list(partial.iterdir()) == []
+
+
+def test_a_failing_begin_still_meets_the_other_ranks_at_the_barrier(tmp_path):
+    save(tmp_path, 5)
+    waited = []
+    with pytest.raises(CheckpointError, match="already saved and intact"):
+        begin(tmp_path, 5, barrier=lambda: waited.append(True))
+    assert waited == [True]
+    verify(tmp_path / "step_00000005")
+
+
+def damage(folder, how):
+    victim = sorted(folder.glob("*.pt"))[0]
+    if how == "flipped":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif how == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif how == "missing":
+        victim.unlink()
+    elif how == "added":
+        victim = folder / "extra.pt"
+        victim.write_bytes(b"x")
+    else:
+        victim = folder / "COMPLETE.json"
+        text = victim.read_text()
+        victim.write_text(
+            text[: len(text) // 2] if how == "manifest cut" else text.replace('"step": 2', '"step": 3')
+        )
+    return victim.name
+
+
+@pytest.mark.parametrize(
+    "how", ["flipped", "truncated", "missing", "added", "manifest cut", "manifest edited"]
+)
+def test_damage_is_named_and_passed_over(tmp_path, how):
+    older, newer, said = save(tmp_path, 1), save(tmp_path, 2), []
+    name = damage(newer, how)
+    with pytest.raises(CheckpointError, match=name) as caught:
+        verify(newer)
+    assert "\n" not in str(caught.value)
+    folder, manifest = newest_verified(tmp_path, said.append)
+    assert folder == older and manifest.step == 1
+    assert len(said) == 1 and name in said[0] and "step_00000002" in said[0]
+    # The run comes to step 2 again: the damaged one makes room, and the next start clears it away.
+    assert save(tmp_path, 2) == newer
+    assert newest_verified(tmp_path, said.append)[0] == newer
+    assert [path.name for path in clean_partials(tmp_path)] == ["step_00000002.damaged"]
+
+
+def test_every_single_flipped_byte_of_the_manifest_is_noticed(tmp_path):
+    folder = save(tmp_path, 2, ranks=1)
+    path = folder / "COMPLETE.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"COMPLETE\.json is corrupt"):
+            verify(folder)
+    path.write_bytes(whole)
+    verify(folder)
+
+
+def test_order_is_by_step_not_by_text(tmp_path):
+    for step in (99_999_999, 5, 100_000_000):
+        save(tmp_path, step, ranks=1)
+    assert [verify(folder).step for folder in complete_checkpoints(tmp_path)] == [100_000_000, 99_999_999, 5]
+
+
+def test_nothing_there(tmp_path):
+    assert complete_checkpoints(tmp_path / "absent") == []
+    assert newest_verified(tmp_path) is None
+    with pytest.raises(CheckpointError, match="never finished"):
+        verify(tmp_path)
+
+
+def test_retention(tmp_path):
+    for step in range(1, 11):
+        save(tmp_path, step, ranks=1)
+    kept_in_use = tmp_path / "step_00000003"
+    deleted = retain(tmp_path, keep_last=2, keep_every=4, in_use=[kept_in_use])
+    assert [int(folder.name[5:]) for folder in complete_checkpoints(tmp_path)] == [10, 9, 8, 4, 3]
+    assert [int(folder.name[5:]) for folder in deleted] == [7, 6, 5, 2, 1]
+    assert retain(tmp_path, keep_last=1) and complete_checkpoints(tmp_path) == [tmp_path / "step_00000010"]
+    assert not any(path.name.endswith(".deleting") for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="keep_last=0"):
+        retain(tmp_path, keep_last=0)
+
+
+def test_clean_partials_spares_the_one_being_written(tmp_path):
+    save(tmp_path, 1)
+    old, current = begin(tmp_path, 2), begin(tmp_path, 3)
+    (tmp_path / "step_00000000.deleting").mkdir()
+    deleted = clean_partials(tmp_path, keep=[current])
+    assert deleted == [tmp_path / "step_00000000.deleting", old]
+    assert current.is_dir() and len(complete_checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EDQUOT, "no space left"),
+        (errno.EROFS, "not writable"),
+        (errno.EIO, "Input/output"),
+    ],
+)
+def test_failing_disk_is_one_clear_line_and_costs_nothing_older(tmp_path, monkeypatch, number, said):
+    older = save(tmp_path, 1)
+    partial = begin(tmp_path, 2)
+    (partial / "rank_0.pt").write_bytes(b"x")
+
+    def fail(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        publish(partial)
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value) and "step_00000002" in str(caught.value)
+    assert newest_verified(tmp_path)[0] == older
+    assert not partial.exists()  # its space is given back
+    save(tmp_path, 2)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or not mount:
+        pytest.skip("mounting a small disk needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    older = save(small_disk, 1, size=100_000)
+    partial = begin(small_disk, 2)
+    with pytest.raises(CheckpointError, match="no space left") as plain, clear_errors(partial):
+        (partial / "rank_0.pt").write_bytes(b"x" * 2**21)
+    with pytest.raises(CheckpointError, match="free some space") as from_torch, clear_errors(partial):
+        torch.save(torch.zeros(2**19), partial / "rank_0.pt")
+    assert "\n" not in str(plain.value) + str(from_torch.value)
+    assert newest_verified(small_disk)[0] == older
+    del plain, from_torch  # their tracebacks hold the deleted file open
+    gc.collect()
+    clean_partials(small_disk)
+    save(small_disk, 2, size=100_000)
+
+
+def test_a_folder_that_is_really_read_only(small_disk):
+    older, partial = save(small_disk, 1), begin(small_disk, 2)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match="not writable") as caught:
+        begin(small_disk, 3)
+    with (
+        pytest.raises(
+            CheckpointError, match=r"not writable \(Read-only file system\); make it"
+        ) as from_torch,
+        clear_errors(partial / "rank_0.pt"),  # as where it turns read-only while a thread writes
+    ):
+        torch.save(torch.zeros(2), partial / "rank_0.pt")
+    with pytest.raises(CheckpointError, match="not writable"):
+        publish(partial)
+    assert "\n" not in str(caught.value) + str(from_torch.value)
+    assert newest_verified(small_disk)[0] == older
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert clean_partials(small_disk) == [partial]
+    save(small_disk, 2)
+
+
+def test_errors_that_are_not_the_disks_pass_unchanged(tmp_path):
+    with pytest.raises(RuntimeError, match="shape mismatch"), clear_errors(tmp_path):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_file_changed_after_its_rank_sealed_it_is_refused(tmp_path):
+    partial = begin(tmp_path, 1)
+    (partial / "rank_0.pt").write_bytes(b"x")
+    publish(partial, 0, 2)
+    (partial / "rank_0.pt").write_bytes(b"longer")
+    with pytest.raises(CheckpointError, match=r"rank_0\.pt changed"):
+        publish(partial, 1, 2)
+    assert complete_checkpoints(tmp_path) == []

@@ -1,0 +1,130 @@
+"""Out of the shards of two ranks: bit-equal, in the original's keys, the moving average too; and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cca_ds import export as entry
+from cca_ds.checkpoints.deepspeed_state import consolidated_weights
+from cca_ds.checkpoints.store import complete_checkpoints
+from cca_ds.config.recipes import load_recipe
+from cca_ds.models import create_model, load_weights, read_weights
+from cca_ds.training.ema import join_shards
+from tests.support.trained_run import DECAY, trained_run
+
+BASE = Path(__file__).parents[2] / "cca_ds" / "assets" / "digits_base.safetensors"
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def run_folder() -> Path:
+    return trained_run()
+
+
+def export(run_folder: Path, output: Path, *flags: str) -> int:
+    return entry.main(["--run", str(run_folder), "--output", str(output), *flags])
+
+
+@pytest.mark.parametrize(("layout", "name"), [("safetensors", "p.safetensors"), ("llamagen", "p.pt")])
+def test_loads_again_bit_equal(run_folder, tmp_path, capsys, layout, name):
+    assert export(run_folder, tmp_path / name, "--layout", layout) == 0
+    assert "after step 2" in capsys.readouterr().out
+    shards = consolidated_weights(complete_checkpoints(run_folder / "checkpoints")[0])
+    module = create_model("digits")
+    load_weights(module, tmp_path / name)
+    own = dict(module.named_parameters())
+    assert own.keys() <= shards.keys()
+    for key, parameter in own.items():
+        assert torch.equal(parameter, shards[key]), key
+    base = read_weights(BASE)
+    assert any(not torch.equal(parameter, base[key].float()) for key, parameter in own.items())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_llamagen_layout_is_strict_in_the_originals_keys(run_folder, tmp_path, golden):
+    export(run_folder, tmp_path / "p.pt", "--layout", "llamagen")
+    state = torch.load(tmp_path / "p.pt", weights_only=True)["model"]
+    recorded = json.loads((golden / "state_dict_shapes.json").read_text())["llamagen/GPT-B"]
+    original = recorded["state_dict"].keys()
+    computed = {"freqs_cis"}
+    few = {key for key in original if key not in computed and not key.startswith("layers.")}
+    layer = {key.split(".", 2)[2] for key in original if key.startswith("layers.")}
+    assert {key for key in state if not key.startswith("layers.")} == few
+    assert {key.split(".", 2)[2] for key in state if key.startswith("layers.")} == layer
+
+
+def test_older_checkpoint_and_moving_average(run_folder, tmp_path):
+    second, first = complete_checkpoints(run_folder / "checkpoints")
+    export(run_folder, tmp_path / "w1.safetensors", "--checkpoint", str(first))
+    export(run_folder, tmp_path / "w2.safetensors", "--checkpoint", str(second))
+    export(run_folder, tmp_path / "ema.safetensors", "--ema")
+    one, two = read_weights(tmp_path / "w1.safetensors"), read_weights(tmp_path / "w2.safetensors")
+    average, base = read_weights(tmp_path / "ema.safetensors"), read_weights(BASE)
+    for key, value in average.items():
+        after_one = DECAY * base[key].double() + (1 - DECAY) * one[key].double()
+        expected = DECAY * after_one + (1 - DECAY) * two[key].double()
+        assert torch.allclose(value.double(), expected, atol=1e-7), key
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+def test_shards_of_an_average_join_in_the_order_of_ranks():
+    shards = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0])}]
+    assert join_shards(shards)["w"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_recipe_in_the_metadata_and_card_beside_the_file(run_folder, tmp_path):
+    report = tmp_path / "scores.json"
+    report.write_text(json.dumps({"metrics": {"fid": 1.5, "recall": None}}))
+    output = tmp_path / "hub" / "model.safetensors"
+    assert export(run_folder, output, "--model_card", "--metrics", str(report), "--dtype", "bf16") == 0
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    (tmp_path / "recipe.yaml").write_text(metadata["recipe"])
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe(str(run_folder / "config.yaml"))
+    assert metadata["step"] == "2"
+    card = (output.parent / "README.md").read_text()
+    assert "base_model: digits_base.safetensors" in card and "| fid | 1.5 |" in card and "recall" not in card
+
+
+def refused(capsys, *flags: object) -> str:
+    assert entry.main([str(flag) for flag in flags]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    return told
+
+
+def test_what_is_refused_leaves_nothing(run_folder, tmp_path, capsys):
+    output = tmp_path / "new" / "p.pth"
+    told = refused(capsys, "--run", run_folder, "--output", output, "--layout", "var")
+    assert "--layout llamagen" in told
+    told = refused(capsys, "--run", tmp_path / "nowhere", "--output", output)
+    assert "no such folder" in told
+    (tmp_path / "empty").mkdir()
+    assert "config.yaml" in refused(capsys, "--run", tmp_path / "empty", "--output", output)
+    told = refused(capsys, "--run", run_folder, "--output", output, "--checkpoint", tmp_path / "step_7")
+    assert "no such folder" in told
+    assert "name the file" in refused(capsys, "--run", run_folder, "--output", tmp_path)
+    assert "--layout safetensors" in refused(
+        capsys, "--run", run_folder, "--output", output, "--layout", "llamagen", "--model_card"
+    )
+    assert not output.parent.exists()
+
+
+def test_damaged_checkpoints_are_passed_over_or_told(run_folder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    second, first = complete_checkpoints(copy / "checkpoints")
+    victim = next((second / "deepspeed").rglob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-10])
+    assert export(copy, tmp_path / "p.safetensors") == 0
+    assert "after step 1" in capsys.readouterr().out
+    (first / "average_rank_00001.pt").unlink()
+    told = refused(capsys, "--run", copy, "--output", tmp_path / "q.safetensors")
+    assert "no complete checkpoint" in told and "average_rank_00001.pt is missing" in told
+    assert not (tmp_path / "q.safetensors").exists()

@@ -1,0 +1,199 @@
+"""From names, overrides and the originals' flags to one checked configuration; every error at once."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cca_ds.config.recipes import (
+    ORIGINAL_NAMES,
+    ConfigError,
+    add_recipe_arguments,
+    config_hash,
+    load_recipe,
+    recipe_from_arguments,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+ENTRIES = ("train", "encode", "sample", "evaluate", "export", "plan")
+
+
+def from_flags(*flags: str):
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    return recipe_from_arguments(parser.parse_args(flags))
+
+
+def problems(*overrides: str, recipe: str = "digits") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, list(overrides))
+    told = str(caught.value).splitlines()
+    assert len(told) == len(caught.value.problems)  # one line each
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--recipe", "GPT-3B"], "llamagen-3b"),
+        (["--gpt-model", "GPT-XXL"], "llamagen-xxl"),
+        (["--gpt_model", "GPT-B"], "llamagen-b"),
+        (["--depth", "30"], "var-d30"),
+        (["--depth", "16"], "var-d16"),
+        (["--recipe", "VAR-d20"], "var-d20"),
+        ([], "digits"),
+    ],
+)
+def test_names_that_users_of_the_originals_know(flags, name):
+    assert from_flags(*flags).name == name
+    assert from_flags(*flags) == load_recipe(name)
+
+
+def test_flags_that_users_of_the_originals_know():
+    run = from_flags(
+        "--gpt-model", "GPT-L", "--lambda_", "300", "--beta", "0.1", "--uncond_ratio", "0", "--ref_ckpt", "c2i_L.pt",
+        "--loss_type", "DPO", "--lr", "1e-4", "--global-batch-size", "64", "--epochs", "3", "--max-grad-norm", "2",
+        "--global-seed", "7", "--code-path", "codes",
+    )  # fmt: skip
+    assert (run.loss.lambda_, run.loss.beta, run.loss.condition_mask_probability) == (300.0, 0.1, 0.0)
+    assert (run.model.weights, run.loss.name, run.optimizer.learning_rate) == ("c2i_L.pt", "dpo", 1e-4)
+    assert (run.batch.global_size, run.batch.epochs, run.optimizer.grad_clip) == (64, 3, 2.0)
+    assert (run.seed, run.data.codes) == (7, "codes")
+
+
+def test_set_wins_over_the_originals_flags_and_takes_their_names():
+    assert from_flags("--beta", "0.1", "--set", "loss.beta=0.2").loss.beta == 0.2
+    run = load_recipe("digits", ["lambda_=5", "uncond_ratio=0.2", "ref_ckpt=x.pt"])
+    assert (run.loss.lambda_, run.loss.condition_mask_probability, run.model.weights) == (5.0, 0.2, "x.pt")
+    assert load_recipe("digits", ["loss.lambda_=5"]) == load_recipe("digits", ["loss.lambda=5"])
+
+
+@pytest.mark.parametrize("name", ORIGINAL_NAMES)
+def test_every_such_name_leads_to_a_key(name):
+    values = {"loss_type": "dpo", "keep_dropout": "true", "code_path": "x", "data_path": "x", "ref_ckpt": "x",
+              "uncond_ratio": "0.5"}  # fmt: skip
+    value = values.get(name, "32")
+    run = from_flags("--recipe", "llamagen-b", f"--{name}", value)
+    section, _, key = ORIGINAL_NAMES[name].rpartition(".")
+    holder = getattr(run, section) if section else run
+    assert str(getattr(holder, key.replace("lambda", "lambda_"))).lower().removesuffix(".0") == value
+
+
+def test_presets_are_the_models():
+    for name, preset in (("GPT-3B", "llamagen-3b"), ("d30", "var-d30"), ("VAR_d16", "var-d16")):
+        assert load_recipe("digits", [f"model.preset={name}"]).model.preset == preset
+    assert "did you mean llamagen-xl?" in problems("model.preset=llamagen-xs")[0]
+
+
+def test_all_errors_at_once():
+    found = problems(
+        "loss.bta=1", "optimizer.learning_rate=-1", "model.preset=var-d31", "batch.micro_size=0", "nonsense"
+    )
+    assert len(found) == 5
+    assert "KEY.PATH=VALUE" in found[0]
+    told = "\n".join(found)
+    for part in ("loss.bta", "learning_rate", "var-d31", "micro_size"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("loss.lamda=1", "did you mean lambda?"),
+        ("optimizer.learning_rat=1", "did you mean learning_rate?"),
+        ("optimiser.lr=1", "did you mean optimizer?"),
+        ("batch.globl_size=4", "did you mean global_size?"),
+        ("loss.qqq=1", "known: name, beta, lambda, condition_mask_probability"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, near):
+    found = problems(override)
+    assert len(found) == 1 and near in found[0] and override.partition("=")[0].partition(".")[0] in found[0]
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    assert "did you mean llamagen-3b?" in problems(recipe="lamagen-3b")[0]
+    assert "did you mean var-d30?" in problems(recipe="var-d31")[0]
+
+
+def test_contradictions_name_both_values():
+    found = problems("reference.placement=cached", "reference.dropout=true", "batch.micro_size=64")
+    assert len(found) == 3
+    assert "reference.dropout=true with reference.placement=cached" in found[0]
+    assert "reference.cache=FOLDER" in found[1]
+    assert "batch.micro_size=64" in found[2] and "batch.global_size=32" in found[2]
+    assert "placement=zero3" in problems("reference.offload=true")[0]
+    assert "loss.name=cca" in problems("model.lambda_conditioning=true", "loss.name=dpo")[0]
+    assert "balance.speeds" in problems("balance.mode=given")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("loss: [", "not YAML"),
+        ("- 1", "holds a list"),
+        ("extends: own", "no shipped recipe"),
+        ("loss: 3", "loss"),
+        ("loss:", "loss"),
+        ("\x00", "not YAML"),
+    ],
+)
+def test_bad_files(tmp_path, content, told):
+    (tmp_path / "r.yaml").write_text(content)
+    assert any(told in problem for problem in problems(recipe=str(tmp_path / "r.yaml")))
+
+
+def test_a_recipe_that_extends_itself(tmp_path):
+    (tmp_path / "r.yaml").write_text(f"extends: {tmp_path / 'r.yaml'}\n")
+    assert any("extends itself" in problem for problem in problems(recipe=str(tmp_path / "r.yaml")))
+
+
+def test_a_file_extends_a_shipped_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: var-d24\nname: mine\nloss: {lambda: 3e2}\n")
+    run, base = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("var-d24")
+    assert (run.name, run.loss.lambda_, run.loss.beta) == ("mine", 300.0, base.loss.beta)
+    assert run.optimizer == base.optimizer
+
+
+def test_numbers_as_people_write_them():
+    run = load_recipe(
+        "digits", ["optimizer.learning_rate=1e-5", "optimizer.betas=[0.9, 99e-2]", "batch.epochs=2"]
+    )
+    assert (
+        run.optimizer.learning_rate == 1e-5 and run.optimizer.betas == (0.9, 0.99) and run.batch.epochs == 2
+    )
+
+
+def test_hash_is_of_what_shapes_the_trajectory():
+    plain = config_hash(load_recipe("digits"))
+    for habit in ("logging.every_steps=7", "checkpoint.every_steps=3", "sampling.seed=9", "data.workers=0"):
+        assert config_hash(load_recipe("digits", [habit])) == plain
+    for shaping in ("loss.beta=0.4", "seed=1", "optimizer.learning_rate=1e-3", "batch.global_size=16"):
+        overrides = [shaping, "batch.micro_size=16"] if "global" in shaping else [shaping]
+        assert config_hash(load_recipe("digits", overrides)) != plain
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_answers_at_once(entry):
+    """Under a second of processor time, which other work on the machine does not lengthen; nothing slow is imported."""
+    seconds = []
+    for _ in range(3):
+        code = (
+            "import sys, resource\nsys.argv = [sys.argv[1], '--help']\nimport runpy\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+            "slow = {'torch', 'deepspeed', 'datasets', 'sklearn', 'scipy', 'pyarrow'} & set(sys.modules)\n"
+            "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+            "print('used', used.ru_utime + used.ru_stime, slow or '', file=sys.stderr)"
+        )
+        path = REPOSITORY / "cca_ds" / f"{entry}.py"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout and "cca_ds" in done.stdout  # the commands that run it
+        word, used, *slow = done.stderr.splitlines()[-1].split()
+        assert (word, slow) == ("used", [])
+        seconds.append(float(used))
+    assert min(seconds) < 1.0

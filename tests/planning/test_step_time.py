@@ -1,0 +1,139 @@
+"""The planner's time: against a simulated schedule, by hand, and the best of all splits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cca_ds.planning.architecture import architecture_of
+from cca_ds.planning.memory import Sharding, memory_of
+from cca_ds.planning.nodes import DEVICES, parse_nodes
+from cca_ds.planning.outcomes import Job, _first_nodes, _trained, leaner_outcome, outcome, reference_seconds
+from cca_ds.planning.step_time import links_of, micro_caps, pass_seconds, rank_devices, step_time, work_of
+
+ROOT = Path(__file__).parents[2]
+ZERO3 = Sharding.of(json.loads((ROOT / "ds_configs" / "zero3.json").read_text()))
+MIXED = "4xh100:8,2xa100:8,4xa40:8"
+
+
+def job_of(preset="llamagen-3b", pairs=256, sharding=ZERO3, **rest):
+    return Job(architecture_of(preset), sharding, pairs, 1_281_167, **rest)
+
+
+def simulated_pass(layers, computes, gather):
+    """Seconds of a pass: on every rank a link queue and a computing queue, both in order, layer by layer.
+
+    A gather begins when all ranks' links are free, and at most two layers ahead of the slowest rank's
+    computing; layer u computes once it is gathered and layer u - 1 is done.
+    """
+    link_free, done = 0.0, [[0.0] * len(computes)]
+    for layer in range(layers):
+        window = max(done[max(0, layer - 1)])  # two layers ahead: prefetch buckets are finite
+        link_free = max(link_free, window) + gather
+        done.append(
+            [max(before, link_free) + compute for before, compute in zip(done[-1], computes, strict=True)]
+        )
+    return max(done[-1])
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.9, 1.0, 1.1, 3.0, 50.0])
+@pytest.mark.parametrize("layers", [4, 24])
+def test_a_pass_takes_what_its_simulated_schedule_takes(layers, ratio):
+    computes, gather = [0.010, 0.004, 0.007], 0.010 * ratio
+    simulated = simulated_pass(layers, computes, gather)
+    assert pass_seconds(layers, layers * max(computes), layers * gather) == pytest.approx(simulated, rel=0.02)
+
+
+@pytest.mark.parametrize("placement", ["inference", "zero3", "cached"])
+@pytest.mark.parametrize("nodes", ["1xh100:4", "2xh100:2,1xa40:2", "1xa100:2,2xa40:4"])
+def test_a_step_takes_what_its_simulated_schedule_takes(nodes, placement):
+    """All forwards of all ranks, pass after pass, beside the planner's sum; 2% is allowed for the
+    optimizer."""
+    job, groups = job_of("llamagen-xl", pairs=48), parse_nodes(nodes)
+    devices = rank_devices(groups)
+    memory = memory_of(job.model, ZERO3, len(devices), placement, True)
+    caps = [min(cap, 5) for cap in micro_caps(groups, [memory] * len(groups), job.pairs)]  # several forwards
+    work = work_of(job.model, placement, True)
+    step = step_time(groups, caps, job.pairs, job.model, work, ZERO3, placement)
+    gather = links_of(groups, job.model, ZERO3).far / job.model.layers
+    gathers = {"reference": gather * (placement == "zero3"), "forward": gather, "backward": 2 * gather}
+    total = 0.0
+    for forward in range(step.cut.forwards):
+        for name, seconds in gathers.items():
+            flops = getattr(work, name) / job.model.layers
+            computes = [
+                max(sizes[forward], 1) * flops / (device.peak_flops * device.efficiency)
+                for sizes, device in zip(step.cut.micro_sizes, devices, strict=True)
+            ]
+            total += simulated_pass(job.model.layers, computes, seconds)
+    assert step.cut.forwards > 1
+    assert step.seconds == pytest.approx(total, rel=0.02)
+
+
+def test_one_gpu_by_hand():
+    """No link: FLOPs over the stated rate, and 28 bytes a parameter through the memory once a step."""
+    job, groups = job_of("llamagen-b"), parse_nodes("1xh100:1")
+    found = outcome(job, groups, "cached", False)
+    flops = 6 * job.model.forward_flops() * job.pairs
+    h100 = DEVICES["h100"]
+    update = 28 * job.model.parameters / h100.memory_bandwidth
+    assert found.balanced.seconds == pytest.approx(
+        flops / (h100.peak_flops * h100.efficiency) + update, rel=1e-9
+    )
+    assert found.balanced.link_bytes == found.balanced.link_seconds == 0
+    ahead = 1_281_167 * 2 * job.model.forward_flops() / (h100.peak_flops * h100.efficiency)
+    assert found.epoch_seconds == pytest.approx(5004 * found.balanced.seconds + ahead, rel=1e-9)
+    assert found.gpu_hours == pytest.approx(found.epoch_seconds / 3600)
+    assert found.efficiency == pytest.approx(1.0, abs=0.01)
+
+
+def test_links_by_hand():
+    """Two nodes of 4: half of the weights cross the network, at 80% of 25 GB/s; three exchanges a forward."""
+    job, groups = job_of("llamagen-3b"), parse_nodes("2xa40:4")
+    size = job.model.parameters * 2
+    links = links_of(groups, job.model, ZERO3)
+    assert links.far == pytest.approx(
+        max(size / 2, size * 7 / 8) / (0.8 * 25e9), rel=3e-3
+    )  # PCIe is the slower here
+    found = outcome(job, groups, "inference", True).balanced
+    assert found.link_bytes == pytest.approx(3 * found.cut.forwards * size * 7 / 8, rel=1e-9)
+    four = outcome(job, groups, "zero3", True).balanced
+    assert four.link_bytes == pytest.approx(4 * four.cut.forwards * size * 7 / 8, rel=1e-9)
+    hierarchical = Sharding.of({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
+    slow = parse_nodes("2xa100:4", networks="a100=5")
+    assert (
+        outcome(job_of(sharding=hierarchical), slow, "cached", True).balanced.seconds
+        < outcome(job_of(), slow, "cached", True).balanced.seconds
+    )
+
+
+def test_balanced_cuts_beat_even_ones_on_mixed_nodes_and_equal_them_on_equal_ones():
+    mixed = outcome(job_of(), parse_nodes("2xh100:8,2xa40:8"), "inference", True)
+    assert mixed.balanced.seconds < 0.5 * mixed.even.seconds
+    assert mixed.efficiency > 2 * mixed.even_efficiency
+    equal = outcome(job_of(), parse_nodes("2xh100:8"), "inference", True)
+    assert equal.balanced.seconds == equal.even.seconds
+
+
+def test_streamed_takes_the_best_of_all_splits():
+    job, groups = job_of(), parse_nodes("3xh100:8,3xa100:8,4xa40:8")
+    found = outcome(job, groups, "streamed", True)
+    best = min(
+        max(
+            _trained(job, trainers, "streamed", True, even=False).balanced.seconds,
+            job.pairs * reference_seconds(job, producers),
+        )
+        for trainers, producers in (_first_nodes(groups, count) for count in range(1, 10))
+    )
+    assert found.step_seconds == pytest.approx(best, rel=1e-12)
+    assert sum(group.nodes for group in [*found.trainers, *found.producers]) == 10
+
+
+def test_leaving_slow_nodes_out_is_noticed():
+    job, groups = job_of(), parse_nodes(MIXED, networks="a40=2")
+    own = outcome(job, groups, "inference", True)
+    leaner = leaner_outcome(job, groups, own)
+    assert leaner.epoch_seconds < own.epoch_seconds
+    assert "a40" not in {group.device.name for group in leaner.trainers}
+    equal = parse_nodes("4xh100:8")
+    assert leaner_outcome(job, equal, outcome(job, equal, "inference", True)) is None

@@ -1,0 +1,177 @@
+"""The store of the reference's log-likelihoods: whose it is, what it holds, whom it waits for.
+
+Letters: K pairs of a global batch, S steps of a shard.
+"""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cca_ds.config.recipes import load_recipe
+from cca_ds.data.batches import BatchPlan, Steps
+from cca_ds.data.codes import open_codes
+from cca_ds.reference.cache import (
+    CachedReference,
+    ReferenceCache,
+    ReferenceCacheError,
+    Shard,
+    cache_key,
+    state_hash,
+)
+from cca_ds.training.inputs import batch_plan
+
+KEY = {"reference": "abc", "seed": 0, "global_size": 4, "shard_steps": 2}
+
+
+def shard(first: int = 0) -> Shard:
+    """S K = 8 rows whose numbers tell them apart."""
+    samples = np.arange(first, first + 8)
+    return Shard(samples, -samples.astype(np.float32), -100 - samples.astype(np.float32))
+
+
+def test_a_shard_comes_back_and_names_step_and_sample(tmp_path):
+    import pyarrow
+
+    cache = ReferenceCache(tmp_path / "c", KEY)
+    cache.write(3, shard(50))
+    found = cache.read(3)
+    for name in ("samples", "positive", "negative"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(shard(50), name))
+    table = pyarrow.ipc.open_file(str(cache.path(3))).read_all()
+    assert table.column_names == ["step", "sample", "log_p_positive", "log_p_negative"]
+    assert table.column("step").to_pylist() == [6] * 4 + [7] * 4
+    assert [cache.shard_of(step) for step in (0, 1, 2, 7)] == [0, 0, 1, 3]
+
+
+def test_another_runs_cache_is_refused_with_what_differs(tmp_path):
+    ReferenceCache(tmp_path, KEY)
+    ReferenceCache(tmp_path, dict(KEY))
+    with pytest.raises(
+        ReferenceCacheError, match=r"another run: reference \('abc' there\), seed \(0 there\) differ"
+    ):
+        ReferenceCache(tmp_path, KEY | {"reference": "xyz", "seed": 4})
+    assert json.loads((tmp_path / "key.json").read_text()) == KEY
+
+
+def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(0, shard())
+    cache.path(0).write_bytes(cache.path(0).read_bytes()[:-40])
+    with pytest.raises(
+        ReferenceCacheError, match=r"shard_000000\.arrow is damaged .* delete it and compute it again"
+    ):
+        cache.read(0)
+
+
+def batch_of(step: int, positions: slice):
+    """A micro-batch whose samples are those of `shard()`."""
+    table = type("Table", (), {"manifest": type("M", (), {"crops": 1}), "labels": np.zeros(8, np.int64)})
+    table.__len__ = lambda self: 8
+    table.take = lambda self, indices, crops: (
+        np.zeros((len(indices), 1), np.int64),
+        np.zeros(len(indices), np.int64),
+    )
+    steps = Steps(
+        table(),
+        BatchPlan(4, 0, 0.0, 9, contrastive=False),
+        positions.start,
+        [positions.stop - positions.start],
+    )
+    (batch,) = steps[step]
+    batch.sample_indices_B = torch.arange(4 * (step % 2), 4 * (step % 2) + 4)[positions]
+    return batch
+
+
+def test_rows_are_found_by_step_and_place_and_checked_by_sample(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(0, shard())
+    reference = CachedReference(cache)
+    found = reference(batch_of(1, slice(1, 3)), ())
+    assert found.tolist() == [-5.0, -6.0, -105.0, -106.0]  # [positive, negative]
+    strange = batch_of(1, slice(1, 3))
+    strange.sample_indices_B = torch.tensor([5, 7])
+    with pytest.raises(ReferenceCacheError, match="holds other samples at step 1"):
+        reference(strange, ())
+
+
+def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    asked = []
+
+    def alone(step: int, missing: bool, late: bool) -> tuple[bool, bool]:
+        asked.append((step, missing, late))
+        return missing, late
+
+    reference = CachedReference(cache, 0.5, speaks=True, agree=alone)
+    started = time.monotonic()
+    with pytest.raises(
+        ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"
+    ):
+        reference(batch_of(2, slice(0, 4)), ())
+    assert 0.5 <= time.monotonic() - started < 5
+    assert set(asked[:-1]) == {(2, True, False)} and asked[-1] == (2, True, True)
+    assert cache.trainer_step() == 2  # producers see how far training has come
+    cache.note_producer(1, "a40-7", 5)
+    with pytest.raises(
+        ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last heard of [01] s ago"
+    ):
+        reference(batch_of(2, slice(0, 4)), ())
+    with pytest.raises(ReferenceCacheError, match="which is missing: producer 1"):
+        CachedReference(cache)(batch_of(2, slice(0, 4)), ())
+
+
+def test_a_shard_that_comes_while_waiting_is_taken(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    writer = threading.Timer(0.4, cache.write, (1, shard()))
+    writer.start()
+    found = CachedReference(cache, 30.0)(batch_of(2, slice(0, 4)), ())
+    writer.join()
+    assert found.tolist() == [-0.0, -1.0, -2.0, -3.0, -100.0, -101.0, -102.0, -103.0]
+
+
+def test_no_rank_goes_on_before_all_see_the_shard(tmp_path):
+    """Another rank's file system may show it later; and where another has waited too long, all give up."""
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(1, shard())
+    answers = [(True, False), (True, False), (False, False)]
+    reference = CachedReference(cache, 30.0, agree=lambda *_: answers.pop(0))
+    assert reference(batch_of(2, slice(0, 4)), ()).tolist()[:4] == [-0.0, -1.0, -2.0, -3.0]
+    assert answers == []
+    with pytest.raises(ReferenceCacheError, match=r"step 3 needs .*shard_000001"):
+        CachedReference(cache, 30.0, agree=lambda *_: (True, True))(batch_of(2, slice(0, 4)), ())
+
+
+def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_path):
+    table = open_codes("digits", tmp_path)
+    weights = {"a": torch.ones(2, 3), "b": torch.zeros(1)}
+
+    def key(*overrides, weights=weights, precision="fp32"):
+        return cache_key(load_recipe("digits", list(overrides)), table, weights, precision)
+
+    usual = key()
+    for override in (
+        "loss.beta=3",
+        "loss.lambda=7",
+        "loss.name=dpo",
+        "optimizer.learning_rate=1",
+        "batch.micro_size=2",
+    ):
+        assert key(override) == usual
+    different = [key("seed=1"), key("batch.global_size=64"), key("loss.condition_mask_probability=0.2"),
+                 key("reference.shard_steps=3"), key("model.overrides={n_layer: 1}"), key(precision="bf16"),
+                 key(weights={"a": torch.ones(2, 3), "b": torch.ones(1)})]  # fmt: skip
+    assert all(other != usual for other in different)
+    assert batch_plan(load_recipe("digits"), table).global_size == usual["global_size"]
+
+
+def test_the_hash_of_weights_sees_names_shapes_and_values_not_order_or_dtype():
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
+    assert state_hash(dict(reversed(state.items()))) == state_hash(state)
+    assert state_hash({name: tensor.half() for name, tensor in state.items()}) == state_hash(state)
+    assert state_hash(state | {"a": state["a"].view(3, 2)}) != state_hash(state)
+    assert state_hash({"c": state["a"], "b": state["b"]}) != state_hash(state)
+    assert state_hash(state | {"b": torch.tensor([1.0, 2.0])}) != state_hash(state)

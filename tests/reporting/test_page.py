@@ -1,0 +1,281 @@
+"""The report page of a run: complete, self-contained, escaped, and tolerant to what a run lacks."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cca_ds import evaluate
+from cca_ds.config.recipes import dump_recipe, load_recipe
+from cca_ds.reporting.charts import MOST_POINTS, line_chart, thinned, ticks
+from cca_ds.reporting.page import columns_of, write_report
+from cca_ds.reporting.run_files import read_run
+
+HOSTILE = (
+    "</pre></title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"&"
+)
+MAGENTA, GREEN = (255, 0, 255), (0, 200, 0)
+
+
+def solid_grid(colour: tuple[int, int, int], columns: int = 10) -> bytes:
+    """A grid of ten columns of 34 pixels in one colour."""
+    picture = io.BytesIO()
+    Image.new("RGB", (columns * 34, 68), colour).save(picture, format="PNG")
+    return picture.getvalue()
+
+
+def colour_of(address: str) -> tuple[int, int, int]:
+    """Of the first pixel of a picture in a data URI."""
+    data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    return Image.open(io.BytesIO(data)).convert("RGB").getpixel((0, 0))
+
+
+def metrics_line(step: int) -> str:
+    values = {"loss": 1 / step, "rewards/chosen": 0.1 * step, "rewards/rejected": -0.2 * step, "lr": 1e-4,
+              "throughput/images_per_second": 100.0 + step, "memory/peak_gib": 1.25}  # fmt: skip
+    return json.dumps({"step": step, "time": 0.0, **values})
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_recipe(load_recipe("llamagen-l")))
+    (folder / "metrics.jsonl").write_text("".join(metrics_line(step) + "\n" for step in range(1, 57)))
+    (folder / "samples" / "step_000000.png").write_bytes(solid_grid(MAGENTA))
+    (folder / "samples" / "step_000028.png").write_bytes(solid_grid((1, 2, 3)))
+    (folder / "samples" / "step_000056.png").write_bytes(solid_grid(GREEN))
+    (folder / "summary.json").write_text(json.dumps({"steps": 56, "versions": {"torch": "2.13.0"}}))
+    scores = {"metrics": {"fid": 3.51, "inception_score": 271.25, "precision": None}, "notes": ["one note"],
+              "protocol": {"neighbours": 3}, "sampler": {"seed": 9}}  # fmt: skip
+    (folder / "after.json").write_text(json.dumps(scores))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the text of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def report_of(folder: Path) -> tuple[str, Page]:
+    html = write_report(folder).read_text()
+    return html, Page(html)
+
+
+def test_page_holds_every_part_of_the_run(run_folder):
+    html, page = report_of(run_folder)
+    assert page.tags.count("svg") == 5  # loss, rewards, rate, throughput, memory
+    assert page.tags.count("polyline") == 6
+    assert page.tags.count("img") == 20  # ten columns, before and after
+    for text in ("llamagen-l", "lambda: 300.0", "3.510", "271.25", "one note", "sampler.seed 9", "2.13.0"):
+        assert text in page.text, text
+    for of_paper in ("paper, base", "19.000", "paper, cca", "3.430"):  # Table 3
+        assert of_paper in page.text, of_paper
+    assert "Missing or unreadable" not in page.text
+    assert re.search(r"median images a second</td><td>131", html)  # of steps 6 to 56
+    assert "56 steps" in page.text
+    assert "Before (step 0, left) and after (step 56, right)" in page.text
+    pictures = [value for _, name, value in page.attributes if name == "src"]
+    assert [colour_of(picture) for picture in pictures] == [MAGENTA, GREEN] * 10
+    assert "class 900" in page.text  # the tenth column of ImageNet's thousand classes
+
+
+def test_page_is_self_contained(run_folder):
+    """No script, no address but data URIs, and a policy that forbids both."""
+    html, page = report_of(run_folder)
+    allowed = """html head meta title style body header section h1 h2 h3 p table thead tbody tr th td pre div figure
+        figcaption span img svg line text polyline circle"""
+    assert set(page.tags) <= set(allowed.split())
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        assert name not in ("href", "srcset", "action", "style"), (tag, name)
+        if name == "src":
+            assert value.startswith("data:image/png;base64,")
+    assert "default-src 'none'" in html
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_everything_from_the_run_is_escaped(run_folder):
+    """The same tags as without, whatever stands in names, tags, notes, the summary or the configuration."""
+    _, clean = report_of(run_folder)
+    config = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(
+        config.replace("name: llamagen-l", f"name: {json.dumps(HOSTILE)}", 1)
+    )
+    (run_folder / "summary.json").write_text(json.dumps({HOSTILE: HOSTILE, "versions": {HOSTILE: HOSTILE}}))
+    hostile = {
+        "metrics": {"fid": HOSTILE},
+        "notes": [HOSTILE],
+        "protocol": {HOSTILE: HOSTILE},
+        "sampler": HOSTILE,
+    }
+    (run_folder / "after.json").write_text(json.dumps(hostile))
+    (run_folder / f"{HOSTILE.replace('/', '_')[:60]}.json").write_text(json.dumps(hostile))
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 57, HOSTILE: 1.0}) + "\n")
+    (run_folder / "samples" / "zz<script>.png").write_bytes(solid_grid(GREEN))
+    html, page = report_of(run_folder)
+    assert "script" not in page.tags
+    assert set(page.tags) <= {*clean.tags, "circle"}
+    assert "<script" not in html
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("document.title='taken'") > 6  # all of it is there, as text
+
+
+def test_the_demos_comparison_stands_among_the_results(run_folder):
+    rows = [{"name": "base", "s": 0.75, "fid": 1.69, "inception_score": 8.44, "accuracy": 0.84, "seconds": 3.04},
+            {"name": HOSTILE, "s": "0", "fid": 1.55}, "no row", {"name": "without scores"}]  # fmt: skip
+    (run_folder / "demo.json").write_text(json.dumps({"rows": rows, "claims": {"holds": True}}))
+    (run_folder / "samples.png").write_bytes(solid_grid(GREEN))
+    html, page = report_of(run_folder)
+    for text in ("base, s = 0.75", "1.690", "8.44", "0.840", "class accuracy", "sampling, s", "3.0"):
+        assert text in page.text, text
+    assert "1.550" in page.text
+    assert "<script" not in html
+    assert page.tags.count("img") == 21
+    assert "without scores" not in page.text
+
+
+def test_missing_and_torn_parts_are_said(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(
+        metrics_line(1)
+        + "\n"
+        + metrics_line(2)
+        + '\n[1]\n{"step": 3, "loss": NaN, "lr": true}\n{"step": 4, "lo'
+    )
+    (folder / "samples" / "step_000001.png").write_bytes(solid_grid(GREEN)[:60])
+    (folder / "summary.json").write_text("{")
+    _, page = report_of(folder)
+    for problem in ("config.yaml is missing", "metrics.jsonl: 2 lines", "summary.json is not JSON",
+                    "samples/step_000001.png is not a picture"):  # fmt: skip
+        assert problem in page.text, problem
+    assert "svg" in page.tags
+    assert read_run(folder).series["loss"] == [(1, 1.0), (2, 0.5)]
+
+
+def test_steps_logged_twice_count_once_and_the_later_line_wins(tmp_path):
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 3, "loss": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).series["loss"] == [(1, 3.0), (2, 2.5), (3, 1.0)]
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+    for folder, message in ((tmp_path, "no run in this folder"), (tmp_path / "none", "no such folder")):
+        assert evaluate.main(["--report", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_command_prints_where_the_page_is(run_folder, capsys):
+    assert evaluate.main(["--report", str(run_folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_folder / "report.html")
+
+
+def test_grids_say_how_they_were_drawn(run_folder):
+    assert "(step 56, right), without guidance." in report_of(run_folder)[1].text
+    guided = dump_recipe(load_recipe("llamagen-l-cfg", ["sampling.guidance_scale=0.5"]))
+    (run_folder / "config.yaml").write_text(guided)
+    assert "(step 56, right), guidance s = 0.5." in report_of(run_folder)[1].text
+
+
+def test_grids_are_cut_into_columns():
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    grid = io.BytesIO()
+    Image.fromarray(pixels).save(grid, format="PNG")
+    parts = [np.asarray(Image.open(io.BytesIO(part))) for part in columns_of(grid.getvalue(), 3)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), pixels)
+    assert len(columns_of(grid.getvalue(), 4)) == 1  # 6 pixels do not divide by 4
+
+
+def test_chart_by_hand():
+    """Two points at the corners of the plot, whose ticks run from 0 to 10."""
+    svg = line_chart({"loss": [(0, 0.0), (100, 10.0)]})
+    assert 'points="58.0,192.0 408.0,12.0"' in svg
+    assert line_chart({"loss": []}) == ""
+    assert "<circle" in line_chart({"loss": [(5, 2.0)]})
+    assert "&lt;b&gt;" in line_chart({"<b>": [(0, 1.0), (1, 1.0)]})
+
+
+@pytest.mark.parametrize(("value", "height"), [(61.2, 54.3), (1e-5, 12.0), (-0.3, 192.0), (0.0, 192.0)])
+def test_a_constant_is_a_level_line_seen_against_nought(value, height):
+    """However many points: the means of equal values differ in their last digit."""
+    svg = line_chart({"lr": [(step, value) for step in range(1, 5001)]})
+    corners = re.search(r'points="([^"]*)"', svg)[1].split()
+    assert {float(corner.split(",")[1]) for corner in corners} == {height}
+    assert ">0</text>" in svg
+
+
+def test_ticks_are_round_and_hold_the_range():
+    assert ticks(0, 10) == [0, 5, 10]
+    assert ticks(0.13, 0.38) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    for low, high in ((-3.7, 912.0), (1e-5, 1.1e-5), (4.0, 4.0), (0.0, 0.0), (-1e-9, 1e-9)):
+        found = ticks(low, high)
+        assert found[0] <= low + 1e-12
+        assert found[-1] >= high - 1e-12
+        assert 2 <= len(found) <= 7
+
+
+def test_long_lines_are_thinned_to_means():
+    points = thinned([(step, float(step % 2)) for step in range(10_001)])
+    assert len(points) <= MOST_POINTS
+    assert points[-1] == (10_000, 0.0)
+    assert all(0.4 < value < 0.6 for _, value in points[:-1])
+
+
+def test_headless_chromium_shows_pictures_and_curves_and_runs_nothing(run_folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here; Debian's is `apt-get install chromium`")
+    config = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(config + f"\n# {HOSTILE}\n")
+    page = write_report(run_folder).resolve()
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--force-color-profile=srgb", "--window-size=1400,2600", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--disable-quic",
+               "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3).astype(int)
+
+    def share_of(colour: tuple[int, int, int]) -> float:
+        return float((np.abs(pixels - colour).max(axis=1) < 12).sum())
+
+    assert share_of(MAGENTA) > 10_000  # before
+    assert share_of(GREEN) > 10_000  # after
+    assert share_of((0x2F, 0x6F, 0xDE)) > 300  # curves
+    dumped = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "<title>llamagen-l</title>" in dumped
+    assert dumped.count("<polyline") == 6

@@ -1,0 +1,82 @@
+"""Whose a run's folder is, where it stands, and that it is finished."""
+
+import json
+import shutil
+
+import pytest
+
+from cca_ds.checkpoints import store
+from cca_ds.config.recipes import ConfigError, load_recipe
+from cca_ds.training import run_folder
+
+
+@pytest.fixture
+def run():
+    return load_recipe("digits")
+
+
+def problem(folder, run, resume="auto"):
+    with pytest.raises(ConfigError) as caught:
+        run_folder.check_output(folder, run, resume)
+    (line,) = caught.value.problems
+    return line
+
+
+def checkpoint(folder, step):
+    partial = store.begin(folder / "checkpoints", step)
+    (partial / "weights.pt").write_bytes(b"1" * step)
+    return store.publish(partial)
+
+
+def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run):
+    folder = tmp_path / "a/b"
+    run_folder.check_output(folder, run, "auto")
+    assert not folder.exists()  # looking makes nothing
+    assert run_folder.open_folder(folder, run) is True
+    assert run_folder.open_folder(folder, run) is False
+    assert load_recipe(str(folder / "config.yaml")) == run
+    run_folder.check_output(folder, run, "auto")
+    run_folder.discard(folder)
+    assert not folder.exists()
+
+
+def test_habits_of_logging_may_change_what_shapes_the_trajectory_not(tmp_path, run):
+    run_folder.open_folder(tmp_path, run)
+    for override in (
+        "logging.every_steps=7",
+        "checkpoint.keep_last=9",
+        "data.workers=5",
+        "balance.mode=measured",
+    ):
+        run_folder.check_output(tmp_path, load_recipe("digits", [override]), "auto")
+    for override in ("seed=1", "loss.beta=0.1", "batch.global_size=64", "batch.max_steps=3"):
+        assert "already holds another run" in problem(tmp_path, load_recipe("digits", [override]))
+
+
+def test_completion_is_marked_last(tmp_path, run, monkeypatch):
+    run_folder.open_folder(tmp_path, run)
+    assert not run_folder.is_completed(tmp_path)
+    written = []
+    usual = run_folder.write_atomic
+    monkeypatch.setattr(
+        run_folder, "write_atomic", lambda path, text: (written.append(path.name), usual(path, text))
+    )
+    run_folder.finish(tmp_path, {"steps": 56, "loss": 0.5})
+    assert written == ["summary.json", "COMPLETED"]
+    assert run_folder.is_completed(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 56, "loss": 0.5}
+
+
+def test_a_path_to_resume_from(tmp_path, run):
+    folder = tmp_path / "run"
+    run_folder.open_folder(folder, run)
+    older, newer = checkpoint(folder, 2), checkpoint(folder, 4)
+    run_folder.check_output(folder, run, str(newer))
+    run_folder.check_output(tmp_path / "branch", run, str(older))
+    assert "step_00000004 is newer in --output" in problem(folder, run, str(older))
+    assert "COMPLETE.json is missing" in problem(folder, run, str(tmp_path / "nothing"))
+    shutil.copytree(newer, tmp_path / "elsewhere/step_00000004")
+    run_folder.check_output(tmp_path / "branch", run, str(tmp_path / "elsewhere/step_00000004"))
+    (newer / "COMPLETE.json").write_text("{")
+    assert "COMPLETE.json is corrupt" in problem(tmp_path / "branch", run, str(newer))
+    assert "already holds this run" in problem(folder, run, "never")
