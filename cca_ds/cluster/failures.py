@@ -1,16 +1,24 @@
-"""What ended a rank, in one line that says who, what and what to do."""
+"""The one place where a command's errors end: one line that says who, what and what to do, and an exit code.
+
+    if __name__ == "__main__":
+        sys.exit(run_command("sample", lambda: sample(...)))
+
+Exit codes: 0 done, 1 a failure of the machine or of the program (starting again may help), 2 bad input (it will not),
+130 interrupted. The traceback goes to the rank's log, and to the console with CCA_DS_TRACEBACK=1.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import sys
+import traceback
+from collections.abc import Callable
 
-import torch
-
-from cca_ds.cluster.launchers import Ranks
-from cca_ds.config.schema import RunConfig
 from cca_ds.files import FULL
 
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 _CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
 _LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|Socket closed|Broken pipe|remote process exited|NCCL"
@@ -20,27 +28,77 @@ _WORKER_DIED = re.compile(
 )
 
 
-def explain(error: BaseException, run: RunConfig, ranks: Ranks) -> str:
-    """One line: rank and host, then the error with its remedy where it has one."""
+def run_command(
+    name: str,
+    work: Callable[[], int | None],
+    *,
+    explain: Callable[[BaseException], str] | None = None,
+    undo: Callable[[], object] | None = None,
+) -> int:
+    """Run a command's work; any exception becomes one line on stderr and an exit code.
+
+    Args:
+        name: of the command, which begins the line.
+        work: returns the exit code, None for 0.
+        explain: the line of an error; default `explain_error`.
+        undo: removes what the work had half-made, after an error.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit:
+        raise  # argparse has printed its line
+    except BaseException as error:
+        if undo is not None:
+            undo()
+        report_error(name, error, explain or explain_error)
+        return exit_code(error)
+
+
+def report_error(name: str, error: BaseException, explain: Callable[[BaseException], str]) -> None:
+    """Print the error's line, behind its traceback with CCA_DS_TRACEBACK=1."""
+    if os.environ.get("CCA_DS_TRACEBACK"):
+        traceback.print_exception(error)
+    problems = getattr(error, "problems", None)  # of a ConfigError, which names itself
+    print(str(error) if problems else f"{name}: {explain(error)}", file=sys.stderr, flush=True)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for bad input (ValueError) and 1 for all else, unless the error says otherwise in `exit_code`."""
+    return getattr(error, "exit_code", BAD_INPUT if isinstance(error, ValueError) else FAILURE)
+
+
+def explain_error(error: BaseException, micro_size: int | None = None) -> str:
+    """An error in one line, with its remedy where there is one.
+
+    Args:
+        micro_size: the run's batch.micro_size, for advice when memory is short.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
-        text = _out_of_memory(error, run)
-    elif died := _WORKER_DIED.search(text):
-        text = (
+        return _out_of_memory(micro_size)
+    if died := _WORKER_DIED.search(text):
+        return (
             f"data-loader worker {died[1].strip()} {died[2]}; start again to continue from the last checkpoint, "
             "with a smaller data.workers or data.prefetch if memory was short"
         )
-    elif isinstance(error, OSError) and error.errno in (errno.EROFS, *FULL):
-        text = _unwritable(error)
-    elif not isinstance(error, ValueError):
-        text = f"{type(error).__name__}: {text}"
-    return f"rank {ranks.rank} on {ranks.host}: {text}"
+    if isinstance(error, OSError):
+        return _explain_os_error(error, text)
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or of the host."""
-    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return by_type or (isinstance(error, RuntimeError) and bool(_CPU_OUT_OF_MEMORY.search(str(error))))
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, without importing it
+        return True
+    return isinstance(error, RuntimeError) and bool(_CPU_OUT_OF_MEMORY.search(str(error)))
 
 
 def lost_connection(error: BaseException) -> bool:
@@ -48,18 +106,21 @@ def lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
-def _unwritable(error: OSError) -> str:
+def _explain_os_error(error: OSError, text: str) -> str:
     name = error.filename or "a file of the run"
-    fault = "not writable" if error.errno == errno.EROFS else "no space left"
-    mend = "make it writable" if error.errno == errno.EROFS else "free some"
-    return f"{name}: {fault} ({error.strerror}); {mend} and start again to continue from the last checkpoint"
+    if error.errno == errno.EROFS:
+        return f"{name}: not writable ({error.strerror}); make it writable and start again to continue"
+    if error.errno in FULL:
+        return f"{name}: no space left ({error.strerror}); free some and start again to continue"
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
 
 
-def _out_of_memory(error: BaseException, run: RunConfig) -> str:
-    micro = run.batch.micro_size
-    if micro > 1:
+def _out_of_memory(micro_size: int | None) -> str:
+    if micro_size is None:
+        return "out of memory; use a smaller batch, or a machine with more"
+    if micro_size > 1:
         return (
-            f"out of memory with batch.micro_size={micro}; batch.micro_size={micro // 2} needs about half the "
+            f"out of memory with batch.micro_size={micro_size}; batch.micro_size={micro_size // 2} needs about half the "
             "activations (the trajectory stays the same), as does model.activation_checkpointing=true"
         )
     return (

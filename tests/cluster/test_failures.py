@@ -5,16 +5,12 @@ import errno
 import pytest
 import torch
 
-from cca_ds.cluster.failures import explain, is_out_of_memory
-from cca_ds.cluster.launchers import Ranks
-from cca_ds.config.recipes import load_recipe
-
-RANKS = Ranks(3, 1, 4, 2, 1, "node7", "cpu", "torchrun")
+from cca_ds.cluster.failures import exit_code, explain_error, is_out_of_memory, run_command
 
 
-def told(error, *overrides):
-    line = explain(error, load_recipe("digits", list(overrides)), RANKS)
-    assert "\n" not in line and line.startswith("rank 3 on node7: ")
+def line_of(error, micro_size=None):
+    line = explain_error(error, micro_size)
+    assert "\n" not in line
     return line
 
 
@@ -28,9 +24,9 @@ def really_out_of_memory():
 def test_out_of_memory_names_the_micro_batch_that_would_fit():
     for error in (really_out_of_memory(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         assert is_out_of_memory(error)
-        line = told(error, "batch.micro_size=32")
+        line = line_of(error, 32)
         assert "batch.micro_size=32; batch.micro_size=16 needs about half" in line
-    assert "zero3_offload" in told(MemoryError(), "batch.micro_size=1")
+    assert "zero3_offload" in line_of(MemoryError(), 1)
 
 
 @pytest.mark.parametrize(
@@ -44,21 +40,58 @@ def test_out_of_memory_names_the_micro_batch_that_would_fit():
     ],
 )
 def test_a_dead_worker_is_told_apart(text, worker):
-    line = told(RuntimeError(text))
+    line = line_of(RuntimeError(text))
     assert f"data-loader {worker}; start again" in line and not is_out_of_memory(RuntimeError(text))
 
 
 def test_users_errors_stand_alone_and_others_with_their_kind():
-    assert told(ValueError("lower it")) == "rank 3 on node7: lower it"
-    assert told(RuntimeError("two\nlines")) == "rank 3 on node7: RuntimeError: two lines"
-    assert told(KeyError()) == "rank 3 on node7: KeyError: KeyError"
+    assert line_of(ValueError("lower it")) == "lower it"
+    assert line_of(RuntimeError("two\nlines")) == "RuntimeError: two lines"
+    assert line_of(KeyError()) == "KeyError: KeyError"
 
 
 def test_a_disk_that_cannot_be_written_names_the_file_and_the_remedy():
-    line = told(OSError(errno.EROFS, "Read-only file system", "/runs/a/metrics.jsonl"))
-    assert line.endswith("node7: /runs/a/metrics.jsonl: not writable (Read-only file system); make it writable and "
-                         "start again to continue from the last checkpoint")  # fmt: skip
-    assert "no space left (No space left on device); free some" in told(
+    line = line_of(OSError(errno.EROFS, "Read-only file system", "/runs/a/metrics.jsonl"))
+    assert (line == "/runs/a/metrics.jsonl: not writable (Read-only file system); make it writable and "
+                    "start again to continue")  # fmt: skip
+    assert "no space left (No space left on device); free some" in line_of(
         OSError(errno.ENOSPC, "No space left on device")
     )
-    assert told(OSError(errno.EACCES, "Permission denied")).endswith("[Errno 13] Permission denied")
+    assert line_of(OSError(errno.EACCES, "Permission denied")).endswith("[Errno 13] Permission denied")
+
+
+def test_the_exit_code_tells_bad_input_from_failures():
+    assert exit_code(ValueError()) == 2 and exit_code(OSError()) == exit_code(RuntimeError()) == 1
+
+    class Transient(ValueError):
+        exit_code = 1
+
+    assert exit_code(Transient()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("lower it"), 2, "sample: lower it\n"),
+        (KeyError("x"), 1, "sample: KeyError: 'x'\n"),
+        (RecursionError("too deep"), 1, "sample: RecursionError: too deep\n"),
+        (KeyboardInterrupt(), 130, "sample: interrupted\n"),
+    ],
+)
+def test_a_command_ends_every_error_in_one_line(capsys, monkeypatch, error, code, line):
+    monkeypatch.delenv("CCA_DS_TRACEBACK", raising=False)
+    undone = []
+
+    def work():
+        raise error
+
+    assert run_command("sample", work, undo=lambda: undone.append(1)) == code
+    assert capsys.readouterr().err == line
+    assert bool(undone) == (code != 130)
+
+
+def test_a_command_returns_its_own_code_and_shows_a_traceback_when_asked(capsys, monkeypatch):
+    assert run_command("plan", lambda: None) == 0 and run_command("plan", lambda: 3) == 3
+    monkeypatch.setenv("CCA_DS_TRACEBACK", "1")
+    assert run_command("plan", lambda: 1 // 0) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -293,7 +293,7 @@ def test_without_libraries_the_twin_is_used_and_said(tmp_path):
         assert library._load_libraries(tmp_path) == "torch"
     capability = torch.backends.cpu.get_cpu_capability().lower()
     name = capability if capability in ("avx2", "avx512") else "default"
-    for library in ("_C", f"_cpu_{name}"):
-        (tmp_path / f"{library}.so").write_bytes(b"no library")
+    for stem in ("_C", f"_cpu_{name}"):
+        (tmp_path / f"{stem}.so").write_bytes(b"no library")
     with pytest.warns(UserWarning, match="built for another PyTorch or Python"):
         assert library._load_libraries(tmp_path) == "torch"
