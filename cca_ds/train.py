@@ -95,6 +95,9 @@ def start(arguments: argparse.Namespace) -> int | None:
 
         print(describe(run, ds))
         return 0
+    from cca_ds.cluster.launch import choose_accelerator
+
+    choose_accelerator()  # before the next line imports deepspeed
     from cca_ds.training.run import fill_reference_cache, run_training
 
     if arguments.cache_reference or arguments.produce_reference:

@@ -8,8 +8,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-import torch
-
 from cca_ds.cluster import launch
 from cca_ds.cluster.failures import exit_code, explain_error
 from cca_ds.cluster.launchers import Ranks
@@ -33,8 +31,6 @@ def run_on_ranks(work: Callable[[Ranks], int | None], timeout_seconds: float, mi
     Raises:
         LaunchError: the ranks did not meet.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     ranks = launch.initialize(launch.find_ranks(os.environ), timeout_seconds)
     _quiet_libraries()
     try:

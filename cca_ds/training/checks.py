@@ -1,4 +1,4 @@
-"""What a well-formed recipe can still get wrong: names that nobody registered, and records that contradict each other."""
+"""What a well-formed recipe can still get wrong: names that are not registered, and values that contradict a record."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Policy:
         return self.engine.skipped_steps
 
     def scaling(self) -> dict[str, Any]:
-        """Skipped steps and the loss scaler's state in fp16, for a checkpoint's manifest; empty in another precision."""
+        """Skipped steps and the loss scaler's state in fp16, for a checkpoint's manifest; else empty."""
         if self.loss_scale is None:
             return {}
         scaler = vars(self.optimizer.loss_scaler)
