@@ -21,14 +21,12 @@ _TOLERANCE_NATS = {"fp32": 1e-2, "bf16": 2.0, "fp16": 0.5}
 
 @torch.no_grad()
 def check_baseline(
-    run: RunConfig, engines: Engines, own_steps: Steps, coordinator: Coordinator, precision: str,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
+    run: RunConfig, engines: Engines, own_steps: Steps, coordinator: Coordinator, say: Callable[[str], None]
+) -> None:
     """Forward one global batch without dropout: the loss must be that of r = 0, the likelihood within its band.
 
     Args:
         own_steps: this rank's micro-batches.
-        precision: "fp32", "bf16" or "fp16".
         say: prints a line on rank 0's console.
 
     Raises:
@@ -52,7 +50,7 @@ def check_baseline(
             worst = max(worst, float((policy_logp - reference_logp).abs().max()))
     policy.engine.train()
     sums, _ = coordinator.sum_over_ranks(sums)
-    _check_agreement(run, worst, precision)
+    _check_agreement(run, worst, engines.precision)
     nll = summarize(sums, objective.compared)["nll_per_code"]
     band = run.baseline.nll_band
     published = f", published {band[0]} to {band[1]}" if band else ""

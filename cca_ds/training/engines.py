@@ -29,13 +29,13 @@ class Engines:
         reference: frozen; None where the loss needs none.
         objective: the loss over the log-likelihoods of both.
         device: this rank's.
+        precision: "bf16", "fp16" or "fp32", of both models.
     """
 
-    def __init__(
-        self, policy: Policy, reference: Reference | None, objective: Objective, device: torch.device
-    ):
+    def __init__(self, policy: Policy, reference: Reference | None, objective: Objective, device: torch.device,
+                 precision: str):  # fmt: skip
         self.policy, self.reference, self.objective = policy, reference, objective
-        self.device = device
+        self.device, self.precision = device, precision
 
     def zero_sums(self) -> Tensor:
         """Zero-initialised `objective.SUMS`, float64."""

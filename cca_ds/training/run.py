@@ -152,7 +152,7 @@ def _train(
     torch.distributed.barrier()
     try:
         started_run = _start(run, ds, folder, resume, ranks)
-        ready = _until_stopped(started_run, lambda parts: _check_start(run, ds, parts))
+        ready = _until_stopped(started_run, lambda parts: _check_start(run, parts))
     except ValueError:
         if fresh:
             run_folder.discard(folder)
@@ -166,7 +166,7 @@ def _train(
             raise RuntimeError(f"{gone}; start again to continue from the last checkpoint") from error
         raise
     if finished:
-        _finish(run, ds, folder, started_run, time.perf_counter() - started)
+        _finish(run, folder, started_run, time.perf_counter() - started)
     started_run.close()
 
 
@@ -182,7 +182,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     torch.manual_seed(run.seed + ranks.rank)
-    balancer = _balancer(run, ds, ranks, precision, inputs.tokenizer)
+    balancer = Balancer(run, ds, ranks, precision, inputs.tokenizer)
     metadata = {"config": compared["the configuration"], "stage": zero_stage(ds), "precision": precision}
     checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata)
     origin = checkpoints.to_resume(resume)
@@ -197,7 +197,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         first_step, inputs.steps, log, last_values, run.batch.global_size,
         Utilization(run, ranks), coordinator.device, run.logging.every_steps,
     )  # fmt: skip
-    _announce(run, folder, inputs, engines, balancer, precision, progress)
+    _announce(run, inputs, engines, balancer, progress)
     return Run(
         inputs,
         engines,
@@ -241,7 +241,7 @@ def _build_engines(
         reference = PLACEMENTS[run.reference.placement].build(
             ReferenceInputs(run, own, precision, inputs.tokenizer, inputs.table, coordinator)
         )
-    return Engines(policy, reference, objective, coordinator.device)
+    return Engines(policy, reference, objective, coordinator.device, precision)
 
 
 def reference_weights(
@@ -263,18 +263,12 @@ def reference_weights(
     }
 
 
-def _balancer(
-    run: RunConfig, ds: dict[str, Any], ranks: Ranks, precision: str, tokenizer: nn.Module | None
-) -> Balancer:
-    return Balancer(run, ds, ranks, precision, tokenizer)
-
-
-def _check_start(run: RunConfig, ds: dict[str, Any], parts: Run) -> bool:
+def _check_start(run: RunConfig, parts: Run) -> bool:
     """Before the first step of all: check the baseline and draw its samples."""
     if parts.progress.step == 0:
-        precision = resolve_precision(ds, run, parts.coordinator.device.type == "cuda")
-        own_steps = parts.reader.own_steps()
-        check_baseline(run, parts.engines, own_steps, parts.coordinator, precision, parts.progress.log.say)
+        check_baseline(
+            run, parts.engines, parts.reader.own_steps(), parts.coordinator, parts.progress.log.say
+        )
         if parts.grids.due(0):
             parts.grids.draw(parts.engines.policy, 0)
     return True
@@ -290,16 +284,15 @@ def _until_stopped(parts: Run, work: Callable[[Run], bool]) -> bool:
 
 
 def _announce(
-    run: RunConfig, folder: Path, inputs: RunInputs, engines: Engines, balancer: Balancer, precision: str,
-    progress: Progress,
-) -> None:  # fmt: skip
+    run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Balancer, progress: Progress
+) -> None:
     """The run's first lines: what runs where, on what, with which kernels; its text and row in TensorBoard."""
     policy, log = engines.policy, progress.log
     log.text("config", dump_recipe(run))
     log.hparams(hyperparameters(run))
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.module.parameters())
     log.say(
-        f"{run.name}: {run.model.preset}, {parameters / 1e6:.1f} M parameters, {precision}, "
+        f"{run.name}: {run.model.preset}, {parameters / 1e6:.1f} M parameters, {engines.precision}, "
         f"ZeRO stage {policy.stage}, reference {run.reference.placement if engines.reference else 'none'}, "
         f"log-likelihoods by {backend()}"
     )
@@ -319,7 +312,7 @@ def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:
     return {key: value for key, value in leaves.items() if isinstance(value, bool | str | int | float)}
 
 
-def _finish(run: RunConfig, ds: dict[str, Any], folder: Path, parts: Run, seconds: float) -> None:
+def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
     """Write the summary and the mark of completion."""
     ranks, log = parts.coordinator.ranks, parts.progress.log
     devices = collections.Counter(peer.device for peer in parts.reader.balancer.peers)
@@ -331,7 +324,7 @@ def _finish(run: RunConfig, ds: dict[str, Any], folder: Path, parts: Run, second
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ranks": ranks.world_size,
         "devices": ", ".join(f"{count} x {device}" for device, count in devices.items()),
-        "precision": resolve_precision(ds, run, parts.coordinator.device.type == "cuda"),
+        "precision": parts.engines.precision,
         "versions": {
             "cca_ds": cca_ds.__version__,
             "torch": torch.__version__,
