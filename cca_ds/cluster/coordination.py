@@ -15,13 +15,19 @@ class Coordinator:
 
     Args:
         ranks: this process's place.
-        stop: signals that this process has received.
+        stop: remembers signals to stop; None where a signal ends the process at once.
         watchdog: gets a heartbeat at every step; None where ranks are not watched.
     """
 
-    def __init__(self, ranks: Ranks, stop: StopSignal, watchdog: Watchdog | None = None):
-        self.ranks, self.stop, self.watchdog = ranks, stop, watchdog
+    def __init__(self, ranks: Ranks, stop: StopSignal | None = None, watchdog: Watchdog | None = None):
+        self.ranks, self.watchdog = ranks, watchdog
+        self._stop = stop
         self.device = torch.device(ranks.device)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._stop is not None and self._stop.requested
 
     def beat(self, step: int, doing: str = "training") -> None:
         """Report to the watchdog what this rank does at step `step`; every rank calls it equally often."""
@@ -30,7 +36,7 @@ class Coordinator:
 
     def sum_over_ranks(self, values: Tensor) -> tuple[Tensor, bool]:
         """The sum of a float64 vector over all ranks, and whether any rank was asked to stop; one all-reduce."""
-        both = torch.cat([values, values.new_tensor([float(self.stop.requested)])])
+        both = torch.cat([values, values.new_tensor([float(self.stop_requested)])])
         torch.distributed.all_reduce(both)
         return both[:-1], bool(both[-1] > 0)
 
@@ -41,7 +47,7 @@ class Coordinator:
             Stopped: on every rank, where something is missing and any rank was asked to stop.
         """
         self.beat(step, "waiting for the reference")
-        flags = torch.tensor([missing, late, self.stop.requested], dtype=torch.float32, device=self.device)
+        flags = torch.tensor([missing, late, self.stop_requested], dtype=torch.float32, device=self.device)
         torch.distributed.all_reduce(flags)
         missing, late, stop = (flags > 0).tolist()
         if missing and stop:

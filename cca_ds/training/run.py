@@ -135,7 +135,7 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     precision = resolve_precision(ds, run, ranks.device != "cpu")
     inputs = open_inputs(run, Path(run.reference.cache).expanduser() / "data")
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
-    coordinator = Coordinator(ranks, StopSignal())
+    coordinator = Coordinator(ranks)
     cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
     reference = ReplicaReference(
         run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer
