@@ -11,6 +11,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 
+from cca_ds.checkpoints.run_weights import join_shards
+
 
 class Average:
     """The average of a module's trained parameters; starts at their values.
@@ -52,8 +54,3 @@ class Average:
             return safe_get_local_fp32_param(parameter).detach().flatten()[: min(size, elements - start)]
         full = safe_get_full_fp32_param(parameter) if self.stage > 0 else None
         return (parameter if full is None else full).detach().float().flatten()[start : start + size]
-
-
-def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Flattened parameters out of the shards of rank 0, 1, ..."""
-    return {name: torch.cat([shard[name].cpu() for shard in shards]) for name in shards[0]}

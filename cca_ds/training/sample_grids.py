@@ -12,8 +12,8 @@ import torch
 from cca_ds.config.schema import RunConfig
 from cca_ds.models import DTYPES
 from cca_ds.sampling import generate
+from cca_ds.sampling.drawing import generate_settings, sampling_lambda
 from cca_ds.sampling.grid import image_grid
-from cca_ds.sampling.sampler import drawing
 from cca_ds.training.policy import build_module
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def _sample(session: Session, module: torch.nn.Module) -> torch.Tensor:
     columns = _columns(run, module)
     classes = torch.arange(columns) * (module.num_classes // columns)
     labels_B = classes.repeat(-(-run.logging.samples_per_grid // columns))[: run.logging.samples_per_grid]
-    codes_BL = generate(module, labels_B.to(session.device), **drawing(run))
+    lambda_ = sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning)
+    codes_BL = generate(module, labels_B.to(session.device), **generate_settings(run.sampling, lambda_))
     tokenizer = session.tokenizer.to(session.device)
     return tokenizer.decode(codes_BL).float().cpu()

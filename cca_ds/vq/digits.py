@@ -6,11 +6,14 @@ Legend: B images, C channels, H height, W width, L codes per image.
 """
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from cca_ds.vq.tokenizer import checked_codes
+from cca_ds.data.manifest import CodesError
+from cca_ds.data.writing import write_codes
+from cca_ds.vq.tokenizer import TOKENIZERS, TokenizerSpec, checked_codes
 
 GREY_LEVELS = 17
 IMAGE_SIZE = 8
@@ -65,3 +68,39 @@ def load_digit_images() -> tuple[torch.Tensor, torch.Tensor]:
     digits = load_digits()
     images_BCHW = torch.from_numpy(digits.images).float()[:, None] * (2 / (GREY_LEVELS - 1)) - 1.0
     return images_BCHW, torch.from_numpy(digits.target).long()
+
+
+def builtin_codes(folder: str | Path) -> None:
+    """Write the table of scikit-learn's 1,797 digits into a new folder.
+
+    Where another process has written it meanwhile, its table is kept. Raises CodesError where it cannot be written.
+    """
+    tokenizer = DigitsTokenizer()
+    images_BCHW, labels_B = load_digit_images()
+    try:
+        write_codes(
+            folder,
+            tokenizer.encode(images_BCHW)[:, None].numpy(),
+            labels_B.numpy(),
+            vocab_size=tokenizer.vocab_size,
+            classes=10,
+            family=DIGITS.family,
+            tokenizer=DIGITS.name,
+            tokenizer_hash=tokenizer.hash(),
+            class_names=tuple(str(digit) for digit in range(10)),
+        )
+    except CodesError:
+        if not Path(folder).exists():
+            raise
+
+
+DIGITS = TOKENIZERS.register(
+    TokenizerSpec(
+        name="digits",
+        build=DigitsTokenizer,
+        needs_weights=False,
+        family="llamagen",
+        image_mode="L",
+        builtin_codes=builtin_codes,
+    )
+)
