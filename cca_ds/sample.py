@@ -13,10 +13,10 @@ index, never on the batch (sampling.batch_size) or the ranks.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from cca_ds.cluster.failures import INTERRUPTED, run_command
@@ -27,10 +27,9 @@ from cca_ds.console import say
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="sample", description=__doc__, formatter_class=plain)
+    parser = ArgumentParser("sample", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add_recipe_arguments(parser)
     parser.set_defaults(recipe=None)  # the run's own, where --weights is a run's folder; else the digits'
     add = parser.add_argument
@@ -39,15 +38,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ema", action="store_true", help="of a run's folder: the moving average of its policy")
     add("--output", type=Path, required=True, help="folder to fill; settings go into its sampling.json")
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
-    add("--cfg_scale", "--cfg-scale", "--cfg", type=float,
-        help="the same as the family's own number: LlamaGen's s + 1")  # fmt: skip
+    add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
     add("--classes", type=int, nargs="+", help="draw these classes only (default: all)")
     add("--resize", type=int, metavar="SIDE",
         help="resize to this side before saving, bicubic (LlamaGen's 384 to 256)")  # fmt: skip
     add("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add("--grid", action="store_true", help="also write grid.png")
     add("--no_cuda_graphs", action="store_true", help="on a GPU: decode without CUDA graphs")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by deepspeed's launcher
+    add("--local_rank", "--local-rank", type=int, help=SUPPRESS)  # set by deepspeed's launcher
     return parser.parse_args(argv)
 
 
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("sample", lambda: sample(parse(argv)))
 
 
-def read_recipe(arguments: argparse.Namespace) -> RunConfig:
+def read_recipe(arguments: Namespace) -> RunConfig:
     """The named recipe, else that of the run's folder, else the digits', with the flags' guidance."""
     own = arguments.weights and arguments.weights / "config.yaml"
     arguments.recipe = arguments.recipe or (str(own) if own and own.is_file() else "digits")
@@ -64,15 +62,14 @@ def read_recipe(arguments: argparse.Namespace) -> RunConfig:
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
     from cca_ds.sampling.guidance import chosen_scale
 
-    scale = chosen_scale(family_of(run.model.preset), arguments.guidance_scale, arguments.cfg_scale)
-    if scale is not None:
-        run.sampling.guidance_scale = scale
+    family, scale = family_of(run.model.preset), run.sampling.guidance_scale
+    run.sampling.guidance_scale = chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, scale)
     if arguments.resize is not None and arguments.resize < 1:
         raise ConfigError([f"--resize {arguments.resize}: give the side in pixels, e.g. 256"])
     return run
 
 
-def sample(arguments: argparse.Namespace) -> int:
+def sample(arguments: Namespace) -> int:
     """Draw this rank's share of the missing images; then, on rank 0, write the archive and the grid."""
     run = read_recipe(arguments)
     from cca_ds.checkpoints.load_model import find_source, load_model
@@ -96,11 +93,9 @@ def sample(arguments: argparse.Namespace) -> int:
         names = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
         how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)
         on_first(ranks, lambda: folder.claim({**names, **loaded.identity(), **how}))
-        there = len(indices) - len(folder.missing(indices))
         if ranks.rank == 0:
-            say(f"{run.model.preset}: {len(indices)} images, {there} of them there already; "
-                f"{drawing.describe_draw(run.sampling, family)}; {precision}, {ranks.world_size} rank(s) on "
-                f"{ranks.device.partition(':')[0]}")  # fmt: skip
+            say(f"{run.model.preset}: {drawing.describe_draw(run.sampling, family, folder, indices)}; {precision}, "
+                f"{ranks.world_size} rank(s) on {ranks.device.partition(':')[0]}")  # fmt: skip
         started = time.perf_counter()
         drawing.draw_missing(
             loaded.model, loaded.tokenizer, folder, indices[ranks.rank :: ranks.world_size],

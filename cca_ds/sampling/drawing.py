@@ -67,9 +67,10 @@ def describe_settings(
     }
 
 
-def describe_draw(sampling: Sampling, family: Family) -> str:
-    """One phrase for the log: guidance by the paper's number and the family's, and how a code is drawn."""
+def describe_draw(sampling: Sampling, family: Family, folder: SampleFolder, indices: Sequence[int]) -> str:
+    """One phrase for the log: images, those already in the folder, guidance by both numbers, how a code is drawn."""
     return (
+        f"{len(indices)} images, {len(indices) - len(folder.missing(indices))} of them there already; "
         f"{describe_guidance(family, sampling.guidance_scale)}, {sampling.guidance_schedule}; "
         f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
         f"seed {sampling.seed}"

@@ -28,10 +28,10 @@ def paper_scale(family: Family, own_scale: float) -> float:
     return own_scale - family.guidance_offset
 
 
-def chosen_scale(family: Family, scale: float | None, own_scale: float | None) -> float | None:
-    """The paper's s that a command line sets, by `--guidance_scale` or by the family's number in `--cfg_scale`.
+def chosen_scale(family: Family, scale: float | None, own_scale: float | None, default: float) -> float:
+    """The paper's s that a command line sets, by --guidance_scale or by the family's own number in --cfg_scale.
 
-    None where it sets neither. Raises ConfigError when it sets both, and for a negative or infinite s.
+    `default` where it sets neither. Raises ConfigError when it sets both, and for a negative or infinite s.
     """
     if scale is not None and own_scale is not None:
         raise ConfigError(["--guidance_scale and --cfg_scale set the same number; give one"])
@@ -39,7 +39,7 @@ def chosen_scale(family: Family, scale: float | None, own_scale: float | None) -
         scale = paper_scale(family, own_scale)
     if scale is not None and not 0.0 <= scale < float("inf"):
         raise ConfigError([f"guidance s = {scale:g} must be finite and at least 0 (0 is guidance-free)"])
-    return scale
+    return default if scale is None else scale
 
 
 def describe_guidance(family: Family, scale: float) -> str:
