@@ -58,10 +58,11 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     """The named recipe, else that of the run's folder, else the digits', with the flags' guidance."""
     own = arguments.weights and arguments.weights / "config.yaml"
     arguments.recipe = arguments.recipe or (str(own) if own and own.is_file() else "digits")
-    run = recipe_from_arguments(arguments)
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
     from cca_ds.sampling.guidance import chosen_scale
+    from cca_ds.training.checks import recipe_problems
 
+    run = recipe_from_arguments(arguments, recipe_problems)
     family, scale = family_of(run.model.preset), run.sampling.guidance_scale
     run.sampling.guidance_scale = chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, scale)
     if arguments.resize is not None and arguments.resize < 1:
@@ -69,7 +70,7 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     return run
 
 
-def sample(arguments: Namespace) -> int:
+def sample(arguments: Namespace) -> int | None:
     """Draw this rank's share of the missing images; then, on rank 0, write the archive and the grid."""
     run = read_recipe(arguments)
     from cca_ds.checkpoints.load_model import find_source, load_model
@@ -99,7 +100,7 @@ def sample(arguments: Namespace) -> int:
         started = time.perf_counter()
         drawing.draw_missing(
             loaded.model, loaded.tokenizer, folder, indices[ranks.rank :: ranks.world_size],
-            drawing.generate_settings(run.sampling, lambda_), run.sampling.batch_size, side=arguments.resize,
+            drawing.draw_settings(run.sampling, lambda_), run.sampling.batch_size, side=arguments.resize,
             cuda_graphs=not arguments.no_cuda_graphs, show=show and ranks.rank == 0,
         )  # fmt: skip
         barrier(ranks)
@@ -107,7 +108,6 @@ def sample(arguments: Namespace) -> int:
             say(f"{len(indices)} images in {time.perf_counter() - started:.1f} s: {folder.folder / 'images'}")
             for line in folder.finish(indices, npz=arguments.npz, grid=arguments.grid, show=show):
                 say(line)
-        return 0
     except KeyboardInterrupt:
         print("sample: stopped; finished images are kept, the same command draws the rest", file=sys.stderr)
         return INTERRUPTED

@@ -157,7 +157,7 @@ class Family:
         weights: how to recognise the family's weights files; None: they are not recognised.
         pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
         needs_tokenizer: whether a model runs only with a tokenizer's codebook.
-        tokenizer_weights: the usual file of that tokenizer, for the message when it is missing.
+        tokenizer_hint: the usual file of that tokenizer, for the message when it is missing.
     """
 
     name: str
@@ -178,5 +178,5 @@ class Family:
     weights: WeightsKind | None = None
     pixel_shift: float = 127.5
     needs_tokenizer: bool = False
-    tokenizer_weights: str | None = None
+    tokenizer_hint: str | None = None
     licence: str = "mit"

@@ -23,12 +23,19 @@ def preset_name(name: str) -> str:
 
     Raises ValueError for an unknown name, with the nearest preset.
     """
+    if problem := preset_problem(name):
+        raise ValueError(problem)
+    return canonical_model(name)
+
+
+def preset_problem(name: str) -> str | None:
+    """What is wrong with a preset's name, in one line with the nearest preset; None for a known name."""
     plain, known = canonical_model(name), presets()
     if plain in known:
-        return plain
+        return None
     nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(known)}"
-    raise ValueError(f"model {name!r} is unknown: {hint}")
+    return f"model.preset={name}: no such model; {hint}"
 
 
 def family_of(preset: str) -> Family:

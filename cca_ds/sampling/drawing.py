@@ -40,7 +40,7 @@ def sampling_lambda(sampling: Sampling, loss_lambda: float, conditioned: bool) -
     return (sampling.lambda_ or loss_lambda) if conditioned else None
 
 
-def generate_settings(sampling: Sampling, lambda_: float | None = None) -> dict[str, Any]:
+def draw_settings(sampling: Sampling, lambda_: float | None = None) -> dict[str, Any]:
     """Keyword arguments of `generate` from a recipe's `sampling`: guidance, the draw of a code, the seed, log lambda.
 
     `lambda_` is what `sampling_lambda` returns.
@@ -93,7 +93,7 @@ def draw_missing(
 
     Args:
         model, tokenizer: in eval mode, on one device.
-        settings: see `generate_settings`.
+        settings: see `draw_settings`.
         batch_size: images that the model samples at once; it does not change them.
         side: resize to this many pixels a side; None keeps the tokenizer's.
         cuda_graphs: see `generate`.

@@ -70,12 +70,16 @@ def load_digit_images() -> tuple[torch.Tensor, torch.Tensor]:
     return images_BCHW, torch.from_numpy(digits.target).long()
 
 
-def builtin_codes(folder: str | Path) -> None:
-    """Write the table of scikit-learn's 1,797 digits into a new folder.
+def builtin_codes(cache_folder: Path) -> Path:
+    """The folder of the table of scikit-learn's 1,797 digits, written below `cache_folder` at the first call.
 
-    Where another process has written it meanwhile, its table is kept. Raises CodesError where it cannot be written.
+    Where another process writes it at the same time, the first table is kept. The tokenizer's hash is in the name, so
+    that another definition of it has another table. Raises CodesError where it cannot be written.
     """
     tokenizer = DigitsTokenizer()
+    folder = Path(cache_folder) / f"{DIGITS.name}-{tokenizer.hash()[:12]}"
+    if folder.exists():
+        return folder
     images_BCHW, labels_B = load_digit_images()
     try:
         write_codes(
@@ -90,8 +94,9 @@ def builtin_codes(folder: str | Path) -> None:
             class_names=tuple(str(digit) for digit in range(10)),
         )
     except CodesError:
-        if not Path(folder).exists():
+        if not folder.exists():
             raise
+    return folder
 
 
 DIGITS = TOKENIZERS.register(

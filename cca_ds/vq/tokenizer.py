@@ -26,7 +26,8 @@ class TokenizerSpec:
         needs_weights: whether it is of use only with a file of weights.
         family: name of the family of models that its codes are for, written into tables of codes.
         image_mode: PIL's name of the images that it takes: "L" or "RGB".
-        builtin_codes: (folder) writes its table of codes from images that come with the package; None: it has none.
+        builtin_codes: (folder) -> the folder of its table of codes, written into `folder` at the first call, from
+            images that need no source; None: it has none.
         imports_npy: whether the original program stores its codes as the .npy files that `encode --import_npy` reads.
         weights: how to recognise its weights files; None: they are not recognised.
     """
@@ -36,7 +37,7 @@ class TokenizerSpec:
     needs_weights: bool
     family: str
     image_mode: str = "RGB"
-    builtin_codes: Callable[[Path], None] | None = None
+    builtin_codes: Callable[[Path], Path] | None = None
     imports_npy: bool = False
     weights: WeightsKind | None = None
 

@@ -324,7 +324,7 @@ def test_lambda_of_a_conditioned_model():
     def log_lambda(*overrides: str) -> float | None:
         run = load_recipe("digits", ["loss.lambda=10", *overrides])
         lambda_ = drawing.sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning)
-        return drawing.generate_settings(run.sampling, lambda_)["log_lambda"]
+        return drawing.draw_settings(run.sampling, lambda_)["log_lambda"]
 
     assert log_lambda() is None
     assert log_lambda("model.lambda_conditioning=true") == pytest.approx(np.log(10))

@@ -48,7 +48,7 @@ def test_built_by_preset_and_by_config():
     assert family_of_model(model) is TOY_FAMILY and len(getattr(model, TOY_FAMILY.blocks)) == 2
     with pytest.raises(ValueError, match="ToyConfig has no 'dims': did you mean dim"):
         create_model("toy-s", dims=3)
-    with pytest.raises(ValueError, match="model 'toy-x' is unknown: did you mean toy-"):
+    with pytest.raises(ValueError, match=r"model\.preset=toy-x: no such model; did you mean toy-"):
         create_model("toy-x")
 
 

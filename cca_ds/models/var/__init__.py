@@ -77,6 +77,6 @@ FAMILY = FAMILIES.register(
         ),
         pixel_shift=127.5,  # cut off: 255 (x + 1) / 2
         needs_tokenizer=True,
-        tokenizer_weights="vae_ch160v4096z32.pth",
+        tokenizer_hint="vae_ch160v4096z32.pth",
     )
 )
