@@ -1,10 +1,14 @@
 """A family that is added by registering its record alone, without a change to the package."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from cca_ds import sample
 from cca_ds.models import (
     FAMILIES,
     WeightsError,
@@ -21,11 +25,9 @@ from cca_ds.models import (
 )
 from cca_ds.models.model_card import model_card
 from cca_ds.sampling import generate
-from cca_ds.sampling.drawing import draw_missing
 from cca_ds.sampling.guidance import describe_guidance
-from cca_ds.sampling.image_folder import SampleFolder, image_indices
-from cca_ds.vq import create_tokenizer
-from tests.support.toys import TOY_FAMILY, ToyConfig
+from cca_ds.vq import TOKENIZERS, create_tokenizer
+from tests.support.toys import TOY_FAMILY, TOY_TOKENIZER, ToyConfig
 
 
 @pytest.fixture(autouse=True)
@@ -114,18 +116,31 @@ def test_one_lambda_is_fixed_in_its_class_embedding():
     torch.testing.assert_close(plain(codes_BL, labels_B), expected_B)
 
 
-def test_its_images_in_a_folder(model, tmp_path):
-    """What `cca_ds.sample` does below its command line, with the digits' tokenizer."""
+def test_the_sample_command_draws_with_it(model, tmp_path, capsys):
     save_weights(model, tmp_path / "w.safetensors")
-    loaded = create_model("toy-s").eval()
-    load_weights(loaded, tmp_path / "w.safetensors")
-    folder = SampleFolder(tmp_path / "s", classes=10)
-    folder.claim({"seed": 3})
-    indices = image_indices(1, 10)
-    assert draw_missing(loaded, create_tokenizer("digits"), folder, indices, {"seed": 3}, batch_size=4) == 10
-    lines = folder.finish(indices, npz=True, grid=True, show=False)
-    assert len(lines) == 2 and folder.missing(indices) == []
-    codes_BL = generate(model, torch.arange(10), seed=3)
-    for index in indices:
-        levels = torch.from_numpy(folder.read(index)[..., 0] / 255.0 * 16).round().long()
-        assert torch.equal(levels.flatten(), codes_BL[index])
+    folder = tmp_path / "s"
+    settings = ["model.preset=toy_s", "sampling.images_per_class=1", "logging.progress=false"]
+    flags = ["--recipe", "digits", "--weights", str(tmp_path / "w.safetensors"), "--output", str(folder)]
+    with TOKENIZERS.temporarily(TOY_TOKENIZER):
+        tokenizer = create_tokenizer(TOY_TOKENIZER.name)
+        save_weights(tokenizer, tmp_path / "t.safetensors")
+        settings += [
+            f"tokenizer.name={TOY_TOKENIZER.name}",
+            f"tokenizer.weights={tmp_path / 't.safetensors'}",
+        ]
+        assert sample.main([*flags, "--cfg_scale", "10.5", "--npz", "--grid", "--set", *settings]) == 0
+    assert "guidance s = 0.5 (the toy's weight = 10.5)" in capsys.readouterr().err
+    described = json.loads((folder / "sampling.json").read_text())
+    assert (described["model"], described["tokenizer_hash"]) == ("toy-s", tokenizer.hash())
+    assert described["guidance_of_family"] == 10.5 and (folder / "samples.npz").is_file()
+    codes_BL = generate(model, torch.arange(10), guidance_scale=0.5)
+    for index in range(10):
+        with Image.open(folder / "images" / f"{index:04d}" / f"{index:06d}.png") as image:
+            levels = [round(pixel / 255 * 16) for pixel in image.tobytes()]
+        assert levels == codes_BL[index].tolist()
+
+
+def test_an_unknown_preset_is_one_line_of_the_command(tmp_path, capsys):
+    flags = ["--recipe", "digits", "--output", str(tmp_path / "s"), "--set", "model.preset=toy-m"]
+    assert sample.main(flags) == 2
+    assert "model.preset=toy-m: no such model; did you mean toy-" in capsys.readouterr().err
