@@ -7,6 +7,7 @@ LOSSES[run.loss.name].needs_reference           # anywhere above
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Protocol, TypeVar
@@ -44,6 +45,15 @@ class Registry(Mapping[str, Record]):
         assert record.name not in self._records, f"{self.key}={record.name} is registered twice"
         self._records[record.name] = record
         return record
+
+    @contextlib.contextmanager
+    def temporarily(self, record: Record) -> Iterator[Record]:
+        """Register a record until the end of the block, as tests do."""
+        self.register(record)
+        try:
+            yield record
+        finally:
+            del self._records[record.name]
 
     def problem(self, name: str) -> str | None:
         """What is wrong with a name, in one line with the nearest known one; None for a known name."""

@@ -1,26 +1,29 @@
-"""What both families of models of codes are to those who use them.
+"""What the package asks of a model of codes (`CodeModel`) and of a family of such models (`Family`).
 
-Legend: B images, L codes per image, V vocabulary, D width.
+Legend: B images, L codes per image, N rows of a draw, S sampling steps, V vocabulary, D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from cca_ds.models.weight_files import WeightsKind
 
 
 class CodeModel(nn.Module, ABC):
     """`model(codes_BL, labels_B)` gives the log-likelihoods [B] float32; `logits` the distributions behind
     them.
 
-    A family gives `embed_class`, `hidden` and `read_out`, and a `lambda_embedding` where its config has
+    A subclass implements `embed_class`, `hidden` and `read_out`, and has a `lambda_embedding` where its config has
     `lambda_conditioning`.
     """
 
-    family: str
+    family: str  # the name of its `Family`, which weights files carry
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -98,3 +101,82 @@ class CodeModel(nn.Module, ABC):
         """
         codes_BL = codes_BL.long()
         return self.read_out(self.hidden(codes_BL, labels_B, log_lambda_B), codes_BL)
+
+
+# draw(cond_NV, uncond_NV or None, scale, uniforms_N) -> codes [N] int64: one code for each row of logits, from guided
+# logits where `uncond_NV` is given, by the inverse of the cumulative distribution at `uniforms_N`
+DrawCodes = Callable[[Tensor, Tensor | None, float, Tensor], Tensor]
+
+
+class Generate(Protocol):
+    """Samples the codes of new images from a family's model in eval mode."""
+
+    def __call__(
+        self,
+        model: Any,
+        labels_B: Tensor,
+        scales: Sequence[float],
+        uniforms_BL: Tensor,
+        draw: DrawCodes,
+        log_lambda_B: Tensor | None = None,
+        cuda_graphs: bool = False,
+    ) -> Tensor:
+        """Codes [B, L] int64 on the model's device.
+
+        Args:
+            model: of the family.
+            labels_B: int64, on the model's device.
+            scales: guidance s of each of the S sampling steps; the unconditional half need not run where it is 0.
+            uniforms_BL: float64 in [0, 1); number l of an image draws its code l.
+            draw: draws one code a row.
+            log_lambda_B: natural logarithms of lambda, for a model conditioned on it.
+            cuda_graphs: replay decoding steps as CUDA graphs where the family and the device can.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models of codes. Everything outside its folder asks this record and never compares the name.
+
+    Attributes:
+        name: in weights files, tables of codes and `CodeModel.family`.
+        title: as its paper writes it; with `program` (URL), `paper` (arXiv number) and `licence` for the model card.
+        config: the dataclass of a model's shape and dropouts; has `num_classes`, `vocab_size`, `sequence_length`,
+            `n_layer` and `lambda_conditioning`.
+        presets: preset -> what differs from the config's defaults; names as `canonical_model` writes them.
+        build: (config, tokenizer or None) -> model with random weights. Raises ValueError for impossible shapes.
+        generate: see `Generate`.
+        guidance_steps: config -> S, the sampling steps that have a guidance scale each.
+        blocks: attribute of the model that holds its blocks, an `nn.ModuleList`.
+        shortened: (config, blocks) -> the config's fields to replace for that many blocks of otherwise the same shape.
+        guidance_offset: the family's own guidance number is the paper's s plus this.
+        guidance_name: what the family calls that number.
+        class_embedding: the tensor with one row per class, whose rows get one lambda's embedding on export.
+        layouts: published layout -> (config, tensors by name) -> the object that `torch.save` writes.
+        weights: how to recognise the family's weights files; None: they are not recognised.
+        pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
+        needs_tokenizer: whether a model runs only with a tokenizer's codebook.
+        tokenizer_hint: the usual file of that tokenizer, for the message when it is missing.
+    """
+
+    name: str
+    title: str
+    program: str
+    paper: str
+    config: type
+    presets: Mapping[str, Mapping[str, Any]]
+    build: Callable[[Any, nn.Module | None], CodeModel]
+    generate: Generate
+    guidance_steps: Callable[[Any], int]
+    blocks: str
+    shortened: Callable[[Any, int], dict[str, Any]]
+    guidance_offset: float
+    guidance_name: str
+    class_embedding: str
+    layouts: Mapping[str, Callable[[Any, dict[str, Tensor]], Any]] = field(default_factory=dict)
+    weights: WeightsKind | None = None
+    pixel_shift: float = 127.5
+    needs_tokenizer: bool = False
+    tokenizer_hint: str | None = None
+    licence: str = "mit"

@@ -2,30 +2,28 @@
 
 from collections.abc import Mapping
 
-_BASE = {
-    "llamagen": ("LlamaGen", "https://github.com/FoundationVision/LlamaGen", "2406.06525"),
-    "var": ("VAR", "https://github.com/FoundationVision/VAR", "2404.02905"),
-}
+from cca_ds.models.base import Family
 
 
 def model_card(
     name: str,
-    family: str,
+    family: Family,
     base_model: str,
     recipe: str,
     metrics: Mapping[str, float] | None = None,
-    licence: str = "mit",
 ) -> str:
-    """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when
-    known.
+    """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.
 
-    `recipe` is the run's resolved YAML, `base_model` the name of the checkpoint that was fine-tuned. Both
-    families' programs and weights are under the MIT licence.
+    Args:
+        name: of the model, the card's title.
+        family: whose program, paper and licence the card names.
+        base_model: name of the checkpoint that was fine-tuned.
+        recipe: the run's resolved recipe, YAML.
+        metrics: name -> value, for a table.
     """
-    title, program, paper = _BASE[family]
     header = [
         "---",
-        f"license: {licence}",
+        f"license: {family.licence}",
         f"base_model: {base_model}",
         "pipeline_tag: unconditional-image-generation",
         "tags: [image-generation, autoregressive, condition-contrastive-alignment]",
@@ -34,7 +32,8 @@ def model_card(
     body = [
         f"# {name}",
         "",
-        f"{base_model} ([{title}]({program}), [arXiv {paper}](https://arxiv.org/abs/{paper})), fine-tuned with",
+        f"{base_model} ([{family.title}]({family.program}), "
+        f"[arXiv {family.paper}](https://arxiv.org/abs/{family.paper})), fine-tuned with",
         "Condition Contrastive Alignment ([arXiv 2410.09347](https://arxiv.org/abs/2410.09347)) to sample well",
         "without guidance.",
         "",

@@ -1,46 +1,59 @@
-"""The nine published models and the digits' by name, and the names under which their users know them."""
+"""Families of models, and models by the name of a preset or by a config."""
 
 import difflib
-import re
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
-from cca_ds.models.llamagen.model import LlamaGen, LlamaGenConfig
-from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
+from cca_ds.config.original_names import canonical_model
+from cca_ds.config.registry import Registry
+from cca_ds.models.base import CodeModel, Family
 
-# name -> (family, what differs from the family's defaults)
-PRESETS: dict[str, tuple[str, dict[str, int]]] = {
-    **{name: ("llamagen", shape) for name, shape in LLAMAGEN_SHAPES.items()},
-    **{name: ("var", shape) for name, shape in VAR_SHAPES.items()},
-}
+FAMILIES: Registry[Family] = Registry("family")
+
+
+def presets() -> list[str]:
+    """Names of all families' presets."""
+    return [preset for family in FAMILIES.values() for preset in family.presets]
 
 
 def preset_name(name: str) -> str:
-    """The preset that a name means: "GPT-3B", "c2i_3B" and "llamagen-3b" are one, and so are "d30" and
-    "VAR_d30".
+    """The preset of a name: "GPT-3B", "c2i_3B" and "llamagen-3b" are one, and so are "d30" and "VAR_d30".
 
-    Raises ValueError for a name that is none, with the nearest one.
+    Raises ValueError for an unknown name, with the nearest preset.
     """
-    plain = re.sub(r"[_\s]+", "-", name.strip().lower())
-    candidates = (plain, re.sub(r"^(gpt|c2i)-", "llamagen-", plain), f"var-{plain}")
-    for candidate in candidates:
-        if candidate in PRESETS:
-            return candidate
-    nearest = difflib.get_close_matches(plain, PRESETS, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(PRESETS)}"
-    raise ValueError(f"model {name!r} is unknown: {hint}")
+    if problem := preset_problem(name):
+        raise ValueError(problem)
+    return canonical_model(name)
+
+
+def preset_problem(name: str) -> str | None:
+    """What is wrong with a preset's name, in one line with the nearest preset; None for a known name."""
+    plain, known = canonical_model(name), presets()
+    if plain in known:
+        return None
+    nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(known)}"
+    return f"model.preset={name}: no such model; {hint}"
+
+
+def family_of(preset: str) -> Family:
+    """The family that has a preset, under any of its names. Raises ValueError for an unknown one."""
+    name = preset_name(preset)
+    return next(family for family in FAMILIES.values() if name in family.presets)
+
+
+def family_of_model(module: nn.Module) -> Family:
+    """The family of a model that `create_model` built."""
+    return FAMILIES[module.family]
 
 
 def model_config(preset: str, **overrides: Any) -> Any:
-    """The `LlamaGenConfig` or `VARConfig` of a preset, with some fields replaced. Raises ValueError."""
-    family, shape = PRESETS[preset_name(preset)]
-    if family == "llamagen":
-        config_class: Any = LlamaGenConfig
-    else:
-        from cca_ds.models.var.model import VARConfig as config_class
-    return config_class(**_checked(config_class, {**shape, **overrides}))
+    """The config of a preset (a `LlamaGenConfig` or `VARConfig`), with some fields replaced. Raises ValueError."""
+    family = family_of(preset)
+    shape = family.presets[preset_name(preset)]
+    return family.config(**_checked(family.config, {**shape, **overrides}))
 
 
 def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -53,19 +66,20 @@ def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def create_model(preset_or_config: Any, tokenizer: nn.Module | None = None, **overrides: Any) -> nn.Module:
-    """A model with random weights, from a preset's name or a config, with some of the config's fields
-    replaced.
+def create_model(preset_or_config: Any, tokenizer: nn.Module | None = None, **overrides: Any) -> CodeModel:
+    """A model with random weights, from a preset's name or a config, with some of the config's fields replaced.
 
-    A VAR takes `tokenizer=`, whose codebook it holds frozen; a LlamaGen needs none. Raises ValueError for an
-    unknown name or field and for a shape that cannot be.
+    Args:
+        preset_or_config: such as "llamagen-b", or an instance of a family's config.
+        tokenizer: for a family whose models hold a tokenizer's codebook frozen (VAR); others ignore it.
+        overrides: fields of the config.
+
+    Raises:
+        ValueError: an unknown preset or field, or an impossible shape.
     """
     if isinstance(preset_or_config, str):
         config = model_config(preset_or_config, **overrides)
     else:
         config = replace(preset_or_config, **_checked(type(preset_or_config), overrides))
-    if isinstance(config, LlamaGenConfig):
-        return LlamaGen(config)
-    from cca_ds.models.var.model import VAR
-
-    return VAR(config, tokenizer=tokenizer)
+    family = next(family for family in FAMILIES.values() if isinstance(config, family.config))
+    return family.build(config, tokenizer)

@@ -1,13 +1,15 @@
-"""Files of weights: reading any published one safely, replacing one whole or not at all.
+"""Files of weights: reading any published one safely, replacing one whole or not at all, and hashing what they hold.
 
-A file's kind is told by its first bytes, never by its name. Pickles are read with `weights_only=True`, which
+A file's format is read from its first bytes, never from its name. Pickles are read with `weights_only=True`, which
 runs no code of theirs.
 """
 
+import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cca_ds.config.registry import Registry
 from cca_ds.files import atomic_path
 
 # where the programs keep the model's own state, the outermost first
@@ -23,6 +26,42 @@ _WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
 
 class WeightsError(ValueError):
     """A file of weights that cannot be read, written, or does not fit the model; one line, with the remedy."""
+
+
+@dataclass(frozen=True)
+class WeightsKind:
+    """What the weights files of one family or tokenizer hold, and how to recognise them.
+
+    Attributes:
+        name: for messages, with its article: "a LlamaGen transformer".
+        marker: name of a tensor that no other kind has.
+        computed: tensors that are computed, not learned: a file may hold them or not, and they are not loaded.
+        counted: statistics of the original's training: a file may hold them or not.
+        sizes: tensor -> (dimension, what its length counts), to explain why shapes differ, in order of preference.
+        sequence_length: (tensors of a file) -> codes an image, None where they do not show it.
+    """
+
+    name: str
+    marker: str
+    computed: frozenset[str] = frozenset()
+    counted: frozenset[str] = frozenset()
+    sizes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    sequence_length: Callable[[Mapping[str, Tensor]], int | None] = lambda state: None
+
+
+KINDS: Registry[WeightsKind] = Registry("weights")
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256, in hexadecimal, over the names, shapes and float32 values of tensors, in the order of their names.
+
+    The same for a module's parameters (`dict(module.named_parameters())`) in any dtype that holds the same values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_safetensors(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Weights in and out: every published layout of both families and their tokenizers, and safetensors.
+"""Weights in and out: every published layout of the families and their tokenizers, and safetensors.
 
 LlamaGen B, L, XL    {"model": state}                    VAR             state
 LlamaGen XXL, 3B     state                               VAR's trainer   {"trainer": {"var_wo_ddp": state}}
@@ -13,39 +13,44 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cca_ds.models.base import Family
 from cca_ds.models.layers import LambdaEmbedding
-from cca_ds.models.weight_files import WeightsError, read_metadata, read_weights, replace_file
+from cca_ds.models.registry import FAMILIES, family_of_model
+from cca_ds.models.weight_files import (
+    KINDS,
+    WeightsError,
+    WeightsKind,
+    read_metadata,
+    read_weights,
+    replace_file,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as recipes name them
-LAYOUTS = ("llamagen", "var", "safetensors")
+SAFETENSORS = "safetensors"  # the layout that every module can be saved in
 _NAMED_KEYS = 5  # of each kind of problem in an error's one line
-
-# tensors that are computed or counted, not learned: their absence is no error, nor their presence
-_COMPUTED = frozenset({"freqs_cis", "lvl_1L", "attn_bias_for_masking"})
-_COUNTED = frozenset({"quantize.codebook_used", "quantize.ema_vocab_hit_SV"})
 _LAMBDA = "lambda_embedding."
-_CLASSES = ("cls_embedding.embedding_table.weight", "class_emb.weight")
 
-# a name that only one kind of file has
-_KINDS = {
-    "tok_embeddings.weight": "a LlamaGen transformer",
-    "word_embed.weight": "a VAR transformer",
-    "quantize.quant_resi.qresi_ls.0.weight": "VAR's tokenizer",
-    "encoder.conv_blocks.0.res.0.conv1.weight": "LlamaGen's tokenizer",
-}
+
+def layouts() -> list[str]:
+    """Layouts that `save_weights` knows: the families' published ones, and safetensors."""
+    return [*(layout for family in FAMILIES.values() for layout in family.layouts), SAFETENSORS]
 
 
 def expected_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Key -> shape of everything a weights file must hold for `module`; the full shape under ZeRO-3, too."""
-    state = module.state_dict(keep_vars=True)
+    state, computed = module.state_dict(keep_vars=True), _computed()
     return {
-        key: getattr(value, "ds_shape", value.shape) for key, value in state.items() if key not in _COMPUTED
+        key: getattr(value, "ds_shape", value.shape) for key, value in state.items() if key not in computed
     }
 
 
-def _kind(keys: Iterable[str]) -> str | None:
+def _computed() -> set[str]:
+    return {key for kind in KINDS.values() for key in kind.computed}
+
+
+def _kind(keys: Iterable[str]) -> WeightsKind | None:
     keys = set(keys)
-    return next((name for key, name in _KINDS.items() if key in keys), None)
+    return next((kind for kind in KINDS.values() if kind.marker in keys), None)
 
 
 def _named(what: str, items: list[str]) -> list[str]:
@@ -61,10 +66,10 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
     Computed tensors (rotary table, masks, counts) may be there or not. A model conditioned on lambda takes a
     base model's weights: its lambda embedding then stays as it starts, without effect.
     """
-    found, wanted = _kind(state), _kind(expected)
-    if found != wanted and found and wanted:
+    kind, own_kind = _kind(state), _kind(expected)
+    if kind and own_kind and kind is not own_kind:
         raise WeightsError(
-            f"weights file {path} holds {found}, but {wanted} is asked for: name the other file"
+            f"weights file {path} holds {kind.name}, but {own_kind.name} is asked for: name the other file"
         )
     conditioned = any(key.startswith(_LAMBDA) for key in expected)
     if not conditioned and any(key.startswith(_LAMBDA) for key in state):
@@ -72,9 +77,10 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
             f"weights file {path} holds a model conditioned on lambda: set lambda_conditioning=true to load it"
         )
     base_model = conditioned and not any(key.startswith(_LAMBDA) for key in state)
-    optional = _COUNTED | {key for key in expected if base_model and key.startswith(_LAMBDA)}
+    counted = {key for kind in KINDS.values() for key in kind.counted}
+    optional = counted | {key for key in expected if base_model and key.startswith(_LAMBDA)}
     missing = [key for key in expected if key not in state and key not in optional]
-    unexpected = [key for key in state if key not in expected and key not in _COMPUTED | _COUNTED]
+    unexpected = [key for key in state if key not in expected and key not in _computed() | counted]
     shapes = {
         key: (list(state[key].shape), list(shape))
         for key, shape in expected.items()
@@ -85,34 +91,26 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
     ]
     problems = _named("missing", missing) + _named("unexpected", unexpected) + _named("mis-shaped", misshaped)
     if problems:
-        hint = _size_hint(shapes)
+        hint = _size_hint(own_kind, shapes)
         raise WeightsError(f"weights file {path} does not fit the model{hint}: {'; '.join(problems)}")
 
 
-def _size_hint(shapes: Mapping[str, tuple[list[int], list[int]]]) -> str:
-    """Why shapes differ, where one tensor tells: the image size, the vocabulary or the number of classes."""
-    reasons = {
-        "pos_1LC": (1, "codes an image"),
-        "tok_embeddings.weight": (0, "codes in the vocabulary"),
-        "head.weight": (0, "codes in the vocabulary"),
-        "quantize.embedding.weight": (0, "codes in the codebook"),
-        "cls_embedding.embedding_table.weight": (0, "classes, the null class among them"),
-        "class_emb.weight": (0, "classes, the null class among them"),
-    }
-    for key, (dimension, what) in reasons.items():
+def _size_hint(kind: WeightsKind | None, shapes: Mapping[str, tuple[list[int], list[int]]]) -> str:
+    """Why shapes differ, where one tensor shows it: the image size, the vocabulary or the number of classes."""
+    for key, (dimension, what) in kind.sizes.items() if kind else ():
         if key in shapes and shapes[key][0][dimension] != shapes[key][1][dimension]:
             return f", which has {shapes[key][1][dimension]} {what}, the file {shapes[key][0][dimension]}"
     return ""
 
 
 def _check_sequence_length(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """LlamaGen's learned tensors are alike at every image size; its rotary table and our metadata are not."""
+    """Raise WeightsError for a file of another image size, which the learned tensors' shapes need not show."""
     length = getattr(module, "sequence_length", None)
     if not isinstance(length, int):
         return
-    found = read_metadata(path).get("sequence_length")
-    if found is None and "freqs_cis" in state:
-        found = state["freqs_cis"].shape[0] - 1
+    found, kind = read_metadata(path).get("sequence_length"), _kind(state)
+    if found is None and kind is not None:
+        found = kind.sequence_length(state)
     if found is not None and int(found) != length:
         raise WeightsError(
             f"weights file {path} is for {found} codes an image, the model has {length}: "
@@ -146,41 +144,53 @@ def save_weights(
     metadata: Mapping[str, str] | None = None,
     model_card: str | None = None,
 ) -> None:
-    """Write a model's weights in a published layout, whole or not at all.
+    """Write a module's weights to a file, whole or not at all.
 
-    "llamagen" is LlamaGen's `.pt` (under "model" for B, L and XL, flat for XXL and 3B, as the program expects
-    them), "var" is VAR's flat `.pth` with the masks that its strict loading asks for, "safetensors" has the
-    config and `metadata` in its header and, with `model_card`, a README.md beside it. `state` are the full
-    tensors where the module's own are sharded; `dtype` casts the floating-point ones. Raises WeightsError.
+    Args:
+        layout: "safetensors", with the config and `metadata` in its header, or a published layout of the model's
+            family: "llamagen" (`.pt`, under "model" for B, L and XL, flat for XXL and 3B, as the program expects them)
+            or "var" (flat `.pth`, with the masks that its strict loading requires).
+        state: the full tensors, where the module's own are sharded or on the meta device.
+        dtype: to cast floating-point tensors to; None keeps theirs.
+        metadata: further entries of the safetensors header.
+        model_card: text of a README.md to write beside a safetensors file.
+
+    Raises:
+        WeightsError: an unknown layout, another family's, or a place that cannot be written.
     """
-    path = Path(path)
-    if layout not in LAYOUTS:
-        raise WeightsError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
-    family = getattr(module, "family", None)
-    if layout != "safetensors" and layout != family:
+    path, family = Path(path), _family(module)
+    if layout not in layouts():
+        raise WeightsError(f"layout {layout!r} is unknown: choose one of {', '.join(layouts())}")
+    if layout != SAFETENSORS and (family is None or layout not in family.layouts):
+        owner = next(other.name for other in FAMILIES.values() if layout in other.layouts)
+        own = family.name if family else type(module).__name__
         raise WeightsError(
-            f"layout {layout!r} is for {layout} models, this one is {family}: choose another layout"
+            f"layout {layout!r} is for {owner} models, this one is {own}: choose another layout"
         )
     tensors = _detached(module.state_dict() if state is None else state, dtype)
-    if layout == "safetensors":
+    if layout == SAFETENSORS:
         header = {"format": "pt", **_described(module), **(metadata or {})}
         replace_file(path, lambda draft: save_file(tensors, draft, metadata=header))
         if model_card is not None:
             replace_file(path.with_name("README.md"), lambda draft: draft.write_text(model_card) and None)
         return
-    if family == "var":
-        tensors |= _var_masks(module.config.scales)
-    flat = family == "var" or _published_flat(module)
-    replace_file(path, lambda draft: torch.save(tensors if flat else {"model": tensors}, draft))
+    content = family.layouts[layout](module.config, tensors)
+    replace_file(path, lambda draft: torch.save(content, draft))
+
+
+def _family(module: nn.Module) -> Family | None:
+    return family_of_model(module) if hasattr(module, "family") else None
 
 
 def fix_lambda(state: Mapping[str, Tensor], lambda_: float) -> dict[str, Tensor]:
-    """An ordinary model's weights out of a lambda-conditioned one's: that lambda's embedding is in every class's.
+    """An ordinary model's weights out of a lambda-conditioned one's: the embedding of one lambda, added to every class.
 
-    `state` are the full tensors, in float32.
+    Args:
+        state: the model's full tensors by name, float32.
+        lambda_: above 0.
     """
     plain = {key: value for key, value in state.items() if not key.startswith(_LAMBDA)}
-    classes = next(key for key in _CLASSES if key in plain)
+    classes = next(family.class_embedding for family in FAMILIES.values() if family.class_embedding in plain)
     embedding = LambdaEmbedding(plain[classes].shape[1])
     embedding.load_state_dict({key.removeprefix(_LAMBDA): state[key] for key in state.keys() - plain.keys()})
     with torch.no_grad():
@@ -202,26 +212,12 @@ def _detached(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
 
 
 def _described(module: nn.Module) -> dict[str, str]:
-    """Header entries that say what the weights are: family, codes an image, and the config's shape."""
-    config = getattr(module, "config", None)
-    if config is None or not hasattr(module, "family"):
+    """Header entries that describe the weights: family, codes an image, and the config's shape."""
+    if _family(module) is None:
         return {}
     entries = {
-        key: str(value) for key, value in asdict(config).items() if not key.endswith(("dropout", "drop_path"))
+        key: str(value)
+        for key, value in asdict(module.config).items()
+        if not key.endswith(("dropout", "drop_path"))
     }
     return {**entries, "family": module.family, "sequence_length": str(module.sequence_length)}
-
-
-def _published_flat(module: nn.Module) -> bool:
-    """Whether LlamaGen of this shape is published without a wrapper: XXL and 3B are."""
-    return (module.config.n_layer, module.config.dim) in {(48, 1536), (24, 3200)}
-
-
-def _var_masks(scales: Iterable[int]) -> dict[str, Tensor]:
-    """VAR's two computed tensors: the scale of each position, [1, L], and the block-causal bias, [1, 1, L,
-    L].
-    """
-    level_L = torch.cat([torch.full((side * side,), level) for level, side in enumerate(scales)])
-    hidden_LL = level_L[:, None] < level_L[None, :]
-    bias_LL = torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, -torch.inf)
-    return {"lvl_1L": level_L[None], "attn_bias_for_masking": bias_LL[None, None]}

@@ -29,7 +29,7 @@ from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
 from cca_ds.files import write_atomic
-from cca_ds.models.weights import state_hash
+from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.base import ReferenceInputs
 
 COMPLETED = "COMPLETED"

@@ -1,11 +1,11 @@
-"""Sampling codes from either family, one function for both."""
+"""Sampling codes: one function for all families of models."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from cca_ds.models.llamagen.decode import sample_raster
+from cca_ds.models.registry import family_of_model
 from cca_ds.sampling.guidance import Draw, guidance_scales, image_uniforms
 
 
@@ -27,11 +27,18 @@ def generate(
 ) -> torch.Tensor:
     """Codes [B, L] int64 of new images of the given labels [B], on the model's device.
 
-    `guidance_scale` is the paper's s, logits = c + s (c - u); at 0 the unconditional half is never run. Image
-    b is seeded by (`seed`, `image_indices_B[b]`, by default b) alone, so it is the same whatever batch or
-    rank it is made in. `log_lambda` is the natural logarithm of lambda for a model conditioned on it.
-    `cuda_graphs` replays the decoding step of a LlamaGen as CUDA graphs, on a GPU. Raises ValueError for
-    settings that make no sense.
+    Args:
+        guidance_scale: the paper's s, logits = c + s (c - u); at 0 the unconditional half is never run.
+        top_k, top_p, temperature: of the draw of a code, see `guidance.draw_codes`.
+        seed: of the images; image b depends on (`seed`, `image_indices_B[b]`) alone, so that it is the same in
+            any batch and on any rank.
+        image_indices_B: B numbers, by default 0 to B - 1.
+        guidance_schedule, guidance_interval: of s over the sampling steps, see `guidance.guidance_scales`.
+        log_lambda: natural logarithm of lambda, for a model conditioned on it.
+        cuda_graphs: replay the decoding step as CUDA graphs where the family and the device can.
+
+    Raises:
+        ValueError: a label outside the classes, or settings out of their range.
     """
     labels_B = torch.as_tensor(labels_B, dtype=torch.int64, device="cpu")
     wrong = labels_B[(labels_B < 0) | (labels_B > model.num_classes)]
@@ -41,7 +48,8 @@ def generate(
             f"({model.num_classes} is no condition)"
         )
     draw = Draw(temperature, top_k, top_p)
-    steps = model.sequence_length if model.family == "llamagen" else len(model.config.scales)
+    family = family_of_model(model)
+    steps = family.guidance_steps(model.config)
     scales = guidance_scales(guidance_scale, steps, guidance_schedule, guidance_interval)
     device = next(model.parameters()).device
     indices = range(len(labels_B)) if image_indices_B is None else image_indices_B
@@ -49,14 +57,11 @@ def generate(
         raise ValueError(f"{len(indices)} image indices for {len(labels_B)} labels: give one index per label")
     uniforms_BL = image_uniforms(seed, indices, model.sequence_length).to(device)
     log_lambda_B = None if log_lambda is None else torch.full((len(labels_B),), log_lambda, device=device)
-    arguments = (model, labels_B.to(device), scales, uniforms_BL, draw, log_lambda_B)
     was_training = model.training
     model.eval()
     try:
-        if model.family == "llamagen":
-            return sample_raster(*arguments, cuda_graphs=cuda_graphs)
-        from cca_ds.models.var.decode import sample_next_scale
-
-        return sample_next_scale(*arguments)
+        return family.generate(
+            model, labels_B.to(device), scales, uniforms_BL, draw, log_lambda_B, cuda_graphs=cuda_graphs
+        )
     finally:
         model.train(was_training)

@@ -1,9 +1,9 @@
-"""Guidance, per-image random numbers and the draw of one code: what both samplers share.
+"""Guidance, per-image random numbers and the draw of one code: what the samplers of all families share.
 
-Guidance is the paper's s (arXiv 2410.09347, equation 3): logits = c + s (c - u), and s = 0 is guidance-free.
-LlamaGen's own number is g = s + 1 (u + g (c - u)); VAR's is s, growing linearly over the scales.
+Guidance is the paper's s (arXiv 2410.09347, equation 3): logits = c + s (c - u), and s = 0 is guidance-free. A family's
+own number may be another, as LlamaGen's g = s + 1 (u + g (c - u)).
 
-Legend: B images, V vocabulary.
+Legend: B images, or rows of logits, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,30 +12,45 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cca_ds.config.recipes import ConfigError
+from cca_ds.models.base import Family
+
 _SCHEDULES = ("constant", "linear")
-_FAMILY_OFFSET = {"llamagen": 1.0, "var": 0.0}
-_FAMILY_NAME = {"llamagen": "LlamaGen's cfg-scale", "var": "VAR's cfg"}
 
 
-def family_scale(family: str, scale: float) -> float:
+def family_scale(family: Family, scale: float) -> float:
     """The family's own guidance number for the paper's s: LlamaGen's g = s + 1, VAR's s."""
-    return scale + _FAMILY_OFFSET[family]
+    return scale + family.guidance_offset
 
 
-def paper_scale(family: str, own_scale: float) -> float:
+def paper_scale(family: Family, own_scale: float) -> float:
     """The paper's s for a family's own number, the inverse of `family_scale`."""
-    return own_scale - _FAMILY_OFFSET[family]
+    return own_scale - family.guidance_offset
 
 
-def describe_guidance(family: str, scale: float) -> str:
+def chosen_scale(family: Family, scale: float | None, own_scale: float | None, default: float) -> float:
+    """The paper's s that a command line sets, by --guidance_scale or by the family's own number in --cfg_scale.
+
+    `default` where it sets neither. Raises ConfigError when it sets both, and for a negative or infinite s.
+    """
+    if scale is not None and own_scale is not None:
+        raise ConfigError(["--guidance_scale and --cfg_scale set the same number; give one"])
+    if own_scale is not None:
+        scale = paper_scale(family, own_scale)
+    if scale is not None and not 0.0 <= scale < float("inf"):
+        raise ConfigError([f"guidance s = {scale:g} must be finite and at least 0 (0 is guidance-free)"])
+    return default if scale is None else scale
+
+
+def describe_guidance(family: Family, scale: float) -> str:
     """One phrase for the log with both numbers, as in "guidance s = 0.5 (LlamaGen's cfg-scale = 1.5)"."""
-    return f"guidance s = {scale:g} ({_FAMILY_NAME[family]} = {family_scale(family, scale):g})"
+    return f"guidance s = {scale:g} ({family.guidance_name} = {family_scale(family, scale):g})"
 
 
 def guidance_scales(
     scale: float, steps: int, schedule: str = "constant", interval: tuple[int, int] | None = None
 ) -> list[float]:
-    """The guidance s of every sampling step (a code of LlamaGen's, a scale of VAR's).
+    """The guidance s of every sampling step (LlamaGen's step is a code, VAR's a scale).
 
     "constant" holds s; "linear" grows from 0 at the first step to s at the last (VAR's "cfg v2"). `interval`
     is the half-open range of steps that are guided, the others get 0; LlamaGen's `cfg_interval=k` is `(0, k +
@@ -134,6 +149,9 @@ class Draw:
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1] (1 keeps every code)")
 
-    def __call__(self, logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-        """`draw_codes` with these settings."""
+    def __call__(
+        self, cond_BV: torch.Tensor, uncond_BV: torch.Tensor | None, scale: float, uniforms_B: torch.Tensor
+    ) -> torch.Tensor:
+        """`draw_codes` with these settings, [B] int64, from logits guided in float32 where `uncond_BV` is given."""
+        logits_BV = cond_BV if uncond_BV is None else guide(cond_BV.float(), uncond_BV.float(), scale)
         return draw_codes(logits_BV, uniforms_B, self.temperature, self.top_k, self.top_p)

@@ -13,7 +13,6 @@ Letters: B images of a batch, N of all, H and W pixels, C channels (1 or 3).
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cca_ds.console import progress
+from cca_ds.data.image_grid import encode_png, image_grid
 from cca_ds.files import write_atomic, write_streamed
-from cca_ds.sampling.grid import image_grid
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
@@ -41,7 +41,7 @@ class SamplesError(ValueError):
     """A folder of samples that cannot be used as asked: one line with the remedy."""
 
 
-def wanted_images(per_class: int, classes: int, chosen: Sequence[int] | None = None) -> list[int]:
+def image_indices(per_class: int, classes: int, chosen: Sequence[int] | None = None) -> list[int]:
     """Indices of `per_class` images of every class, or of the chosen ones, in order. Raises SamplesError."""
     for label in chosen or []:
         if not 0 <= label < classes:
@@ -64,7 +64,7 @@ class SampleFolder:
         self._pending: list[Future[None]] = []
 
     def path(self, index: int) -> Path:
-        """Where image `index` stands."""
+        """The file of image `index`."""
         return self.folder / "images" / f"{index % self.classes:04d}" / f"{index:06d}.png"
 
     def missing(self, indices: Iterable[int]) -> list[int]:
@@ -77,9 +77,9 @@ class SampleFolder:
         old = _read_settings(path)
         differing = [key for key in settings if key not in FREE and old and old.get(key) != settings[key]]
         if differing:
-            told = ", ".join(f"{key} {old.get(key)} and not {settings[key]}" for key in differing)
+            values = ", ".join(f"{key} {old.get(key)} and not {settings[key]}" for key in differing)
             raise SamplesError(
-                f"--output {self.folder}: holds images drawn with {told}; choose another folder"
+                f"--output {self.folder}: holds images drawn with {values}; choose another folder"
             )
         if not old and (self.folder / "images").is_dir():
             raise SamplesError(
@@ -91,10 +91,20 @@ class SampleFolder:
         except OSError as error:
             raise SamplesError(f"--output {self.folder}: cannot be written ({error.strerror})") from None
 
-    def finish(self, images: int) -> None:
-        """Say in the settings that all `images` are there."""
-        settings = _read_settings(self.folder / SETTINGS) | {"images": images}
+    def finish(self, indices: Sequence[int], *, npz: bool, grid: bool, show: bool) -> list[str]:
+        """Once all of `indices` are written: record their number, write the archive and the grid where asked.
+
+        Returns a line for the log per file written; `show` draws a progress bar. Raises SamplesError, OSError.
+        """
+        settings = _read_settings(self.folder / SETTINGS) | {"images": len(indices)}
         write_atomic(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        lines = []
+        if npz:
+            archive = self.write_npz(indices, lambda items: progress(items, "npz", len(indices), show))
+            lines.append(f"archive: {archive}")
+        if grid:
+            lines.append(f"grid: {self.write_grid(indices)}")
+        return lines
 
     def write(self, indices: Sequence[int], images_BHWC: np.ndarray) -> None:
         """Write images in the background, after those of the call before are on disk. Raises OSError of either."""
@@ -173,26 +183,10 @@ class SampleFolder:
                 np.lib.format.write_array(member, labels_N)
 
 
-def to_pixels(images_BCHW: Tensor, family: str) -> np.ndarray:
-    """Images in [-1, 1] as uint8 [B, H, W, C], rounded as the family's own program does.
-
-    LlamaGen's rounds (127.5 x + 128, cut off), VAR's cuts off 255 (x + 1) / 2.
-    """
-    shift = 128.0 if family == "llamagen" else 127.5
+def to_pixels(images_BCHW: Tensor, shift: float) -> np.ndarray:
+    """Images in [-1, 1] as uint8 [B, H, W, C]: 127.5 x + shift, cut off; `shift` is the family's `pixel_shift`."""
     pixels_BCHW = (127.5 * images_BCHW.float() + shift).clamp(0, 255).to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def encode_png(image_HWC: np.ndarray) -> bytes:
-    """A PNG of uint8 [H, W, 1 or 3]."""
-    encoded = io.BytesIO()
-    picture = Image.fromarray(
-        np.ascontiguousarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
-    )
-    picture.save(
-        encoded, format="PNG", compress_level=1
-    )  # the level costs time and gains a tenth of the size
-    return encoded.getvalue()
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cca_ds.data.image_grid import image_grid
 from cca_ds.models import DTYPES
 from cca_ds.models.from_recipe import build_module
 from cca_ds.sampling import generate
-from cca_ds.sampling.drawing import draw_settings
+from cca_ds.sampling.drawing import draw_settings, sampling_lambda
 from cca_ds.training.policy import Policy
 from cca_ds.training.run_log import RunLog
 
@@ -65,5 +65,7 @@ class SampleGrids:
         images = self.run.logging.samples_per_grid
         classes = torch.arange(columns) * (module.num_classes // columns)
         labels_B = classes.repeat(-(-images // columns))[:images]
-        codes_BL = generate(module, labels_B.to(self.device), **draw_settings(self.run))
+        sampling, model = self.run.sampling, self.run.model
+        lambda_ = sampling_lambda(sampling, self.run.loss.lambda_, model.lambda_conditioning)
+        codes_BL = generate(module, labels_B.to(self.device), **draw_settings(sampling, lambda_))
         return self.tokenizer.to(self.device).decode(codes_BL).float().cpu()

@@ -1,54 +1,6 @@
 """Image tokenizers, frozen: images <-> codes."""
 
-import hashlib
-from pathlib import Path
+from cca_ds.vq import digits, llamagen_vq, var_vqvae  # noqa: F401 (each registers its tokenizer)
+from cca_ds.vq.tokenizer import TOKENIZERS, TokenizerSpec, create_tokenizer
 
-import torch
-from torch import nn
-
-TOKENIZERS = ("digits", "llamagen-vq16", "var-vqvae")
-
-
-def create_tokenizer(name: str, weights: str | Path | None = None, **shape) -> nn.Module:
-    """A frozen tokenizer in eval mode: "digits", "llamagen-vq16" or "var-vqvae".
-
-    `weights` is a published file; without it the weights are random. `shape` overrides the published shape:
-    channels, channel_multipliers, z_channels, codebook_size, and scales for VAR's. All have
-    `encode(images_BCHW in [-1, 1]) -> codes_BL int64`, `decode(codes_BL) -> images_BCHW in [-1, 1]`,
-    `vocab_size`, `sequence_length(image_size)` and `hash()`. Raises ValueError for an unknown name and
-    WeightsError for a file that does not fit.
-    """
-    if name not in TOKENIZERS:
-        raise ValueError(f"tokenizer {name!r} is unknown: choose one of {', '.join(TOKENIZERS)}")
-    if name == "digits":
-        from cca_ds.vq.digits import DigitsTokenizer
-
-        if weights is not None or shape:
-            given = ", ".join([*(["weights"] if weights is not None else []), *shape])
-            raise ValueError(f"the digits tokenizer has neither weights nor shapes to set: leave out {given}")
-        tokenizer: nn.Module = DigitsTokenizer()
-    elif name == "llamagen-vq16":
-        from cca_ds.vq.llamagen_vq import LlamaGenVQ
-
-        tokenizer = LlamaGenVQ(**shape)
-    else:
-        from cca_ds.vq.var_vqvae import VARTokenizer
-
-        tokenizer = VARTokenizer(**shape)
-    if weights is not None:
-        from cca_ds.models.weights import load_weights
-
-        load_weights(tokenizer, weights)
-        tokenizer.hash()  # kept by the module from here on, so that a later cast to bf16 does not change it
-    return tokenizer.eval().requires_grad_(False)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 in hexadecimal over the names, shapes and float32 values of a module's parameters, in name
-    order.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+__all__ = ["TOKENIZERS", "TokenizerSpec", "create_tokenizer"]

@@ -6,11 +6,14 @@ Legend: B images, C channels, H height, W width, L codes per image.
 """
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from cca_ds.vq.tokenizer import checked_codes
+from cca_ds.data.manifest import CodesError
+from cca_ds.data.writing import write_codes
+from cca_ds.vq.tokenizer import TOKENIZERS, TokenizerSpec, checked_codes
 
 GREY_LEVELS = 17
 IMAGE_SIZE = 8
@@ -65,3 +68,44 @@ def load_digit_images() -> tuple[torch.Tensor, torch.Tensor]:
     digits = load_digits()
     images_BCHW = torch.from_numpy(digits.images).float()[:, None] * (2 / (GREY_LEVELS - 1)) - 1.0
     return images_BCHW, torch.from_numpy(digits.target).long()
+
+
+def builtin_codes(cache_folder: Path) -> Path:
+    """The folder of the table of scikit-learn's 1,797 digits, written below `cache_folder` at the first call.
+
+    Where another process writes it at the same time, the first table is kept. The tokenizer's hash is in the name, so
+    that another definition of it has another table. Raises CodesError where it cannot be written.
+    """
+    tokenizer = DigitsTokenizer()
+    folder = Path(cache_folder) / f"{DIGITS.name}-{tokenizer.hash()[:12]}"
+    if folder.exists():
+        return folder
+    images_BCHW, labels_B = load_digit_images()
+    try:
+        write_codes(
+            folder,
+            tokenizer.encode(images_BCHW)[:, None].numpy(),
+            labels_B.numpy(),
+            vocab_size=tokenizer.vocab_size,
+            classes=10,
+            family=DIGITS.family,
+            tokenizer=DIGITS.name,
+            tokenizer_hash=tokenizer.hash(),
+            class_names=tuple(str(digit) for digit in range(10)),
+        )
+    except CodesError:
+        if not folder.exists():
+            raise
+    return folder
+
+
+DIGITS = TOKENIZERS.register(
+    TokenizerSpec(
+        name="digits",
+        build=DigitsTokenizer,
+        needs_weights=False,
+        family="llamagen",
+        image_mode="L",
+        builtin_codes=builtin_codes,
+    )
+)

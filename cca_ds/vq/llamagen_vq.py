@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cca_ds.models.weight_files import KINDS, WeightsKind
 from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
-from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
+from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 
 CODE_DIM = 8
 BLOCKS_PER_LEVEL = 2
@@ -199,3 +200,22 @@ class LlamaGenVQ(LearnedTokenizer):
         chosen_BHWE = F.embedding(codes_BL, self.quantize.directions()).unflatten(1, (side, side))
         z_BEHW = chosen_BHWE.permute(0, 3, 1, 2).contiguous().to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z_BEHW))
+
+
+TOKENIZERS.register(
+    TokenizerSpec(
+        name="llamagen-vq16",
+        build=LlamaGenVQ,
+        needs_weights=True,
+        family="llamagen",
+        imports_npy=True,
+        weights=KINDS.register(
+            WeightsKind(
+                name="LlamaGen's tokenizer",
+                marker="encoder.conv_blocks.0.res.0.conv1.weight",
+                counted=frozenset({"quantize.codebook_used"}),
+                sizes={"quantize.embedding.weight": (0, "codes in the codebook")},
+            )
+        ),
+    )
+)

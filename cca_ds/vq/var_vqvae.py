@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cca_ds.planning.architecture import SCALES_256
+from cca_ds.models.var.model import SCALES_256
+from cca_ds.models.weight_files import KINDS, WeightsKind
 from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
-from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
+from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid
 
 _RESIDUAL_BLOCKS = 2  # of a level of the encoder; the decoder has one more
@@ -190,3 +191,21 @@ class VARTokenizer(LearnedTokenizer):
         sum_BZhh, quantizer_loss = self.quantize.straight_through(self.features(images_BIHW), commitment)
         reconstruction_BIHW = self.decode_features(sum_BZhh)
         return F.mse_loss(reconstruction_BIHW, images_BIHW) + quantizer_loss, reconstruction_BIHW
+
+
+TOKENIZERS.register(
+    TokenizerSpec(
+        name="var-vqvae",
+        build=VARTokenizer,
+        needs_weights=True,
+        family="var",
+        weights=KINDS.register(
+            WeightsKind(
+                name="VAR's tokenizer",
+                marker="quantize.quant_resi.qresi_ls.0.weight",
+                counted=frozenset({"quantize.ema_vocab_hit_SV"}),
+                sizes={"quantize.embedding.weight": (0, "codes in the codebook")},
+            )
+        ),
+    )
+)

@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 from cca_ds import export as entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
+from cca_ds.checkpoints.run_weights import join_shards
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.config.recipes import load_recipe
 from cca_ds.models import create_model, load_weights, read_weights
-from cca_ds.training.ema import join_shards
 from tests.support.trained_run import DECAY, trained_run
 
 BASE = Path(__file__).parents[2] / "cca_ds" / "assets" / "digits_base.safetensors"

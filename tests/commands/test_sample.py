@@ -17,12 +17,11 @@ from torch.nn.functional import interpolate
 from cca_ds import files
 from cca_ds import sample as entry
 from cca_ds.config.recipes import load_recipe
-from cca_ds.config.schema import RunConfig
 from cca_ds.metrics.images import open_images
-from cca_ds.models import create_model, load_weights, save_weights
+from cca_ds.models import FAMILIES, create_model, load_weights, save_weights
 from cca_ds.reporting.score_report import sampler_settings
-from cca_ds.sampling import generate, sampler
-from cca_ds.sampling.image_folder import SampleFolder, SamplesError, to_pixels, wanted_images
+from cca_ds.sampling import drawing, generate
+from cca_ds.sampling.image_folder import SampleFolder, SamplesError, image_indices, to_pixels
 from cca_ds.vq import create_tokenizer
 from tests.support.trained_run import REPOSITORY, trained_run
 
@@ -123,7 +122,7 @@ def test_the_batch_does_not_matter(drawn, small, tmp_path, size):
 
 
 def test_interrupted_and_continued(drawn, small, tmp_path, monkeypatch, capsys):
-    real, calls = sampler.generate, []
+    real, calls = drawing.generate, []
 
     def counted(model, labels_B, **settings):
         if len(calls) == 3:
@@ -131,10 +130,10 @@ def test_interrupted_and_continued(drawn, small, tmp_path, monkeypatch, capsys):
         calls.append(settings["image_indices_B"])
         return real(model, labels_B, **settings)
 
-    monkeypatch.setattr(sampler, "generate", counted)
+    monkeypatch.setattr(drawing, "generate", counted)
     batches = [*small, "--set", "sampling.batch_size=4"]
     assert sample(tmp_path / "s", *batches, "--npz") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command draws the rest" in capsys.readouterr().err
     assert len(hashes(tmp_path / "s")) == 12 and not (tmp_path / "s" / "samples.npz").exists()
     next((tmp_path / "s").rglob("000005.png")).unlink()
     calls.clear()
@@ -274,8 +273,8 @@ def test_rounding_is_the_familys():
     x = images_BCHW.flatten().double().numpy()
     llamagen = np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
     var = (np.clip((x + 1) / 2, 0, 1) * 255).astype(np.uint8)
-    assert to_pixels(images_BCHW, "llamagen").flatten().tolist() == llamagen.tolist()
-    assert to_pixels(images_BCHW, "var").flatten().tolist() == var.tolist()
+    assert to_pixels(images_BCHW, FAMILIES["llamagen"].pixel_shift).flatten().tolist() == llamagen.tolist()
+    assert to_pixels(images_BCHW, FAMILIES["var"].pixel_shift).flatten().tolist() == var.tolist()
     assert llamagen.tolist() != var.tolist()
 
 
@@ -286,17 +285,17 @@ def test_resizing_is_bicubic_without_antialiasing():
 
     images_BCHW = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     codes_BL = torch.zeros(2, 4, dtype=torch.int64)
-    found = sampler.decode(Fixed(), codes_BL, 8)
+    found = drawing.decode(Fixed(), codes_BL, 8)
     assert torch.equal(found, interpolate(images_BCHW, (8, 8), mode="bicubic", antialias=False))
-    assert torch.equal(sampler.decode(Fixed(), codes_BL, 12), images_BCHW)
+    assert torch.equal(drawing.decode(Fixed(), codes_BL, 12), images_BCHW)
     assert not torch.allclose(found, interpolate(images_BCHW, (8, 8), mode="bicubic", antialias=True))
 
 
-def test_wanted_images():
-    assert wanted_images(2, 3) == [0, 1, 2, 3, 4, 5]
-    assert wanted_images(2, 3, [2, 0]) == [0, 2, 3, 5]
+def test_image_indices():
+    assert image_indices(2, 3) == [0, 1, 2, 3, 4, 5]
+    assert image_indices(2, 3, [2, 0]) == [0, 2, 3, 5]
     with pytest.raises(SamplesError, match="classes 0 to 2"):
-        wanted_images(1, 3, [-1])
+        image_indices(1, 3, [-1])
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
@@ -322,10 +321,11 @@ def test_unwritable_output_is_one_line(tmp_path, capsys):
 
 
 def test_lambda_of_a_conditioned_model():
-    def of(*overrides: str) -> RunConfig:
-        return load_recipe("digits", ["loss.lambda=10", *overrides])
+    def log_lambda(*overrides: str) -> float | None:
+        run = load_recipe("digits", ["loss.lambda=10", *overrides])
+        lambda_ = drawing.sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning)
+        return drawing.draw_settings(run.sampling, lambda_)["log_lambda"]
 
-    assert sampler.log_lambda(of()) is None
-    assert sampler.log_lambda(of("model.lambda_conditioning=true")) == pytest.approx(np.log(10))
-    told = of("model.lambda_conditioning=true", "sampling.lambda=300")
-    assert sampler.log_lambda(told) == pytest.approx(np.log(300))
+    assert log_lambda() is None
+    assert log_lambda("model.lambda_conditioning=true") == pytest.approx(np.log(10))
+    assert log_lambda("model.lambda_conditioning=true", "sampling.lambda=300") == pytest.approx(np.log(300))

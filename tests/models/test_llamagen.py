@@ -224,7 +224,7 @@ def test_a_shape_that_cannot_be_is_refused_in_one_line(overrides, message):
 def test_names_that_users_know():
     assert model_config("GPT-3B") == model_config("llamagen-3b") == model_config("c2i_3B")
     assert model_config("llamagen-b", sequence_length=256).grid_size == 16
-    with pytest.raises(ValueError, match="model 'llamagen-3d' is unknown: did you mean llamagen-"):
+    with pytest.raises(ValueError, match="llamagen-3d: no such model; did you mean llamagen-"):
         create_model("llamagen-3d")
     with pytest.raises(ValueError, match="choose one of llamagen-b, "):
         create_model("resnet")

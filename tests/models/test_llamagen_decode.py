@@ -8,7 +8,7 @@ from torch import nn
 from cca_ds.models import LlamaGenConfig, create_model, load_weights
 from cca_ds.models.llamagen import decode
 from cca_ds.sampling import generate
-from cca_ds.sampling.guidance import Draw, guide, image_uniforms
+from cca_ds.sampling.guidance import Draw, image_uniforms
 
 TINY = LlamaGenConfig(n_layer=2, n_head=4, dim=64, vocab_size=64, sequence_length=16, num_classes=10)
 
@@ -43,7 +43,7 @@ def slow_reference(model, labels, scales, uniforms, draw):
     null = torch.full_like(labels, model.null_class)
     for step, scale in enumerate(scales):
         cond, uncond = (model.logits(codes, wanted)[:, step] for wanted in (labels, null))
-        codes[:, step] = draw(guide(cond, uncond, scale), uniforms[:, step])
+        codes[:, step] = draw(cond, uncond, scale, uniforms[:, step])
     return codes
 
 

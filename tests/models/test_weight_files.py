@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from cca_ds.models import (
+    FAMILIES,
     LlamaGenConfig,
     WeightsError,
     check_weights,
@@ -20,7 +21,7 @@ from cca_ds.models import (
     save_weights,
 )
 from cca_ds.models.model_card import model_card
-from cca_ds.models.weights import _var_masks
+from cca_ds.models.var import masks
 
 TINY = LlamaGenConfig(n_layer=2, n_head=4, dim=64, vocab_size=64, sequence_length=16, num_classes=10)
 
@@ -138,7 +139,7 @@ def test_a_view_is_saved_without_what_is_behind_it(tmp_path):
 
 def test_safetensors_carry_metadata_and_a_model_card(tmp_path):
     model = random_model()
-    card = model_card("digits-cca", "llamagen", "digits_base", "name: digits\n", {"fid": 1.25})
+    card = model_card("digits-cca", FAMILIES["llamagen"], "digits_base", "name: digits\n", {"fid": 1.25})
     save_weights(
         model, tmp_path / "a.safetensors", metadata={"recipe": "name: digits", "step": "56"}, model_card=card
     )
@@ -149,7 +150,7 @@ def test_safetensors_carry_metadata_and_a_model_card(tmp_path):
     text = (tmp_path / "README.md").read_text()
     for part in ("license: mit", "base_model: digits_base", "2410.09347", "name: digits", "| fid | 1.25 |"):
         assert part in text
-    assert "Metrics" not in model_card("x", "var", "var_d16", "name: x")
+    assert "Metrics" not in model_card("x", FAMILIES["var"], "var_d16", "name: x")
 
 
 def test_lambda_embedding_is_saved_and_a_base_model_fits_under_it(golden, tmp_path):
@@ -327,6 +328,5 @@ def test_sharded_parameters_are_checked_by_their_full_shape():
 
 def test_var_masks_equal_the_recorded_ones(golden, golden_configs):
     recorded = torch.load(golden / "var_depth2.pth", weights_only=True)
-    masks = _var_masks(golden_configs["var"]["patch_nums"])
-    for key, value in masks.items():
+    for key, value in masks(golden_configs["var"]["patch_nums"]).items():
         assert torch.equal(value, recorded[key]) and value.dtype == recorded[key].dtype

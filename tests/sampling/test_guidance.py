@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cca_ds.models import FAMILIES
 from cca_ds.sampling.guidance import (
     describe_guidance,
     draw_codes,
@@ -28,16 +29,17 @@ def test_guided_logits_follow_the_papers_equation():
     cond, uncond = torch.randn(2, 3, 5, dtype=torch.float64).unbind()
     for scale in (0.3, 1.5, 7.0):
         torch.testing.assert_close(guide(cond, uncond, scale), cond + scale * (cond - uncond))
-        own = family_scale("llamagen", scale)
+        own = family_scale(FAMILIES["llamagen"], scale)
         torch.testing.assert_close(guide(cond, uncond, scale), uncond + own * (cond - uncond))
     assert guide(cond, uncond, 0.0) is cond
 
 
-def test_family_numbers():
-    assert (family_scale("llamagen", 0.5), family_scale("var", 0.5)) == (1.5, 0.5)
-    assert (paper_scale("llamagen", 4.0), paper_scale("var", 4.0)) == (3.0, 4.0)
-    assert describe_guidance("llamagen", 0.5) == "guidance s = 0.5 (LlamaGen's cfg-scale = 1.5)"
-    assert describe_guidance("var", 1.5) == "guidance s = 1.5 (VAR's cfg = 1.5)"
+def test_each_familys_own_number():
+    llamagen, var = FAMILIES["llamagen"], FAMILIES["var"]
+    assert (family_scale(llamagen, 0.5), family_scale(var, 0.5)) == (1.5, 0.5)
+    assert (paper_scale(llamagen, 4.0), paper_scale(var, 4.0)) == (3.0, 4.0)
+    assert describe_guidance(llamagen, 0.5) == "guidance s = 0.5 (LlamaGen's cfg-scale = 1.5)"
+    assert describe_guidance(var, 1.5) == "guidance s = 1.5 (VAR's cfg = 1.5)"
 
 
 def test_an_images_numbers_depend_on_its_seed_and_index_only():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cca_ds.vq import create_tokenizer
+from cca_ds.data.codes import CodeTable
+from cca_ds.vq import TOKENIZERS, create_tokenizer
 from cca_ds.vq.digits import load_digit_images
 
 
@@ -33,6 +34,19 @@ def test_every_code_is_a_grey_level_of_its_own(tokenizer):
     assert torch.equal(tokenizer.encode(images * 1.5), codes.new_tensor(
         [min(max(round(1.5 * level - 4), 0), 16) for level in range(17)]
     ).repeat(4)[:64][None])  # fmt: skip
+
+
+def test_its_built_in_table_is_written_once(tmp_path, tokenizer):
+    folder = TOKENIZERS["digits"].builtin_codes(tmp_path)
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    assert TOKENIZERS["digits"].builtin_codes(tmp_path) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == written
+    assert folder.name == f"digits-{tokenizer.hash()[:12]}" and list(tmp_path.iterdir()) == [folder]
+    table, (images, labels) = CodeTable.open(folder), load_digit_images()
+    codes, table_labels = table.take(np.arange(1797))
+    assert np.array_equal(codes, tokenizer.encode(images).numpy())
+    assert np.array_equal(table_labels, labels.numpy())
+    assert table.manifest.tokenizer_hash == tokenizer.hash()
 
 
 def test_its_numbers(tokenizer):

@@ -119,7 +119,7 @@ def test_bad_input_gets_one_line(tokenizer, golden, device):
             tokenizer.decode(torch.full((1, 16), code, device=device))
     with pytest.raises(ValueError, match="channels=33 must be a multiple of 32"):
         create_tokenizer("llamagen-vq16", channels=33)
-    with pytest.raises(ValueError, match="tokenizer 'vq8' is unknown"):
+    with pytest.raises(ValueError, match="vq8: no such name; known: digits, llamagen-vq16, var-vqvae"):
         create_tokenizer("vq8")
     with pytest.raises(WeightsError, match="holds VAR's tokenizer, but LlamaGen's tokenizer is asked for"):
         load_weights(tokenizer, golden / "var_vae_ch32.pth")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cca_ds.models.base import DrawCodes
 from cca_ds.models.llamagen.model import LlamaGen
 from cca_ds.ops.decoding import one_query_attention
-from cca_ds.sampling.guidance import Draw, guide
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [R, H, S, C]
 
@@ -25,11 +25,11 @@ def sample_raster(
     labels_B: Tensor,
     scales: Sequence[float],
     uniforms_BL: Tensor,
-    draw: Draw,
+    draw: DrawCodes,
     log_lambda_B: Tensor | None = None,
     cuda_graphs: bool = False,
 ) -> Tensor:
-    """Codes [B, L] int64. `scales` are the guidance s of each code, `uniforms_BL` the numbers that draw them.
+    """Codes [B, L] int64, one sampling step a code; arguments as in `models.base.Generate`.
 
     The unconditional half runs from the first code until the last guided one, and not at all when none is.
     """
@@ -47,9 +47,8 @@ def sample_raster(
             decode = decode.keep_rows(batch)
             x_RD = x_RD[:batch]
         logits_RV = decode(x_RD, step)
-        if step < guided_until:
-            logits_RV = guide(logits_RV[:batch].float(), logits_RV[batch:].float(), scales[step])
-        codes_B = draw(logits_RV, uniforms_BL[:, step])
+        uncond_BV = logits_RV[batch:] if step < guided_until else None
+        codes_B = draw(logits_RV[:batch], uncond_BV, scales[step], uniforms_BL[:, step])
         codes_BL[:, step] = codes_B
         if step + 1 < length:
             x_RD = model.tok_embeddings(codes_B if step >= guided_until else codes_B.repeat(2))

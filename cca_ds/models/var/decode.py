@@ -4,7 +4,7 @@ Keys and values of the coarser scales are kept; what the class determines (gates
 unconditional half of the batch runs only as long as a scale to come is guided, so never without guidance.
 
 Legend: B images, R rows (B, or 2 B with the unconditional half behind), S scales, L codes over all scales, l codes of
-one scale, V vocabulary, D width, H heads, C channels of a head.
+one scale, N = B l rows of a draw, V vocabulary, D width, H heads, C channels of a head.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cca_ds.models.base import DrawCodes
 from cca_ds.models.var.model import VAR
-from cca_ds.sampling.guidance import Draw, guide
 
 
 def sample_next_scale(
@@ -21,12 +21,14 @@ def sample_next_scale(
     labels_B: Tensor,
     scales: Sequence[float],
     uniforms_BL: Tensor,
-    draw: Draw,
+    draw: DrawCodes,
     log_lambda_B: Tensor | None = None,
+    cuda_graphs: bool = False,
 ) -> Tensor:
-    """Codes of all scales, [B, L] int64. `scales` are the guidance s of each scale, `uniforms_BL` draw the codes.
+    """Codes of all scales, [B, L] int64, one sampling step a scale; arguments as in `models.base.Generate`.
 
-    Raises ValueError when the model has no tokenizer.
+    Without CUDA graphs whatever `cuda_graphs`: every scale has its own shapes. Raises ValueError when the model has no
+    tokenizer.
     """
     pyramid = model.require_pyramid()
     batch = len(labels_B)
@@ -40,10 +42,12 @@ def sample_next_scale(
         if scale == guided_until:
             transformer.keep_rows(batch)
         seen_BlZ = pyramid.next_input(sum_BZhh, scale) if scale else None
-        # the head is not asked for an unconditional half that this scale does not use
+        # the head does not compute an unconditional half that this scale does not use
         logits_RlV = transformer.logits(scale, seen_BlZ, None if scales[scale] else batch)
-        logits_BlV = guide(logits_RlV[:batch], logits_RlV[batch:], scales[scale])
-        codes.append(draw(logits_BlV.flatten(0, 1), uniforms_BL[:, start:end].flatten()).view(batch, -1))
+        uncond_NV = logits_RlV[batch:].flatten(0, 1) if scales[scale] else None
+        uniforms_N = uniforms_BL[:, start:end].flatten()
+        codes_N = draw(logits_RlV[:batch].flatten(0, 1), uncond_NV, scales[scale], uniforms_N)
+        codes.append(codes_N.view(batch, -1))
         if end < model.sequence_length:
             sum_BZhh += pyramid.contribution(codes[-1], scale)
     return torch.cat(codes, dim=1)

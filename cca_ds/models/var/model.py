@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cca_ds.models.base import CodeModel
 from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
 from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedModulation
-from cca_ds.planning.architecture import SCALES_256
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of 256 px images, coarse to fine
 
 
 @dataclass(frozen=True)

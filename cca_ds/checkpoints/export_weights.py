@@ -1,0 +1,158 @@
+"""A run's policy as one file of weights, with the recipe in its header and a model card beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+import cca_ds
+from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
+from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
+from cca_ds.config.schema import Model, RunConfig
+from cca_ds.models import (
+    DTYPES,
+    CodeModel,
+    Family,
+    check_weights,
+    create_model,
+    expected_shapes,
+    family_of,
+    fix_lambda,
+    save_weights,
+)
+from cca_ds.models.model_card import model_card
+from cca_ds.models.weights import SAFETENSORS, layouts
+
+
+def export_weights(
+    folder: Path,
+    output: Path,
+    *,
+    checkpoint: Path | None = None,
+    layout: str = SAFETENSORS,
+    dtype: str = "fp32",
+    average: bool = False,
+    lambda_: float | None = None,
+    with_card: bool = False,
+    metrics: Path | None = None,
+) -> str:
+    """Write the weights of a run's checkpoint to a file, whole or not at all. Needs no ranks and no GPU.
+
+    Args:
+        folder: of the run.
+        output: the file.
+        checkpoint: of the run; None: its newest intact one.
+        layout: "safetensors" or a published layout of the model's family.
+        dtype: of the tensors in the file: "fp32", "bf16" or "fp16".
+        average: the policy's moving average instead of its last weights.
+        lambda_: fixes a lambda-conditioned model at this lambda, as an ordinary model.
+        with_card: write a model card, README.md, beside a safetensors file.
+        metrics: JSON report of `evaluate`, whose numbers go into the card.
+
+    Returns:
+        One line that describes what was written.
+
+    Raises:
+        ConfigError, before anything is read: settings that contradict each other or the run. CheckpointError,
+            WeightsError: weights that cannot be read or written.
+    """
+    _check_settings(folder, output, layout, lambda_, with_card, metrics)
+    run = recipe_of_run(folder)
+    family, scores = family_of(run.model.preset), _read_metrics(metrics) if metrics else None
+    _check_fit(layout, lambda_, run.model, family)
+    found = run_weights(folder, checkpoint, average)
+    module = _empty_module(run.model, run.model.lambda_conditioning)
+    expected = expected_shapes(module)
+    check_weights(expected, found.state, found.checkpoint)
+    state = {name: found.state[name] for name in expected if name in found.state}
+    if lambda_ is not None:
+        module, state = _empty_module(run.model, conditioned=False), fix_lambda(state, lambda_)
+    save_weights(
+        module, output, layout, state=state, dtype=DTYPES[dtype],
+        metadata=_metadata(run, found, dtype, average, lambda_),
+        model_card=_card(run, family, scores) if with_card else None,
+    )  # fmt: skip
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return (
+        f"{output}: {parameters / 1e6:.1f} M weights of {run.model.preset} after step {found.step} "
+        f"({layout}, {dtype}{', moving average' if average else ''}"
+        f"{f', lambda fixed at {lambda_:g}' if lambda_ is not None else ''})"
+    )
+
+
+def _check_settings(
+    folder: Path, output: Path, layout: str, lambda_: float | None, with_card: bool, metrics: Path | None
+) -> None:
+    """Raise ConfigError with all that the settings alone contradict."""
+    problems = []
+    if layout not in layouts():
+        problems.append(f"--layout {layout}: unknown; choose one of {', '.join(layouts())}")
+    if with_card and layout != SAFETENSORS:
+        problems.append(f"--model_card goes with --layout safetensors, not {layout}")
+    if metrics and not with_card:
+        problems.append("--metrics goes into the model card; give --model_card as well")
+    if lambda_ is not None and not 0.0 < lambda_ < float("inf"):
+        problems.append(f"--lambda {lambda_:g}: must be above 0")
+    if output.is_dir():
+        problems.append(f"--output {output}: is a folder; name the file to write in it")
+    if not folder.is_dir():
+        problems.append(f"--run {folder}: no such folder; name the one that train wrote (its --output)")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_fit(layout: str, lambda_: float | None, model: Model, family: Family) -> None:
+    """Raise ConfigError with all in which the settings contradict the run's model."""
+    problems, published = [], layout != SAFETENSORS
+    if published and layout not in family.layouts:
+        own = " or ".join([f"--layout {name}" for name in family.layouts] + [SAFETENSORS])
+        problems.append(f"--layout {layout}: {model.preset} is a {family.name} model; use {own}")
+    elif published and model.lambda_conditioning and lambda_ is None:
+        problems.append(
+            f"--layout {layout}: its program has no lambda-conditioned models; fix one with --lambda, "
+            "or use --layout safetensors"
+        )
+    if lambda_ is not None and not model.lambda_conditioning:
+        problems.append(f"--lambda {lambda_:g}: the run's model is not conditioned on lambda; leave it out")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _empty_module(model: Model, conditioned: bool) -> CodeModel:
+    """The recipe's model on the meta device, with or without its embedding of lambda: names and shapes, no memory."""
+    with torch.device("meta"):
+        return create_model(model.preset, **(model.shape if conditioned else model.overrides))
+
+
+def _metadata(
+    run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None
+) -> dict[str, str]:
+    """Entries of the safetensors header that describe how the weights were made."""
+    return {
+        **({"lambda": f"{lambda_:g}"} if lambda_ is not None else {}),
+        "recipe": dump_recipe(run),
+        "recipe_name": run.name,
+        "preset": run.model.preset,
+        "step": str(found.step),
+        "ema": str(average).lower(),
+        "dtype": dtype,
+        "cca_ds_version": cca_ds.__version__,
+    }
+
+
+def _card(run: RunConfig, family: Family, metrics: dict[str, float] | None) -> str:
+    base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
+    return model_card(run.name, family, base, dump_recipe(run), metrics)
+
+
+def _read_metrics(path: Path) -> dict[str, float]:
+    """Numbers of evaluate's JSON report. Raises ConfigError."""
+    try:
+        values = json.loads(path.read_text())["metrics"]
+        return {name: float(value) for name, value in values.items() if value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            [f"--metrics {path}: not a report that evaluate --output wrote ({error})"]
+        ) from None

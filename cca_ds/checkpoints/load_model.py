@@ -1,0 +1,127 @@
+"""A recipe's model and tokenizer with weights from a file or a run's folder, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cca_ds.checkpoints.run_weights import run_weights
+from cca_ds.cluster.collectives import on_first
+from cca_ds.cluster.launchers import Ranks
+from cca_ds.config.recipes import ConfigError, resolve_path
+from cca_ds.config.schema import Model, Tokenizer
+from cca_ds.models import (
+    DTYPES,
+    CodeModel,
+    WeightsError,
+    check_weights,
+    create_model,
+    expected_shapes,
+    load_weights,
+    state_hash,
+)
+from cca_ds.vq import TOKENIZERS, create_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are read: a file, or a run's folder with one of its checkpoints or its moving average."""
+
+    path: Path
+    checkpoint: Path | None = None
+    average: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Model and tokenizer on this rank's device, with the hashes of their weights (the model's on rank 0 only)."""
+
+    model: CodeModel
+    tokenizer: nn.Module
+    source: Source
+    weights_sha256: str
+    tokenizer_hash: str
+
+    def identity(self) -> dict[str, str]:
+        """What identifies the weights, for reports: path and hashes."""
+        return {
+            "weights": str(self.source.path),
+            "weights_sha256": self.weights_sha256,
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+
+
+def find_source(
+    weights: Path | None, checkpoint: Path | None, average: bool, model_section: Model, recipe: str
+) -> Source:
+    """The weights that the flags name, else the recipe's model.weights.
+
+    Args:
+        weights, checkpoint, average: of --weights, --checkpoint and --ema.
+        recipe: its name, for the message.
+
+    Raises:
+        ConfigError: neither names any.
+    """
+    path = weights or (model_section.weights and resolve_path(model_section.weights))
+    if not path:
+        raise ConfigError([f"--weights is missing: recipe {recipe} names no model.weights to draw from"])
+    return Source(Path(path).expanduser(), checkpoint, average)
+
+
+def load_model(
+    model_section: Model, tokenizer_section: Tokenizer, source: Source, ranks: Ranks, precision: str
+) -> LoadedModel:
+    """Read the weights on rank 0 and broadcast them; the model in eval mode and `precision`. Collective.
+
+    Args:
+        model_section: the recipe's `model`: preset and overrides.
+        tokenizer_section: the recipe's `tokenizer`.
+        precision: "fp32", "bf16" or "fp16".
+
+    Raises:
+        ValueError: a tokenizer without weights, or not the model's; WeightsError, CheckpointError: weights that are
+            missing, damaged or of another shape. On every rank.
+    """
+    name, weights = tokenizer_section.name, tokenizer_section.weights
+    if TOKENIZERS[name].needs_weights and weights is None:
+        raise ValueError(f"tokenizer.weights is missing: --set tokenizer.weights=FILE ({name}'s)")
+    path = resolve_path(weights) if weights else None
+    tokenizer = create_tokenizer(name, weights=path, **tokenizer_section.options)
+    with torch.device(ranks.device):  # random weights of 3 B parameters take a CPU half a minute
+        model = create_model(model_section.preset, tokenizer, **model_section.shape)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"tokenizer {name} has {tokenizer.vocab_size} codes, model {model_section.preset} "
+            f"{model.vocab_size}: they do not belong together"
+        )
+    on_first(ranks, lambda: fill_module(model, source))
+    sha256 = state_hash(dict(model.named_parameters())) if ranks.rank == 0 else ""
+    if ranks.world_size > 1:
+        share_module(model)
+    model = model.to(ranks.device, DTYPES[precision]).eval()
+    return LoadedModel(model, tokenizer.to(ranks.device), source, sha256, tokenizer.hash())
+
+
+def fill_module(module: nn.Module, source: Source) -> None:
+    """Load a weights file, or a run's newest checkpoint, into `module`. Raises WeightsError, CheckpointError."""
+    if not source.path.is_dir():
+        if source.average or source.checkpoint:
+            raise WeightsError(
+                f"weights {source.path}: a file has neither an average nor checkpoints; name a run's folder"
+            )
+        load_weights(module, source.path)
+        return
+    found = run_weights(source.path, source.checkpoint, source.average)
+    check_weights(expected_shapes(module), found.state, found.checkpoint)
+    own = module.state_dict()
+    module.load_state_dict({name: value for name, value in found.state.items() if name in own}, strict=False)
+
+
+def share_module(module: nn.Module) -> None:
+    """Copy rank 0's weights to every rank; collective."""
+    for tensor in module.state_dict().values():
+        torch.distributed.broadcast(tensor, src=0)
