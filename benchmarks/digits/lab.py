@@ -24,7 +24,7 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import BatchPlan, Steps
 from cca_ds.data.codes import CodeTable, open_codes
 from cca_ds.metrics import frechet_distance, inception_score
-from cca_ds.metrics.features import class_accuracy, digits_classifier
+from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate

@@ -16,7 +16,6 @@ from cca_ds.metrics.inception import (
     InceptionWeightsError,
     load_inception,
     resize_like_tensorflow,
-    sha256_of,
 )
 
 
@@ -126,8 +125,3 @@ def test_other_files_are_refused_in_one_line(tmp_path, weights_file):
         with pytest.raises(InceptionWeightsError, match=part) as error:
             load_inception(tmp_path / name)
         assert "\n" not in str(error.value)
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

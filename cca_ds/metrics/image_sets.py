@@ -15,6 +15,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cca_ds.files import file_hash
 from cca_ds.metrics.frechet import FeatureStatistics
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -106,8 +107,7 @@ class NpzImages:
                 yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
 
     def sha256(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(self.path)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[IO[bytes]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cca_ds.metrics.images import ImagesError, open_images, read_statistics
+from cca_ds.metrics.image_sets import ImagesError, open_images, read_statistics
 from tests.support.evaluate_run import run
 
 
