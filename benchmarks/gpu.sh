@@ -35,7 +35,7 @@ within 150 "$python" -m pytest -q -m "gpu and not slow" tests || tests=failed
 
 memcheck="compute-sanitizer is not installed"
 if command -v compute-sanitizer >/dev/null; then
-  within 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/test_likelihood.py \
+  within 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/likelihood \
     -k "edges or not_finite or outside or non_contiguous or test_linear" >"$scratch/memcheck.log" 2>&1
   code=$?
   case $code in
@@ -49,7 +49,7 @@ fi
 # steps and images of the two largest models; what was measured before the time was up is kept.
 benchmark() {
   local name=$1
-  within "$2" "$python" "benchmarks/$name.py" --output "$scratch" "${@:3}" >"$scratch/$name.log" 2>&1 && return
+  within "$2" "$python" "benchmarks/speed/$name.py" --output "$scratch" "${@:3}" >"$scratch/$name.log" 2>&1 && return
   echo "gpu.sh: $name failed or ran out of time" >&2
   tail -n 20 "$scratch/$name.log" >&2
   tests=failed
