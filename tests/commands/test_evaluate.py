@@ -1,4 +1,4 @@
-"""The evaluation's entry: numbers, cache, ranks, reports and the errors a user meets."""
+"""The evaluate command: numbers, cache, ranks, reports and errors."""
 
 import json
 import os
@@ -132,8 +132,8 @@ def test_scores_against_stored_statistics_equal_those_against_images():
     assert "no precision and recall" in against_statistics.notes[0]
 
 
-def test_images_in_the_order_of_classes_are_said():
-    """Parts of 5,000 then hold few classes each, and the inception score falls."""
+def test_images_in_the_order_of_classes_get_a_note():
+    """Splits of 5,000 then hold few classes each, and the inception score is lower."""
     by_class, mixed = np.repeat(np.arange(100), 60), np.tile(np.arange(100), 60)
     assert "order of their classes" in order_note(by_class)[0]
     sure = np.eye(100)
@@ -142,7 +142,7 @@ def test_images_in_the_order_of_classes_are_said():
         assert order_note(fine) == []
 
 
-def test_fewer_images_than_features_is_said(digits, tmp_path, capsys):
+def test_fewer_images_than_features_get_a_note(digits, tmp_path, capsys):
     np.savez(tmp_path / "few.npz", digit_pixels(digits[0][:40]))
     code, out, _ = run(capsys, tmp_path / "few.npz")
     assert code == 0
@@ -154,7 +154,7 @@ def test_fewer_images_than_features_is_said(digits, tmp_path, capsys):
 
 
 def test_inception_recipe_scores_an_archive_against_a_reference_with_statistics(tmp_path, capsys):
-    """A random network and a reference as ADM publishes them: images, of which precision comes, and statistics.
+    """A random network and a reference like ADM's: images, for precision and recall, and statistics.
 
     Stored are mean 0 and covariance 1, so that FID is |m|^2 + tr S + D - 2 tr S^(1/2) of the drawn features.
     """

@@ -20,7 +20,7 @@ from cca_ds.metrics.inception import (
 
 
 def ruled_weight(key: str, shape: torch.Size) -> torch.Tensor:
-    """The weights of the recording: drawn from a generator seeded by the key, so that no file has to hold them."""
+    """The recording's weights: drawn from a generator seeded by the key, so that no file is needed."""
     random = np.random.default_rng(zlib.crc32(key.encode()))
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
@@ -95,13 +95,13 @@ def test_resize_by_hand():
         torch.zeros(3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused(images):
+def test_other_tensors_than_uint8_batches_are_refused(images):
     with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\]"):
         InceptionFID()(images)
 
 
 @pytest.mark.parametrize("path", [None, "missing.pth"])
-def test_missing_weights_say_where_to_get_them(path, tmp_path):
+def test_error_for_missing_weights_has_the_download_address(path, tmp_path):
     with pytest.raises(InceptionWeightsError) as error:
         load_inception(path and tmp_path / path)
     message = str(error.value)
