@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh [python]
 #
 # Writes benchmarks/results/<device>-<date>.json (and .md) with the commit. Exits non-zero when the build or a test fails;
-# the benchmarks run all the same after a failed test, and the file says so.
+# the benchmarks run all the same after a failed test, and the result file records the failure.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${1:-python}

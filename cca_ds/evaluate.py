@@ -49,10 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for input that cannot be scored, 1 for a failure; each error is one line on stderr."""
     arguments = parse(argv)
-    if arguments.report:
-        return run_command("evaluate", lambda: write_page(Path(arguments.report).expanduser()))
 
     def work() -> None:
+        if arguments.report:
+            from cca_ds.reporting.page import write_report
+
+            return print(write_report(Path(arguments.report).expanduser()))
         run = recipe_from_arguments(arguments)
         report = evaluate(
             run,
@@ -67,13 +69,6 @@ def main(argv: list[str] | None = None) -> int:
             publish(report, arguments.format, arguments.output and Path(arguments.output).expanduser())
 
     return run_command("evaluate", work)
-
-
-def write_page(folder: Path) -> None:
-    """Write the report page of a run's folder and print its path."""
-    from cca_ds.reporting.page import write_report
-
-    print(write_report(folder))
 
 
 def evaluate(

@@ -123,9 +123,8 @@ class ScoringNetwork:
     classes_are_labels: bool = False
 
 
-NETWORKS: Registry[ScoringNetwork] = Registry(
-    "tokenizer.name"
-)  # of tokenizers whose images Inception cannot judge
+# of tokenizers whose images are not scored by Inception
+NETWORKS: Registry[ScoringNetwork] = Registry("tokenizer.name")
 NETWORKS.register(
     ScoringNetwork(
         "digits",

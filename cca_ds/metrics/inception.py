@@ -147,7 +147,7 @@ class InceptionFID(nn.Module):
 
 
 def load_inception(weights: str | Path | None, device: str | torch.device = "cpu") -> InceptionFID:
-    """The network with the weights of the file; nothing is ever fetched.
+    """The network with the weights of a local file.
 
     Raises InceptionWeightsError, one line, when the file is missing or its keys or shapes are not the
     network's.

@@ -51,7 +51,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
     path = folder / "images.npz"
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     if kind == "missing":
-        return folder / "nothing"
+        return folder / "missing"
     if kind == "empty folder":
         return folder
     if kind == "mixed sizes":
