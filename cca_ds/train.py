@@ -12,98 +12,97 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from cca_ds.config.deepspeed_file import conflicts, read_ds_config
-from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
+from cca_ds.cluster.failures import run_command
 
-if TYPE_CHECKING:
-    from cca_ds.training.session import Session
+if TYPE_CHECKING:  # annotations only: --help imports neither torch nor deepspeed
+    from cca_ds.training.run import Run
 
 
-def train(session: Session) -> bool:
-    """Run the steps that are left. True when all are done, False when a signal ended them early."""
-    policy, objective = session.policy, session.objective
-    for step, batches in session.batches():
-        sums, logps = session.zero_sums(), []
-        for batch in (batch.to(session.device) for batch in batches):
-            inputs = objective.stacked(batch)  # [chosen, rejected]
-            reference_logp = session.reference_logp(batch, inputs)
-            policy_logp = policy(*inputs)
-            loss, batch_sums = objective(policy_logp, reference_logp, batch)
+def train(run: Run) -> bool:
+    """Take the steps that are left. True when all are done, False when a signal ended them early."""
+    inputs, engines, progress = run.inputs, run.engines, run.progress
+    policy, objective = engines.policy, engines.objective
+    for step, batches in run.reader.steps(progress.step):
+        sums, logps = engines.zero_sums(), []
+        for batch in (batch.to(engines.device) for batch in batches):
+            loss, batch_sums, policy_logp = engines.forward(batch)
             policy.backward(loss)
             sums += batch_sums
-            logps.append(policy_logp.detach())
-        sums, stopping = session.sum_over_ranks(sums)
-        session.require_finite(step, sums, batches, logps)
-        done = step + 1
-        session.report(done, sums, session.optimizer_step(step))
-        if session.samples_due(done):
-            session.draw_samples(done)
-        if stopping or session.checkpoints.due(done, session.steps):
-            session.save(done, wait=stopping or done == session.steps)
-        if stopping and done < session.steps:
-            session.say_stopped(done)
+            logps.append(policy_logp)
+        sums, stopping = run.coordinator.sum_over_ranks(sums)
+        engines.require_finite(step, sums, batches, logps, run.coordinator.ranks)
+        done = progress.record(sums, run.optimizer_step(step), objective.compared)
+        run.coordinator.beat(done)
+        if run.grids.due(done):
+            run.grids.draw(policy, done)
+        if stopping or run.checkpoints.due(done, inputs.steps):
+            run.checkpoints.save(policy, done, wait=stopping or done == inputs.steps)
+        if stopping and done < inputs.steps:
+            progress.say_stopped()
             return False
     return True
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; `--help` imports neither torch nor deepspeed."""
+    """The command line."""
+    from cca_ds.config.recipes import add_recipe_arguments
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--ds_config",
         "--deepspeed_config",
         required=True,
         help="DeepSpeed's JSON, e.g. ds_configs/zero3.json",
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--output", help="the run's folder (default: runs/RECIPE)")
-    parser.add_argument(
-        "--resume", default="auto", help="auto, never, or a checkpoint's folder (default: auto)"
-    )
-    parser.add_argument(
+    add("--output", help="the run's folder (default: runs/RECIPE)")
+    add("--resume", default="auto", help="auto, never, or a checkpoint's folder (default: auto)")
+    add(
         "--dry_run",
         action="store_true",
         help="print configuration, parameters, memory and steps; train nothing",
     )
-    parser.add_argument(
+    add(
         "--cache_reference",
         action="store_true",
         help="only compute the reference's log-likelihoods of the run",
     )
-    parser.add_argument(
-        "--produce_reference", action="store_true", help="compute them ahead of trainers that are running"
-    )
-    parser.add_argument(
-        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
-    )  # the deepspeed launcher's
+    add("--produce_reference", action="store_true", help="compute them ahead of trainers that are running")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the run is finished or was stopped with a checkpoint, 2 for bad input, 1 for a failure."""
-    arguments = parse(argv)
-    try:
-        run = recipe_from_arguments(arguments)
-        ds = read_ds_config(arguments.ds_config)
-        if problems := conflicts(ds, run, arguments.ds_config):
-            raise ConfigError(problems)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command("train", lambda: start(parse(argv)))
+
+
+def start(arguments: argparse.Namespace) -> int | None:
+    """Check the configuration, then describe the run, fill its reference's cache, or train."""
+    from cca_ds.config.deepspeed_file import conflicts, read_ds_config
+    from cca_ds.config.recipes import ConfigError, recipe_from_arguments
+    from cca_ds.training.checks import recipe_problems
+
+    run = recipe_from_arguments(arguments, recipe_problems)
+    ds = read_ds_config(arguments.ds_config)
+    if problems := conflicts(ds, run, arguments.ds_config):
+        raise ConfigError(problems)
     if arguments.dry_run:
         from cca_ds.planning.dry_run import describe
 
-        try:
-            print(describe(run, ds))
-        except ValueError as error:
-            print(f"config error: {error}", file=sys.stderr)
-            return 2
+        print(describe(run, ds))
         return 0
-    from cca_ds.training.run import train_command
+    from cca_ds.cluster.launch import choose_accelerator
 
-    return train_command(run, ds, arguments, train)
+    choose_accelerator()  # before the next line imports deepspeed
+    from cca_ds.training.run import fill_reference_cache, run_training
+
+    if arguments.cache_reference or arguments.produce_reference:
+        return fill_reference_cache(run, ds, ahead=arguments.produce_reference)
+    return run_training(run, ds, arguments.output, arguments.resume, train)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,12 @@ Letters: B pairs of a micro-batch; L codes per image. Stacked tensors are [2B]: 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from cca_ds.alignment import losses
+from cca_ds.alignment.losses import LOSSES
 from cca_ds.config.schema import Loss
 from cca_ds.data.batches import MicroBatch
-
-_CONTRASTIVE = {"cca": losses.cca_loss, "dpo": losses.dpo_loss, "unlearning": losses.unlearning_loss}
 
 # Sums over pairs that `Objective` returns, in this order, so that one all-reduce serves them all.
 SUMS = (
@@ -33,50 +29,61 @@ SUMS = (
 
 
 class Objective:
-    """Loss of a recipe's `loss` section.
+    """The loss of a recipe's `loss` section, as micro-batches give it.
 
     Args:
-        settings: name, beta and lambda.
-        lambda_conditioned: lambda is each pair's own (Table 5) and is given to the model.
+        settings: name, beta, lambda and the loss's own options.
+        lambda_conditioned: lambda is each pair's own (Table 5) and is an input of the model.
+
+    Raises:
+        UnknownVariant: a loss that is not registered.
     """
 
     def __init__(self, settings: Loss, lambda_conditioned: bool = False):
-        self.settings = settings
+        self.spec = LOSSES[settings.name]
+        self.beta, self.lambda_ = settings.beta, settings.lambda_
+        self.options = {**self.spec.options, **settings.options}
         self.lambda_conditioned = lambda_conditioned
-        self.contrastive = settings.name != "mle"
+
+    @property
+    def compared(self) -> bool:
+        """Whether chosen and rejected sequences are compared to the reference, which gives the reward tags."""
+        return self.spec.needs_reference and bool(self.spec.negatives)
 
     def stacked(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Arguments of the forward: codes [2B, L], labels [2B] (and log lambda [2B]), [chosen, rejected].
+        """Inputs of the forward: codes [R, L], labels [R] (and log lambda [R]).
 
-        Maximum likelihood has the chosen half only.
+        R is 2B, [chosen, rejected]; a loss without negatives has the B chosen rows only.
         """
-        twice = (lambda t: torch.cat([t, t])) if self.contrastive else (lambda t: t)
-        labels = [batch.positive_labels_B] + [batch.negative_labels_B] * self.contrastive
-        extra = (twice(batch.log_lambda_B),) if self.lambda_conditioned else ()
-        return (twice(batch.codes_BL), torch.cat(labels), *extra)
+        rows = self.spec.rows_per_pair
+        labels = [batch.positive_labels_B, batch.negative_labels_B][:rows]  # [chosen, rejected]
+        extra = (batch.log_lambda_B.repeat(rows),) if self.lambda_conditioned else ()
+        return (batch.codes_BL.repeat(rows, 1), torch.cat(labels), *extra)
 
     def __call__(
         self, policy_logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            policy_logp: [2B] float32 with gradient ([B] for maximum likelihood).
-            reference_logp: [2B] float32, or None for maximum likelihood.
+            policy_logp: [R] float32 with gradient, in the order of `stacked`.
+            reference_logp: [R] float32, or None where the loss needs none.
 
         Returns:
             The loss summed over the B pairs, and `SUMS` as a detached float64 vector.
         """
-        lambda_ = batch.log_lambda_B.exp() if self.lambda_conditioned else self.settings.lambda_
-        if not self.contrastive:
-            loss = losses.mle_loss(policy_logp, reduction="sum") * batch.weight
-            return loss, self._sums(loss, policy_logp, None, batch)
-        assert reference_logp is not None
-        policy, reference = policy_logp.chunk(2), reference_logp.chunk(2)  # [chosen, rejected]
-        loss_function = _CONTRASTIVE[self.settings.name]
-        loss = batch.weight * loss_function(
-            *policy, *reference, batch.positive_mask_B, self.settings.beta, lambda_, reduction="sum"
-        )
-        return loss, self._sums(loss, policy[0], (policy_logp - reference_logp).detach(), batch)
+        spec = self.spec
+        policy = policy_logp.chunk(spec.rows_per_pair)  # [chosen, rejected]
+        inputs: list[Tensor] = [*policy]
+        if spec.needs_reference:
+            assert reference_logp is not None
+            inputs += reference_logp.chunk(spec.rows_per_pair)
+        settings = {}
+        if spec.negatives:
+            lambda_ = batch.log_lambda_B.exp() if self.lambda_conditioned else self.lambda_
+            settings = {"positive_mask": batch.positive_mask_B, "beta": self.beta, "lambda_": lambda_}
+        loss = batch.weight * spec.fn(*inputs, **settings, **self.options, reduction="sum")
+        log_ratio = (policy_logp - reference_logp).detach() if self.compared else None
+        return loss, self._sums(loss, policy[0], log_ratio, batch)
 
     @torch.no_grad()
     def _sums(self, loss: Tensor, policy_pos: Tensor, log_ratio: Tensor | None, batch: MicroBatch) -> Tensor:
@@ -85,7 +92,7 @@ class Objective:
             log_ratio.double().chunk(2) if log_ratio is not None else [loss.new_zeros(pairs).double()] * 2
         )
         contrasted, null = (~batch.positive_mask_B).double(), batch.null_mask_B.double()
-        beta = self.settings.beta
+        beta = self.beta
         values = {
             "pairs": torch.tensor(float(pairs)),
             "contrasted": contrasted.sum(),
@@ -102,19 +109,14 @@ class Objective:
         sums = torch.stack([values[name].double().to(loss.device) for name in SUMS])
         return sums * batch.weight if batch.weight else torch.zeros_like(sums)
 
-    def expected_initial_loss(self, contrasted: float) -> float:
-        """The loss at r = 0, where policy equals reference, of a batch with this share of true negatives."""
-        lambda_ = self.settings.lambda_
-        weight = contrasted * lambda_ + (1 - contrasted)  # of the second term
-        by_name = {
-            "cca": (1 + weight) * math.log(2) / max(lambda_, 1.0),
-            "dpo": math.log(2),
-            "unlearning": 0.0,
-        }
-        return by_name[self.settings.name]
+    def expected_initial_loss(self, contrasted: float) -> float | None:
+        """The loss where policy equals reference, of a batch with this share of true negatives; None if unknown."""
+        if self.spec.initial_loss is None or self.lambda_conditioned:
+            return None
+        return self.spec.initial_loss(contrasted, self.lambda_)
 
 
-def summarize(sums: Tensor, contrastive: bool = True) -> dict[str, float]:
+def summarize(sums: Tensor, compared: bool = True) -> dict[str, float]:
     """Means of a whole global batch from its summed `SUMS`, under preference tuning's usual names.
 
     chosen, rejected, margins and accuracies are means over pairs with a true negative,
@@ -122,7 +124,7 @@ def summarize(sums: Tensor, contrastive: bool = True) -> dict[str, float]:
     """
     s = dict(zip(SUMS, sums.tolist(), strict=True))
     means = {"loss": s["loss"] / s["pairs"], "nll_per_code": s["nll"] / s["pairs"]}
-    if contrastive and s["contrasted"]:
+    if compared and s["contrasted"]:
         n = s["contrasted"]
         means |= {
             "rewards/chosen": s["chosen"] / n,
@@ -132,6 +134,6 @@ def summarize(sums: Tensor, contrastive: bool = True) -> dict[str, float]:
             "logps/chosen": s["chosen_logps"] / n,
             "logps/rejected": s["rejected_logps"] / n,
         }
-    if contrastive and s["unconditional"]:
+    if compared and s["unconditional"]:
         means["rewards/unconditional"] = s["unconditional_rewards"] / s["unconditional"]
     return means

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: DeepSpeed's shards, the random state, and the average, in folders that are whole or absent.
+"""Checkpoints of a run: DeepSpeed's shards, the random state and the moving average.
 
-The protocol of the folders is `checkpoint_store.py`'s; DeepSpeed's own `latest` is never written.
+`store.py` makes their folders whole or absent; DeepSpeed's own `latest` is never written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import numpy as np
@@ -22,13 +22,36 @@ from torch.utils._pytree import tree_map
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.background_writer import BackgroundWriter
 from cca_ds.checkpoints.errors import CheckpointError, clear_errors
-from cca_ds.checkpoints.universal import load_universal
 from cca_ds.cluster.launchers import Ranks
 from cca_ds.config.schema import Checkpoint
-from cca_ds.training.policy import Policy
 
 TAG = "deepspeed"
 UNIVERSAL = "universal"
+
+
+class Averaged(Protocol):
+    """A moving average of weights, a shard a rank."""
+
+    shards: dict[str, Tensor]
+
+    def restore(self, shards: list[dict[str, Tensor]]) -> None:
+        """Continue from the shards of all ranks of the run that saved them."""
+        ...
+
+
+class Trained(Protocol):
+    """What is saved: a DeepSpeed engine with what it does not save itself (`training.trained.Policy`)."""
+
+    engine: deepspeed.DeepSpeedEngine
+    ema: Averaged | None
+
+    def scaling(self) -> dict[str, Any]:
+        """fp16's counts for the manifest; empty in another precision."""
+        ...
+
+    def repair_universal_state(self) -> None:
+        """Undo what reading a universal checkpoint does to the optimizer."""
+        ...
 
 
 class Checkpoints:
@@ -48,20 +71,20 @@ class Checkpoints:
         """Whether step `step` (1 after the first) is one to save."""
         return step % self.settings.every_steps == 0 or step == steps
 
-    def save(self, policy: Policy, step: int, wait: bool = False) -> None:
+    def save(self, trained: Trained, step: int, wait: bool = False) -> None:
         """Write the checkpoint of `step`; collective. Raises CheckpointError and leaves older ones as they are.
 
         Asynchronously, what is to be written is copied to host memory here and written by a thread; the next
         save, or `close`, waits for it and raises what went wrong. With `wait` the checkpoint is complete when this
-        returns, however it is written: for what is said of it next.
+        returns, however it is written.
         """
         self.close()
         partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier)
-        contents = _collect(policy, partial)
+        contents = _collect(trained, partial)
         contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.pt"))
-        if policy.average is not None:
-            contents.append((policy.average.shards, partial / f"average_rank_{self.ranks.rank:05d}.pt"))
-        metadata = self.metadata | policy.scaling()
+        if trained.ema is not None:
+            contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.pt"))
+        metadata = self.metadata | trained.scaling()
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
             on_host = [(_to_host(state), path) for state, path in contents]
@@ -72,10 +95,10 @@ class Checkpoints:
         if wait or not self.settings.asynchronous:
             self._settle()
 
-    def ensure(self, policy: Policy, step: int) -> None:
+    def ensure(self, trained: Trained, step: int) -> None:
         """Return when the checkpoint of `step` is complete; written now if it is not the newest; collective."""
         if step != self._newest:
-            self.save(policy, step, wait=True)
+            self.save(trained, step, wait=True)
         else:
             self._settle()
 
@@ -102,88 +125,94 @@ class Checkpoints:
             for converted in self.root.glob(f"step_*.{UNIVERSAL}"):  # for a start that is now behind us
                 shutil.rmtree(converted, ignore_errors=True)
 
-    def clean(self) -> None:
-        """Remove what killed writers left; on one rank, before any writes."""
-        store.clean_partials(self.root)
-
     def close(self) -> None:
         """Wait for what is still being written; raises CheckpointError where it failed."""
         if self._writer is not None:
             self._writer.wait()
 
-    def restore(self, policy: Policy, folder: Path) -> None:
-        """Continue from `folder`: bit for bit on as many ranks and at the same stage as it was written on."""
+    def to_resume(self, resume: str) -> Path | None:
+        """The checkpoint to continue from, found and verified by rank 0; None for a start from nothing; collective.
+
+        Args:
+            resume: "auto" takes the newest intact one, "never" none, a path that one.
+
+        Raises:
+            CheckpointError: the checkpoint that was named is damaged.
+        """
+        found: list[Path | None] = [None]
+        if self.ranks.rank == 0:
+            store.clean_partials(self.root)
+            if resume == "auto":
+                newest = store.newest_verified(self.root)
+                found = [newest[0] if newest else None]
+            elif resume != "never":
+                store.verify(Path(resume))
+                found = [Path(resume)]
+        deepspeed.comm.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def restore(self, trained: Trained, folder: Path) -> int:
+        """Continue from `folder`, bit for bit on as many ranks as it was written on; returns its step."""
         manifest = store.read_manifest(folder)
         if folder.resolve().parent == self.root.resolve():
             self._newest = manifest.step
-        universal = f"{folder.name}.{UNIVERSAL}"
         if self.is_native(manifest):
-            _let_deepspeed_load(policy, folder, folder, TAG)
+            _load_engine(trained, folder, folder, TAG)
             if manifest.world_size == self.ranks.world_size:
                 _set_random_state(_load(folder / f"random_rank_{self.ranks.rank:05d}.pt"))
-        elif self._deepspeed_reads_universal(manifest):
-            _let_deepspeed_load(policy, folder, folder.parent, universal)
-            policy.mend_universal_state()
         else:
-            taken = manifest.step - manifest.metadata.get("skipped_steps", 0)
-            load_universal(policy, folder.with_name(universal), taken)
-            policy.continue_after(manifest.step, manifest.metadata)
-        if policy.average is not None:
+            _load_engine(trained, folder, folder.parent, f"{folder.name}.{UNIVERSAL}")
+            trained.repair_universal_state()
+        if trained.ema is not None:
             shards = [_load(folder / f"average_rank_{r:05d}.pt") for r in range(manifest.world_size)]
-            policy.average.restore(shards)
+            trained.ema.restore(shards)
+        return manifest.step
 
     def is_native(self, manifest: store.Manifest) -> bool:
-        """Whether DeepSpeed can read the checkpoint as it stands."""
-        written, wanted = manifest.metadata.get("stage"), self.metadata["stage"]
-        # at stage 0 every rank holds all
-        return written == wanted and (wanted == 0 or manifest.world_size == self.ranks.world_size)
-
-    def _deepspeed_reads_universal(self, manifest: store.Manifest) -> bool:
-        return manifest.metadata.get("stage") == self.metadata["stage"] == 3
+        """Whether DeepSpeed reads the checkpoint as it is: the same ranks, or stage 0, where each holds all."""
+        return self.metadata["stage"] == 0 or manifest.world_size == self.ranks.world_size
 
     def prepare(self, folder: Path) -> bool:
-        """Convert a checkpoint of other ranks or another stage to DeepSpeed's universal form, once.
+        """Convert a checkpoint of another number of ranks to DeepSpeed's universal form, once; collective.
 
         Returns:
-            True if DeepSpeed is to read that form, of which `deepspeed.initialize` has to be told.
+            True if DeepSpeed will read that form, which `deepspeed.initialize` has to know.
 
         Raises:
-            CheckpointError: the checkpoint cannot be continued in this precision or at this stage.
+            CheckpointError: the checkpoint was written in another precision or at another ZeRO stage.
         """
         manifest = store.read_manifest(folder)
-        written, wanted = manifest.metadata.get("precision"), self.metadata["precision"]
-        if written != wanted:
-            raise CheckpointError(
-                f"checkpoint {folder}: was written in {written}, this run is in {wanted}; set precision={written}"
-            )
+        for key, setting in (("precision", "precision"), ("stage", "zero_optimization.stage")):
+            written, present = manifest.metadata.get(key), self.metadata[key]
+            if written != present:
+                raise CheckpointError(
+                    f"checkpoint {folder}: was written with {setting}={written}, this run has {present}; "
+                    f"set {setting}={written}, or start a new run from its weights (export, then model.weights=FILE)"
+                )
         if self.is_native(manifest):
             return False
-        if manifest.metadata.get("stage") == 0:
-            raise CheckpointError(
-                f"checkpoint {folder}: was written at ZeRO stage 0, which cannot be sharded; resume at stage 0"
-            )
         universal = folder.with_name(f"{folder.name}.{UNIVERSAL}")
         if self.ranks.rank == 0 and not universal.is_dir():
             _to_universal(folder / TAG, universal)
         deepspeed.comm.barrier()
-        return self._deepspeed_reads_universal(manifest)
+        return True
 
 
 class _Collector(TorchCheckpointEngine):
-    """Takes what DeepSpeed wants to write, without writing it."""
+    """Collects what DeepSpeed would write, without writing it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.contents: list[tuple[Any, Path]] = []
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Remember instead of writing."""
+        """Keep the state and its path instead of writing."""
         self.contents.append((state_dict, Path(path)))
 
 
-def _collect(policy: Policy, partial: Path) -> list[tuple[Any, Path]]:
+def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:
     """(state, path) of every file that DeepSpeed's `save_checkpoint` makes on this rank; collective."""
-    engine, collector = policy.engine, _Collector()
+    engine, collector = trained.engine, _Collector()
     usual, engine.checkpoint_engine = engine.checkpoint_engine, collector
     try:
         engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
@@ -192,12 +221,12 @@ def _collect(policy: Policy, partial: Path) -> list[tuple[Any, Path]]:
     return collector.contents
 
 
-def _let_deepspeed_load(policy: Policy, checkpoint: Path, folder: Path, tag: str) -> None:
+def _load_engine(trained: Trained, checkpoint: Path, folder: Path, tag: str) -> None:
     try:
-        path, _ = policy.engine.load_checkpoint(str(folder), tag=tag)
+        path, _ = trained.engine.load_checkpoint(str(folder), tag=tag)
     except (RuntimeError, KeyError, AssertionError) as error:  # another model's names or shapes
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"checkpoint {checkpoint}: does not fit this run's model ({told})") from error
+        cause = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {checkpoint}: does not fit this run's model ({cause})") from error
     if path is None:
         raise CheckpointError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
 

@@ -68,8 +68,9 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
         raise CheckpointError(
             f"checkpoint {checkpoint}: holds no moving average; a run keeps one when model.ema_decay is set"
         )
-    from cca_ds.checkpoints.deepspeed_state import consolidated_weights
-    from cca_ds.training.ema import join_shards  # both import deepspeed, which takes seconds
+    from cca_ds.checkpoints.deepspeed_state import (
+        consolidated_weights,  # imports deepspeed, which takes seconds
+    )
 
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it reads
         state = consolidated_weights(checkpoint)
@@ -99,3 +100,8 @@ def share_module(module: nn.Module) -> None:
     """Give rank 0's weights to every rank; collective."""
     for tensor in module.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)
+
+
+def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Flattened parameters out of the shards of rank 0, 1, ..., on the CPU."""
+    return {name: torch.cat([shard[name].cpu() for shard in shards]) for name in shards[0]}

@@ -120,8 +120,8 @@ def _out_of_memory(micro_size: int | None) -> str:
         return "out of memory; use a smaller batch, or a machine with more"
     if micro_size > 1:
         return (
-            f"out of memory with batch.micro_size={micro_size}; batch.micro_size={micro_size // 2} needs about half the "
-            "activations (the trajectory stays the same), as does model.activation_checkpointing=true"
+            f"out of memory with batch.micro_size={micro_size}; batch.micro_size={micro_size // 2} needs about half "
+            "the activations (the trajectory stays the same), as does model.activation_checkpointing=true"
         )
     return (
         "out of memory with batch.micro_size=1; set model.activation_checkpointing=true, use "

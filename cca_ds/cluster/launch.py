@@ -60,6 +60,14 @@ def find_ranks(environ: Mapping[str, str], cuda_devices: int | None = None) -> R
     return replace(ranks, device=_device(ranks, cuda_devices))
 
 
+def choose_accelerator() -> None:
+    """Set DS_ACCELERATOR=cpu where there is no GPU; DeepSpeed reads it when it is imported, and else warns."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, meeting_seconds: float = 300.0) -> Ranks:
     """Bring the ranks together and start DeepSpeed's communication: gloo on CPU, NCCL on CUDA.
 
@@ -93,6 +101,7 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, meeting_seconds: f
     # DeepSpeed insists that this one, where present, equals LOCAL_RANK
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
+    choose_accelerator()
     import deepspeed
     import torch
 

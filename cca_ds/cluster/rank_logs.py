@@ -13,14 +13,22 @@ from typing import IO, TextIO
 from cca_ds.cluster.launchers import Ranks
 
 _console: TextIO | None = None  # of a rank whose stderr is its log
+_log: TextIO | None = None  # this rank's file
 
 
-def tell(line: str) -> None:
-    """Say on stderr, and on the console too where stderr is a rank's log, what ended this rank."""
+def report_end(line: str) -> None:
+    """Print what ended this rank to stderr, and to the console too where stderr is the rank's log."""
     if _console is not None:
         _console.write(f"{line}\n")
-    with contextlib.suppress(OSError):  # the log may be on the disk that ended it
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
         print(line, file=sys.stderr, flush=True)
+
+
+def log_only(text: str) -> None:
+    """Append text to this rank's log, and to no console; without a log, do nothing."""
+    if _log is not None:
+        with contextlib.suppress(OSError):
+            _log.write(text)
 
 
 def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
@@ -34,6 +42,8 @@ def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
     path = Path(folder) / "logs" / f"rank_{ranks.rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", buffering=1, errors="replace")  # noqa: SIM115 - lives as long as the process
+    global _log
+    _log = file
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(
         f"=== {started} rank {ranks.rank} of {ranks.world_size} on {ranks.host}, pid {os.getpid()} ===\n"

@@ -10,37 +10,18 @@ import argparse
 import difflib
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cca_ds.config import original_names
 from cca_ds.config.schema import RunConfig
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
-
-# What users of the original programs type -> where it stands here.
-ORIGINAL_NAMES = {
-    "lambda_": "loss.lambda",
-    "beta": "loss.beta",
-    "loss_type": "loss.name",
-    "uncond_ratio": "loss.condition_mask_probability",
-    "ref_ckpt": "model.weights",
-    "code_path": "data.codes",
-    "data_path": "data.source",
-    "keep_dropout": "model.dropout",
-    "lr": "optimizer.learning_rate",
-    "tblr": "optimizer.learning_rate",
-    "global_batch_size": "batch.global_size",
-    "bs": "batch.global_size",
-    "epochs": "batch.epochs",
-    "ep": "batch.epochs",
-    "max_grad_norm": "optimizer.grad_clip",
-    "global_seed": "seed",
-}
-ORIGINAL_MODELS = {f"gpt-{size}": f"llamagen-{size}" for size in ("b", "l", "xl", "xxl", "3b")}
 
 
 class ConfigError(ValueError):
@@ -57,15 +38,24 @@ def recipe_names() -> list[str]:
 
 
 def canonical_recipe(name: str) -> str:
-    """`GPT-3B` -> `llamagen-3b`; names of our own come back in lower case where they are shipped."""
-    lowered = name.lower()
-    if lowered in ORIGINAL_MODELS:
-        return ORIGINAL_MODELS[lowered]
-    return lowered if (RECIPES / f"{lowered}.yaml").is_file() else name
+    """The shipped recipe that a name means ("GPT-3B" -> "llamagen-3b"); the name itself where there is none."""
+    for candidate in (name.lower(), original_names.canonical_model(name)):
+        if (RECIPES / f"{candidate}.yaml").is_file():
+            return candidate
+    return name
 
 
-def load_recipe(name_or_file: str = "digits", overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe, apply `a.b=c` overrides, check everything.
+Check = Callable[[RunConfig], list[str]]
+
+
+def load_recipe(
+    name_or_file: str = "digits", overrides: list[str] | None = None, check: Check | None = None
+) -> RunConfig:
+    """Read a recipe, apply `a.b=c` overrides, and check it.
+
+    Args:
+        check: further problems of a recipe that is well-formed, such as names of variants that nobody registered
+            (`training.checks.recipe_problems`); commands give it.
 
     Raises:
         ConfigError: with every problem found, not the first.
@@ -77,6 +67,7 @@ def load_recipe(name_or_file: str = "digits", overrides: list[str] | None = None
     run = _validate(tree, problems)
     if run is not None:
         problems.extend(_contradictions(run))
+        problems.extend(check(run) if check else [])
     if problems:
         raise ConfigError(problems)
     assert run is not None
@@ -116,7 +107,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe"
     )
     original.add_argument("--depth", type=int, help="16, 20, 24, 30: VAR's recipe of that depth")
-    for name, key in ORIGINAL_NAMES.items():
+    for name, key in original_names.KEYS.items():
         flags = (
             dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
             if name != "lambda_"
@@ -128,8 +119,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def recipe_from_arguments(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration that a parsed command line names.
+def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = None) -> RunConfig:
+    """The configuration that a parsed command line names, checked as in `load_recipe`.
 
     Raises:
         ConfigError: with every problem found.
@@ -139,9 +130,11 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> RunConfig:
         recipe = arguments.gpt_model
     if arguments.depth is not None:
         recipe = f"var-d{arguments.depth}"
-    given = {name: getattr(arguments, f"original_{name}") for name in ORIGINAL_NAMES}
-    translated = [f"{ORIGINAL_NAMES[name]}={value}" for name, value in given.items() if value is not None]
-    return load_recipe(recipe, translated + arguments.overrides)
+    given = {name: getattr(arguments, f"original_{name}") for name in original_names.KEYS}
+    translated = [
+        f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None
+    ]
+    return load_recipe(recipe, translated + arguments.overrides, check)
 
 
 def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -183,9 +176,9 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    key = ORIGINAL_NAMES.get(key, key)
+    key = original_names.KEYS.get(key, key)
     value = _number(value)
-    if key == "loss.name" and isinstance(value, str):
+    if key.endswith(".name") and isinstance(value, str):  # CCA's own script takes --loss_type CCA
         value = value.lower()
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -210,7 +203,25 @@ def _number(value: Any) -> Any:
     return [_number(item) for item in value] if isinstance(value, list) else value
 
 
+# keys that older versions wrote into a run's config.yaml, with the only value that is still taken
+_RETIRED: dict[str, Any] = {
+    "reference.tensor_parallel": 1,
+    "balance.slowdown": {},
+    "balance.slowdown_seconds": None,
+}
+
+
+def _drop_retired(tree: dict[str, Any]) -> None:
+    """Remove keys that no longer exist where they have the value that changes nothing."""
+    for key, neutral in _RETIRED.items():
+        section, leaf = key.split(".")
+        values = tree.get(section)
+        if isinstance(values, dict) and leaf in values and values[leaf] == neutral:
+            del values[leaf]
+
+
 def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
+    _drop_retired(tree)
     names = {key: tree.get(key) for key in ("name",) if key in tree}  # a name like 1e5 stays a string
     try:
         return RunConfig.model_validate({**_number(tree), **names})
@@ -241,34 +252,9 @@ def _nearest(word: str, known: list[str]) -> str:
 def _contradictions(run: RunConfig) -> list[str]:
     """What each value allows alone but not together."""
     found = []
-    reference, loss = run.reference, run.loss
-    if reference.dropout and reference.placement in ("cached", "streamed"):
-        found.append(
-            f"reference.dropout=true with reference.placement={reference.placement}: a stored log-likelihood "
-            "has one dropout mask only; use placement inference or zero3, or dropout=false"
-        )
-    if reference.placement in ("cached", "streamed") and loss.name != "mle" and not reference.cache:
-        found.append(f"reference.placement={reference.placement} needs reference.cache=FOLDER")
-    if reference.offload and reference.placement != "zero3":
-        found.append(f"reference.offload=true needs reference.placement=zero3, not {reference.placement}")
-    if reference.tensor_parallel > 1 and reference.placement != "inference":
-        found.append(
-            f"reference.tensor_parallel={reference.tensor_parallel} needs reference.placement=inference"
-        )
-    if reference.tensor_parallel > 1 and reference.dropout:
-        found.append(
-            f"reference.tensor_parallel={reference.tensor_parallel} with reference.dropout=true: the ranks' parts "
-            "would draw different masks; choose one"
-        )
-    if reference.tensor_parallel > 1 and run.model.preset.startswith("var"):
-        found.append(
-            f"reference.tensor_parallel={reference.tensor_parallel} splits LlamaGen only, not "
-            f"{run.model.preset}; use reference.placement=zero3"
-        )
     if run.batch.micro_size > run.batch.global_size:
         found.append(
-            f"batch.micro_size={run.batch.micro_size} is larger than "
-            f"batch.global_size={run.batch.global_size}"
+            f"batch.micro_size={run.batch.micro_size} is larger than batch.global_size={run.batch.global_size}"
         )
     if run.balance.mode == "given" and not run.balance.speeds:
         found.append("balance.mode=given needs balance.speeds={device, host or rank: pairs a second}")
@@ -277,6 +263,4 @@ def _contradictions(run: RunConfig) -> list[str]:
             f"balance.remeasure_every={run.balance.remeasure_every} needs balance.mode=measured, "
             f"not {run.balance.mode}"
         )
-    if run.model.lambda_conditioning and loss.name != "cca":
-        found.append(f"model.lambda_conditioning=true needs loss.name=cca, not {loss.name}")
     return found

@@ -5,17 +5,11 @@ Figures in the comments are the paper's (arXiv 2410.09347, Table 4).
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
-
-Probability = Field(ge=0.0, le=1.0)
-
-MODEL_PRESETS = (*LLAMAGEN_SHAPES, *VAR_SHAPES)
+from cca_ds.config.original_names import canonical_model
 
 
 class Section(BaseModel):
@@ -40,18 +34,13 @@ class Model(Section):
 
     @field_validator("preset")
     @classmethod
-    def _known_preset(cls, name: str) -> str:
-        """The originals' names are taken too: GPT-3B, d30."""
-        plain = re.sub(r"^(gpt|c2i)-", "llamagen-", name.strip().lower().replace("_", "-"))
-        plain = f"var-{plain}" if re.fullmatch(r"d\d+", plain) else plain
-        if plain not in MODEL_PRESETS:
-            near = difflib.get_close_matches(plain, MODEL_PRESETS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"no such model; did you mean {near}?")
-        return plain
+    def _canonical_preset(cls, name: str) -> str:
+        """The original programs' names are taken too: GPT-3B, d30."""
+        return canonical_model(name)
 
 
 class Tokenizer(Section):
-    name: Literal["digits", "llamagen-vq16", "var-vqvae"] = "digits"
+    name: str = "digits"  # one of vq.TOKENIZERS
     weights: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)  # channels, channel_multipliers, scales, ...
 
@@ -68,17 +57,17 @@ class Data(Section):
 
 
 class Loss(Section):
-    name: Literal["cca", "dpo", "unlearning", "mle"] = "cca"
+    name: str = "cca"  # one of alignment.losses.LOSSES
     beta: float = Field(default=0.02, gt=0.0)
     lambda_: float = Field(default=1000.0, ge=0.0, alias="lambda")
     condition_mask_probability: float = Field(default=0.1, ge=0.0, lt=1.0)
+    options: dict[str, float] = Field(default_factory=dict)  # the loss's own hyperparameters, by its record
 
 
 class Reference(Section):
-    placement: Literal["inference", "zero3", "cached", "streamed"] = "inference"
+    placement: str = "inference"  # one of reference.placements.PLACEMENTS
     weights: str | None = None  # None: the policy's own starting weights
     dropout: bool = False  # the public program's way, which runs its reference in training mode
-    tensor_parallel: int = Field(default=1, ge=1)
     offload: bool = False  # zero3 only: parameters wait in host memory
     cache: str | None = None  # folder of stored log-likelihoods (cached, streamed)
     batch_size: int = Field(default=64, ge=1)  # pairs a forward while caching or streaming
@@ -120,12 +109,8 @@ class Balance(Section):
     speeds: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)  # given: pairs a second
     micro_sizes: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)  # most pairs a forward
     remeasure_every: int | None = Field(default=None, ge=1)  # steps
-    # for tests and benchmarks: how many times slower a rank is made, and the seconds of a pair that are
-    # multiplied (None: measured)
-    slowdown: dict[str, Annotated[float, Field(ge=1.0)]] = Field(default_factory=dict)
-    slowdown_seconds: float | None = Field(default=None, gt=0.0)
 
-    @field_validator("speeds", "micro_sizes", "slowdown", mode="before")
+    @field_validator("speeds", "micro_sizes", mode="before")
     @classmethod
     def _names(cls, table: Any) -> Any:
         """YAML reads a rank's number as a number."""

@@ -2,8 +2,8 @@
 
     CACHE/key.json                what the numbers belong to; a run with another key is refused
     CACHE/shard_000012.arrow      steps 12 S to 13 S - 1: one row a pair, in the order of the global batch
-    CACHE/producers/*.json        who works on which shard, and when last heard of
-    CACHE/trainer.json            how far training has come, which bounds how far producers run ahead
+    CACHE/producers/*.json        who works on which shard, and the time of that report
+    CACHE/trainer.json            the step that training has reached, which bounds how far producers run ahead
 
 Letters: K pairs of a global batch, S steps of a shard, B pairs of a micro-batch.
 
@@ -29,29 +29,29 @@ from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
 from cca_ds.files import write_atomic
+from cca_ds.models.weights import state_hash
+from cca_ds.reference.base import ReferenceInputs
 
+COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
-_LOOK_SECONDS = 0.2
-_SPEAK_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_REPORT_SECONDS = 30.0
 
 
 class ReferenceCacheError(ValueError):
-    """A cache that belongs to another run, is damaged, or did not come in time."""
+    """A cache that belongs to another run or is damaged."""
 
 
-def state_hash(state: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes and float32 values of a state dict, in name order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+class ReferenceTimeout(ReferenceCacheError):
+    """A shard that did not come in time: producers may still be starting, so trying again can help."""
+
+    exit_code = 1
 
 
-def cache_key(run: RunConfig, table: CodeTable, weights: dict[str, Tensor], precision: str) -> dict[str, Any]:
-    """All that the stored numbers depend on: beta, lambda, loss and learning rate have no part in it."""
+def cache_key(run: RunConfig, table: CodeTable, weights_hash: str, precision: str) -> dict[str, Any]:
+    """All that the stored numbers depend on; beta, lambda, loss and learning rate do not change them."""
     return {
-        "reference": state_hash(weights),
+        "reference": weights_hash,
         "model": run.model.preset,
         "overrides": dict(run.model.overrides),
         "data": hashlib.sha256((table.folder / "manifest.json").read_bytes()).hexdigest(),
@@ -61,6 +61,20 @@ def cache_key(run: RunConfig, table: CodeTable, weights: dict[str, Tensor], prec
         "shard_steps": run.reference.shard_steps,
         "precision": precision,
     }
+
+
+def open_cache(inputs: ReferenceInputs) -> ReferenceCache:
+    """The cache of `reference.cache` for a run, whose key rank 0 computes; collective.
+
+    Raises:
+        ReferenceCacheError: the folder's numbers belong to another run.
+    """
+    run, ranks = inputs.run, inputs.coordinator.ranks
+    hashes = [state_hash(inputs.weights) if inputs.weights is not None else ""]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(hashes, src=0)
+    assert run.reference.cache is not None
+    return ReferenceCache(run.reference.cache, cache_key(run, inputs.table, hashes[0], inputs.precision))
 
 
 @dataclass(frozen=True)
@@ -128,52 +142,51 @@ class ReferenceCache:
             ) from None
 
     def note_producer(self, rank: int, host: str, shard: int) -> None:
-        """Tell whoever waits who works on what."""
+        """Record which shard a producer works on, for messages of those that wait."""
         (self.folder / "producers").mkdir(exist_ok=True)
         note = {"rank": rank, "host": host, "shard": shard, "time": time.time()}
         write_atomic(self.folder / "producers" / f"rank_{rank:05d}.json", json.dumps(note))
 
     def producers(self) -> str:
-        """Who was last heard of, for messages."""
+        """One phrase about every producer: rank, host, shard and how long ago it reported."""
         notes = [
             json.loads(path.read_text()) for path in sorted((self.folder / "producers").glob("rank_*.json"))
         ]
         if not notes:
-            return "no producer has been heard of; start one with --produce_reference"
+            return "no producer has reported; start one with --produce_reference"
         return "; ".join(
             f"producer {n['rank']} on {n['host']} at shard {n['shard']}, "
-            f"last heard of {time.time() - n['time']:.0f} s ago"
+            f"last report {time.time() - n['time']:.0f} s ago"
             for n in notes
         )
 
     def note_trainer(self, step: int) -> None:
-        """Tell producers that training has come to `step`."""
+        """Record how far training is, which bounds how far producers run ahead."""
         write_atomic(self.folder / "trainer.json", json.dumps({"step": step}))
 
     def trainer_step(self) -> int:
-        """How far training has come; 0 before it began."""
+        """The step that training has reached; 0 before it began."""
         path = self.folder / "trainer.json"
         return json.loads(path.read_text())["step"] if path.is_file() else 0
 
 
 class CachedReference:
-    """Looks log-likelihoods up; waits up to `wait_seconds` for a shard where producers stream them.
+    """log p_reference read from a cache; waits up to `wait_seconds` for a shard where producers stream them.
 
     Args:
-        speaks: True on the rank that tells producers how far training is, and the console for whom it waits.
-        agree: given the step, whether this rank misses the shard and whether it has waited too long, answers
-            whether any rank does; may be collective, as every rank comes to each shard at the same place and
-            leaves the wait with the same answer.
+        reports: True on the rank that records training's step for the producers and prints whom it waits for.
+        agree: from (step, this rank misses the shard, it has waited too long) to the same two for any rank; may be
+            collective, since every rank asks for each shard at the same place and leaves the wait with one answer.
     """
 
-    def __init__(self, cache: ReferenceCache, wait_seconds: float = 0.0, speaks: bool = False,
+    def __init__(self, cache: ReferenceCache, wait_seconds: float = 0.0, reports: bool = False,
                  agree: Callable[[int, bool, bool], tuple[bool, bool]] | None = None):  # fmt: skip
-        self.cache, self.wait_seconds, self.speaks = cache, wait_seconds, speaks
+        self.cache, self.wait_seconds, self.reports = cache, wait_seconds, reports
         self._agree = agree or (lambda step, missing, late: (missing, late))
         self._number, self._shard = -1, None
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """[2B] float32, [positive, negative]; see `reference.Reference`."""
+        """[2B] float32, [positive, negative]; see `base.Reference`."""
         shard = self._get(batch.step)
         first = (batch.step % self.cache.shard_steps) * self.cache.global_size
         places = first + batch.positions_B.cpu().numpy()
@@ -188,7 +201,7 @@ class CachedReference:
     def _get(self, step: int) -> Shard:
         number = self.cache.shard_of(step)
         if number != self._number:
-            if self.speaks and self.wait_seconds:
+            if self.reports and self.wait_seconds:
                 self.cache.note_trainer(step)
             self._wait(number, step)
             self._number, self._shard = number, self.cache.read(number)
@@ -196,7 +209,7 @@ class CachedReference:
         return self._shard
 
     def _wait(self, number: int, step: int) -> None:
-        started = spoke = time.monotonic()
+        started = reported = time.monotonic()
         while True:
             waited = time.monotonic() - started
             missing, late = self._agree(
@@ -206,11 +219,11 @@ class CachedReference:
                 return
             if late:
                 after = f" after {waited:.0f} s" if self.wait_seconds else ""
-                raise ReferenceCacheError(
+                raise ReferenceTimeout(
                     f"step {step + 1} needs {self.cache.path(number)}, which is missing{after}: "
                     f"{self.cache.producers()}"
                 )
-            if self.speaks and time.monotonic() - spoke > _SPEAK_SECONDS:
+            if self.reports and time.monotonic() - reported > _REPORT_SECONDS:
                 say(f"step {step + 1} waits for shard {number}: {self.cache.producers()}")
-                spoke = time.monotonic()
-            time.sleep(_LOOK_SECONDS)
+                reported = time.monotonic()
+            time.sleep(_POLL_SECONDS)

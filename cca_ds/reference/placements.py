@@ -1,31 +1,100 @@
-"""Which reference a recipe asks for."""
+"""The reference placements: one record each, asked by everything above and by the planner.
+
+    inference   a replica on every rank in a DeepSpeed inference engine
+    zero3       sharded over the ranks by ZeRO-3, in host memory between forwards if offloaded
+    cached      no model: log-likelihoods computed ahead are read from files
+    streamed    no model here: other nodes compute the log-likelihoods while training runs
+
+This file does not import deepspeed, which takes seconds, so that plans and dry runs can ask the records.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from cca_ds.reference.cache import CachedReference, ReferenceCache, cache_key
-from cca_ds.reference.replica import InferenceReference, Reference, ZeroReference
-from cca_ds.training.policy import starting_weights
-
-if TYPE_CHECKING:
-    from cca_ds.training.session import Session
+from cca_ds.config.registry import Registry
+from cca_ds.reference.base import Reference, ReferenceInputs
+from cca_ds.reference.cache import CachedReference, open_cache
 
 
-def make_reference(session: Session) -> Reference:
-    """The reference of `reference.placement`; it is the policy's own start unless other weights are named."""
-    run, settings = session.run, session.run.reference
-    weights = starting_weights(
-        run, settings.weights or run.model.weights, session.tokenizer, for_reference=True
+@dataclass(frozen=True)
+class Placement:
+    """Where the frozen reference is held.
+
+    Args:
+        name: in recipes, `reference.placement`.
+        build: the reference on this rank; collective.
+        stored: log-likelihoods are read from files, so that only the run's own steps are there, with one dropout mask.
+        on_trainers: its forwards run on the ranks that train.
+        resident_bytes: of a rank's GPU, from (bytes of all weights, bytes of the weights that ZeRO-3 gathers at a
+            time, ranks, whether shards are offloaded to host memory).
+        can_offload: whether `reference.offload` applies.
+    """
+
+    name: str
+    build: Callable[[ReferenceInputs], Reference]
+    stored: bool
+    on_trainers: bool
+    resident_bytes: Callable[[float, float, int, bool], float]
+    can_offload: bool = False
+
+
+def _build_replica(inputs: ReferenceInputs) -> Reference:
+    from cca_ds.reference.replica import ReplicaReference
+
+    return ReplicaReference(
+        inputs.run.model, inputs.run.reference, inputs.weights, inputs.precision, inputs.coordinator.device,
+        inputs.tokenizer,
+    )  # fmt: skip
+
+
+def _build_sharded(inputs: ReferenceInputs) -> Reference:
+    from cca_ds.reference.sharded import ShardedReference
+
+    return ShardedReference(
+        inputs.run.model, inputs.run.reference, inputs.weights, inputs.precision, inputs.coordinator.device,
+        inputs.tokenizer,
+    )  # fmt: skip
+
+
+def _build_cached(inputs: ReferenceInputs) -> Reference:
+    return CachedReference(open_cache(inputs))
+
+
+def _build_streamed(inputs: ReferenceInputs) -> Reference:
+    coordinator = inputs.coordinator
+    return CachedReference(
+        open_cache(inputs),
+        inputs.run.reference.wait_seconds,
+        coordinator.ranks.rank == 0,
+        coordinator.agree_while_waiting,
     )
-    if settings.placement == "inference":
-        return InferenceReference(
-            run, weights, session.precision, session.tokenizer, settings.tensor_parallel
-        )
-    if settings.placement == "zero3":
-        return ZeroReference(run, weights, session.precision, session.tokenizer)
-    assert settings.cache is not None
-    cache = ReferenceCache(settings.cache, cache_key(run, session.table, weights, session.precision))
-    if settings.placement == "cached":
-        return CachedReference(cache)
-    return CachedReference(cache, settings.wait_seconds, session.ranks.rank == 0, session.agree_while_waiting)
+
+
+PLACEMENTS: Registry[Placement] = Registry("reference.placement")
+PLACEMENTS.register(
+    Placement(
+        "inference",
+        _build_replica,
+        stored=False,
+        on_trainers=True,
+        resident_bytes=lambda weights, gathered, ranks, offload: weights,
+    )
+)
+PLACEMENTS.register(
+    Placement(
+        "zero3",
+        _build_sharded,
+        stored=False,
+        on_trainers=True,
+        resident_bytes=lambda weights, gathered, ranks, offload: (
+            gathered + (0.0 if offload else weights / ranks)
+        ),
+        can_offload=True,
+    )
+)
+for _name, _build in (("cached", _build_cached), ("streamed", _build_streamed)):
+    PLACEMENTS.register(
+        Placement(_name, _build, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0)
+    )

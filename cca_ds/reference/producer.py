@@ -2,71 +2,58 @@
 
 Letters: K pairs of a global batch, S steps of a shard, L codes per image.
 
-Producers share the shards by their rank and talk to nobody but the file system: one that dies and comes back skips
-what is there.
+Producers share the shards by their rank and communicate through the file system only: one that dies and comes back
+skips the shards that are there.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cca_ds.cluster.launchers import Ranks
-from cca_ds.config.schema import RunConfig
 from cca_ds.console import progress
 from cca_ds.data.batches import Steps
 from cca_ds.files import write_atomic
-from cca_ds.reference.cache import ReferenceCache, ReferenceCacheError, Shard, cache_key
-from cca_ds.reference.replica import InferenceReference
-from cca_ds.training.inputs import batch_plan, check_tokenizer, open_table, open_tokenizer, total_steps
-from cca_ds.training.policy import starting_weights
-from cca_ds.training.run_folder import COMPLETED
+from cca_ds.reference.cache import COMPLETED, ReferenceCache, Shard
+from cca_ds.reference.replica import ReplicaReference
 
 
-def produce(run: RunConfig, ranks: Ranks, precision: str, ahead: bool) -> None:
-    """Compute this rank's shards of the whole run.
+def fill_cache(
+    cache: ReferenceCache, reference: ReplicaReference, steps: Steps, total_steps: int, ranks: Ranks, batch_size: int,
+    ahead_steps: int | None = None,
+) -> None:  # fmt: skip
+    """Compute this rank's shards of a whole run and write those that are not there.
 
     Args:
-        ahead: stay at most `reference.ahead_steps` ahead of the trainers, and wait for them.
-
-    Raises:
-        ReferenceCacheError: no cache folder named, or it belongs to another run.
+        steps: the run's global batches, each as one micro-batch.
+        total_steps: steps of the run.
+        batch_size: pairs in a forward.
+        ahead_steps: stay at most so many steps ahead of the trainers, and wait for them; None: do not wait.
     """
-    if run.reference.cache is None:
-        raise ReferenceCacheError("name the folder to fill: --set reference.cache=FOLDER")
-    table = open_table(run, Path(run.reference.cache).expanduser() / "data")
-    tokenizer = open_tokenizer(run)
-    check_tokenizer(run, table, tokenizer)
-    weights = starting_weights(run, run.reference.weights or run.model.weights, tokenizer, for_reference=True)
-    cache = ReferenceCache(run.reference.cache, cache_key(run, table, weights, precision))
-    reference = InferenceReference(run, weights, precision, tokenizer)
-    steps = Steps(table, batch_plan(run, table), 0, [run.batch.global_size])
-    last = total_steps(run, steps.steps_per_epoch)
-    shards = range(ranks.rank, -(-last // cache.shard_steps), ranks.world_size)
+    last_shard = -(-total_steps // cache.shard_steps)
+    shards = range(ranks.rank, last_shard, ranks.world_size)
     for shard in progress(shards, "reference log-likelihoods", total=len(shards), show=ranks.rank == 0):
         cache.note_producer(ranks.rank, ranks.host, shard)
         first = shard * cache.shard_steps
         if cache.path(shard).is_file():
             continue
-        while ahead and first > cache.trainer_step() + run.reference.ahead_steps:
+        while ahead_steps is not None and first > cache.trainer_step() + ahead_steps:
             cache.note_producer(ranks.rank, ranks.host, shard)
             time.sleep(1.0)
-        order = range(first, min(first + cache.shard_steps, last))
-        cache.write(
-            shard, _compute(reference, steps, order, run.reference.batch_size, torch.device(ranks.device))
-        )
-    if all(cache.path(shard).is_file() for shard in range(-(-last // cache.shard_steps))):
+        order = range(first, min(first + cache.shard_steps, total_steps))
+        cache.write(shard, _compute(reference, steps, order, batch_size, torch.device(ranks.device)))
+    if all(cache.path(shard).is_file() for shard in range(last_shard)):
         # the last rank to finish, or several at once, to the same effect
-        write_atomic(cache.folder / COMPLETED, json.dumps({"steps": last}) + "\n")
+        write_atomic(cache.folder / COMPLETED, json.dumps({"steps": total_steps}) + "\n")
 
 
 def _compute(
-    reference: InferenceReference, steps: Steps, order: range, batch_size: int, device: torch.device
+    reference: ReplicaReference, steps: Steps, order: range, batch_size: int, device: torch.device
 ) -> Shard:
     samples, positive, negative = [], [], []
     for step in order:
@@ -78,7 +65,7 @@ def _compute(
 
 
 def _log_likelihoods(
-    reference: InferenceReference, codes_KL: Tensor, labels_K: Tensor, batch_size: int, device: torch.device
+    reference: ReplicaReference, codes_KL: Tensor, labels_K: Tensor, batch_size: int, device: torch.device
 ) -> list[np.ndarray]:
     parts = zip(codes_KL.split(batch_size), labels_K.split(batch_size), strict=True)
     return [

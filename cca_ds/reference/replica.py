@@ -1,127 +1,68 @@
-"""The frozen reference, in one interface and four placements: `reference(batch, inputs) -> log p`.
-
-Letters: B rows of a forward ([chosen, rejected] stacked), L codes per image.
-
-    inference   a replica on every rank (or split over some) in a DeepSpeed inference engine
-    zero3       sharded over all ranks by DeepSpeed at stage 3 without an optimizer, offloaded if wanted
-    cached      no model at all: log-likelihoods computed ahead (`reference_cache.py`)
-    streamed    no model here: other nodes compute them while training runs (`reference_cache.py`)
-"""
+"""A replica of the reference on every rank, in a DeepSpeed inference engine."""
 
 from __future__ import annotations
-
-from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cca_ds.config.schema import RunConfig
+from cca_ds.cluster.zero import broadcast_weight
+from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
 from cca_ds.models import DTYPES
-from cca_ds.reference.tensor_parallel import Group, log_likelihoods, split_module
-from cca_ds.training.policy import build_module, copy_weights
+from cca_ds.models.from_recipe import build_module
 
 
-class Reference(Protocol):
-    """log p_reference of a forward's rows."""
-
-    def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """[B] float32 without gradient; `inputs` are the policy's: codes [B, L] and labels [B]."""
-        ...
-
-
-def reference_recipe(run: RunConfig) -> RunConfig:
-    """The recipe as the reference sees it: no embedding of lambda, no recomputation, dropout only if asked for."""
-    model = run.model.model_copy(
-        update={
-            "lambda_conditioning": False,
-            "activation_checkpointing": False,
-            "dropout": run.reference.dropout and run.model.dropout,
-        }
-    )
-    return run.model_copy(update={"model": model})
+def reference_model(model: schema.Model, dropout: bool) -> schema.Model:
+    """The `model` section as the reference uses it: no embedding of lambda, no recomputation, dropout only if asked."""
+    changed = {
+        "lambda_conditioning": False,
+        "activation_checkpointing": False,
+        "dropout": dropout and model.dropout,
+    }
+    return model.model_copy(update=changed)
 
 
-class InferenceReference:
-    """A replica in `deepspeed.init_inference`.
+def freeze(module: nn.Module, dropout: bool) -> None:
+    """Switch gradients off; evaluation mode, or training mode for the public program's dropout."""
+    module.requires_grad_(False)
+    module.train(dropout)
 
-    The engine leaves a module trainable and in training mode and casts it to fp16 unless told otherwise: it is
-    told the dtype, and frozen here. With `tensor_parallel` above 1, that many neighbouring ranks share a replica.
+
+class ReplicaReference:
+    """log p_reference from `deepspeed.init_inference`. Collective to build.
+
+    The engine leaves a module trainable and in training mode and casts it to fp16 by default, so the dtype is given
+    and the module is frozen here. Each rank allocates its replica in the run's precision on its own device, and rank 0
+    broadcasts the weights one at a time: no other rank ever holds them in float32.
+
+    Args:
+        model, reference: sections of the recipe.
+        weights: full float32 state dict on rank 0, None elsewhere.
+        precision: "bf16", "fp16" or "fp32".
+        device: this rank's.
+        tokenizer: for models that hold its codebook (VAR).
     """
 
-    def __init__(
-        self,
-        run: RunConfig,
-        weights: dict[str, Tensor],
-        precision: str,
-        tokenizer: nn.Module | None = None,
-        tensor_parallel: int = 1,
-    ):
-        module = build_module(reference_recipe(run), tokenizer)
-        copy_weights(module, weights)
-        self.group = Group(tensor_parallel) if tensor_parallel > 1 else None
-        if self.group is not None:
-            split_module(module, self.group)
-        freeze(module, run.reference.dropout)
+    def __init__(self, model: schema.Model, reference: schema.Reference, weights: dict[str, Tensor] | None,
+                 precision: str, device: torch.device, tokenizer: nn.Module | None = None):  # fmt: skip
+        with torch.device("meta"):
+            module = build_module(reference_model(model, reference.dropout), tokenizer)
+        module = module.to(DTYPES[precision]).to_empty(device=device)
+        with torch.no_grad():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                tensor.copy_(broadcast_weight(weights, name, tensor.shape, device))
+        freeze(module, reference.dropout)
         self.engine = deepspeed.init_inference(
             module, dtype=DTYPES[precision], replace_with_kernel_inject=False
         )
-        freeze(self.engine.module, run.reference.dropout)
+        freeze(self.engine.module, reference.dropout)
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """See `Reference`."""
+        """See `base.Reference`."""
         return self.log_likelihoods(*inputs[:2])
 
     @torch.no_grad()
     def log_likelihoods(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
         """log p [B] float32 of codes [B, L] under labels [B]."""
-        if self.group is not None:
-            return log_likelihoods(self.engine, self.group, codes_BL, labels_B)
         return self.engine(codes_BL, labels_B)
-
-
-class ZeroReference:
-    """Sharded over all ranks at ZeRO stage 3 with no optimizer; parameters wait on the CPU if `offload`.
-
-    Its forwards are collective, like the policy's.
-    """
-
-    def __init__(
-        self,
-        run: RunConfig,
-        weights: dict[str, Tensor] | None,
-        precision: str,
-        tokenizer: nn.Module | None = None,
-    ):
-        config = self._config(run, precision)
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            module = build_module(reference_recipe(run), tokenizer)
-        copy_weights(module, weights)
-        freeze(module, run.reference.dropout)
-        self.engine, *_ = deepspeed.initialize(model=module, config=config)
-        freeze(self.engine.module, run.reference.dropout)
-
-    @staticmethod
-    def _config(run: RunConfig, precision: str) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
-        if run.reference.offload:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
-            "zero_optimization": zero,
-            "steps_per_print": 10**9,
-        }
-
-    @torch.no_grad()
-    def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """See `Reference`."""
-        return self.engine(*inputs[:2])
-
-
-def freeze(module: nn.Module, dropout: bool) -> None:
-    """No gradient; in evaluation mode, or in training mode for the public program's dropout."""
-    module.requires_grad_(False)
-    module.train(dropout)

@@ -1,72 +1,76 @@
-"""Before the first step: policy and reference must agree, and the data must be what the model was trained on."""
+"""Before the first step: policy and reference must agree, and the codes must be what the model was trained on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
 from cca_ds.alignment.objective import SUMS, summarize
+from cca_ds.cluster.coordination import Coordinator
+from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import Steps
+from cca_ds.reference.placements import PLACEMENTS
+from cca_ds.training.engines import Engines
 
-if TYPE_CHECKING:
-    from cca_ds.training.session import Session
-
-# Any step of an epoch that no run reaches: its images come in an order of their own.
+# An epoch that no run reaches: its images come in an order of their own.
 _HELD_OUT_EPOCH = 10**6
 # In reduced precision the two engines round the same numbers in the same order; these are generous.
 _TOLERANCE_NATS = {"fp32": 1e-2, "bf16": 2.0, "fp16": 0.5}
 
 
 @torch.no_grad()
-def check_baseline(session: Session) -> None:
-    """Forward one batch without dropout: the loss must be that of r = 0, the likelihood within its band.
+def check_baseline(
+    run: RunConfig, engines: Engines, own_steps: Steps, coordinator: Coordinator, say: Callable[[str], None]
+) -> None:
+    """Forward one global batch without dropout: the loss must be that of r = 0, the likelihood within its band.
+
+    Args:
+        own_steps: this rank's micro-batches.
+        say: prints a line on rank 0's console.
 
     Raises:
-        ValueError: the reference is not the policy's start, or codes and checkpoint do not belong together.
+        ValueError: the reference is not the policy's start, or codes and weights do not belong together.
     """
-    settings = session.run.baseline
-    if not settings.check:
+    if not run.baseline.check:
         return
-    policy, objective = session.policy, session.objective
-    cut = session.cut.positions(session.ranks.rank)
-    steps = Steps(session.table, session.plan, cut[0].start, [len(r) for r in cut])
+    policy, objective = engines.policy, engines.objective
+    stored = objective.spec.needs_reference and PLACEMENTS[run.reference.placement].stored
+    step = (
+        0 if stored else _HELD_OUT_EPOCH * own_steps.steps_per_epoch
+    )  # stored ones hold the run's own steps only
     policy.engine.eval()
-    sums, worst = session.zero_sums(), 0.0
-    stored = session.run.reference.placement in ("cached", "streamed")  # these hold the run's own steps only
-    for batch in steps[0 if stored else _HELD_OUT_EPOCH * session.steps_per_epoch]:
-        batch = batch.to(session.device)
+    sums, worst = engines.zero_sums(), 0.0
+    for batch in own_steps[step]:
+        batch = batch.to(engines.device)
         inputs = objective.stacked(batch)
-        policy_logp, reference_logp = policy(*inputs), session.reference_logp(batch, inputs)
+        policy_logp, reference_logp = policy(*inputs), engines.reference_logp(batch, inputs)
         sums += objective(policy_logp, reference_logp, batch)[1]
         if reference_logp is not None:
             worst = max(worst, float((policy_logp - reference_logp).abs().max()))
     policy.engine.train()
-    sums, _ = session.sum_over_ranks(sums)
-    _judge(session, summarize(sums, objective.contrastive)["nll_per_code"], worst, sums)
-
-
-def _judge(session: Session, nll: float, worst: float, sums: torch.Tensor) -> None:
-    run, band = session.run, session.run.baseline.nll_band
-    limit = _TOLERANCE_NATS[session.precision]
-    if worst > limit and run.reference.weights is None and not run.reference.dropout:
-        raise ValueError(
-            f"before training, policy and reference differ by up to {worst:.3g} nats an image (at most {limit} in "
-            f"{session.precision}): the reference is not the policy's start; check reference.weights and its cache"
-        )
+    sums, _ = coordinator.sum_over_ranks(sums)
+    _check_agreement(run, worst, engines.precision)
+    nll = summarize(sums, objective.compared)["nll_per_code"]
+    band = run.baseline.nll_band
     published = f", published {band[0]} to {band[1]}" if band else ""
-    session.log.say(
-        f"baseline: {nll:.4f} nats a code{published}; policy and reference agree to {worst:.2g} nats"
-    )
-    if session.objective.contrastive and not session.objective.lambda_conditioned:
-        pairs, contrasted = sums[SUMS.index("pairs")], sums[SUMS.index("contrasted")]
-        expected = session.objective.expected_initial_loss(float(contrasted / pairs))
-        session.log.say(
-            f"loss at r = 0: {expected:.6f}, measured {float(sums[SUMS.index('loss')] / pairs):.6f}"
-        )
+    say(f"baseline: {nll:.4f} nats a code{published}; policy and reference agree to {worst:.2g} nats")
+    pairs, contrasted, loss = (sums[SUMS.index(name)] for name in ("pairs", "contrasted", "loss"))
+    expected = objective.expected_initial_loss(float(contrasted / pairs))
+    if expected is not None:
+        say(f"loss at r = 0: {expected:.6f}, measured {float(loss / pairs):.6f}")
     if band and not band[0] <= nll <= band[1]:
         raise ValueError(
             f"before training, the negative log-likelihood is {nll:.3f} nats a code, outside {band[0]} to {band[1]}: "
             f"data.codes={run.data.codes} and model.weights={run.model.weights} do not belong together "
             "(another tokenizer, image size or model), or set baseline.nll_band=null"
+        )
+
+
+def _check_agreement(run: RunConfig, worst: float, precision: str) -> None:
+    limit = _TOLERANCE_NATS[precision]
+    if worst > limit and run.reference.weights is None and not run.reference.dropout:
+        raise ValueError(
+            f"before training, policy and reference differ by up to {worst:.3g} nats an image (at most {limit} in "
+            f"{precision}): the reference is not the policy's start; check reference.weights and its cache"
         )

@@ -1,4 +1,4 @@
-"""A moving average of the policy's float32 weights, sharded over the ranks as ZeRO-3 shards them.
+"""An exponential moving average of the policy's float32 weights, sharded over the ranks as ZeRO-3 shards them.
 
 After every step: average = decay * average + (1 - decay) * weights. Rank r of W holds elements r * ceil(n / W) up to
 the next rank's of each flattened parameter of n elements, whatever the ZeRO stage.
@@ -11,9 +11,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 
+from cca_ds.checkpoints.run_weights import join_shards
+from cca_ds.cluster.zero import full_shape, own_shard
 
-class Average:
-    """The average of a module's trained parameters; starts at their values.
+
+class EMA:
+    """The moving average of a module's trained parameters; starts at their values.
 
     Args:
         module: as `deepspeed.initialize` left it.
@@ -37,23 +40,17 @@ class Average:
         """Continue from the shards of all ranks of the run that saved them, on any number of ranks."""
         whole = join_shards(shards)
         for name, own in self.shards.items():
-            start = self.rank * self._part_size(whole[name].numel())
-            own.copy_(whole[name][start : start + own.numel()])
+            own.copy_(own_shard(whole[name], self._shard_size(whole[name].numel()), self.rank))
 
-    def _part_size(self, elements: int) -> int:
+    def _shard_size(self, elements: int) -> int:
         return -(-elements // self.ranks)
 
     def _own_part(self, parameter: nn.Parameter) -> Tensor:
         """This rank's elements, float32 [at most ceil(n / W)]; the last rank's may be fewer."""
-        elements = getattr(parameter, "ds_numel", parameter.numel())
-        size = self._part_size(elements)
-        start = min(self.rank * size, elements)
-        if self.stage == 3:
-            return safe_get_local_fp32_param(parameter).detach().flatten()[: min(size, elements - start)]
+        elements = full_shape(parameter).numel()
+        size = self._shard_size(elements)
+        if self.stage == 3:  # already cut so, and padded at the end
+            own = safe_get_local_fp32_param(parameter).detach().flatten()
+            return own[: max(0, min(size, elements - self.rank * size))]
         full = safe_get_full_fp32_param(parameter) if self.stage > 0 else None
-        return (parameter if full is None else full).detach().float().flatten()[start : start + size]
-
-
-def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Flattened parameters out of the shards of rank 0, 1, ..."""
-    return {name: torch.cat([shard[name].cpu() for shard in shards]) for name in shards[0]}
+        return own_shard((parameter if full is None else full).detach().float().flatten(), size, self.rank)

@@ -1,56 +1,104 @@
-"""What a run reads before any engine is built: its codes, its tokenizer, and how many steps they make."""
+"""What a run reads before any engine is built: its codes, its tokenizer, what a global batch is, and the steps."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from cca_ds.alignment.losses import LOSSES
+from cca_ds.config import schema
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import BatchPlan
-from cca_ds.data.codes import CodeTable, open_codes
-from cca_ds.models import model_config
-from cca_ds.vq import create_tokenizer
+from cca_ds.data.codes import CodeTable
+from cca_ds.models import family_of, model_config
+from cca_ds.vq import TOKENIZERS, create_tokenizer
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The part of a run that exists before its engines.
+
+    Args:
+        table: the codes, opened once.
+        tokenizer: frozen; None where its weights are not named and the model does not need them.
+        plan: what decides the pairs of a step.
+        steps_per_epoch, steps: optimizer steps of an epoch and of the whole run.
+    """
+
+    table: CodeTable
+    tokenizer: nn.Module | None
+    plan: BatchPlan
+    steps_per_epoch: int
+    steps: int
+
+
+def open_inputs(run: RunConfig, cache_folder: Path) -> RunInputs:
+    """Open and check everything that a run reads.
+
+    Args:
+        cache_folder: where a tokenizer's built-in table of codes (the digits') is written.
+
+    Raises:
+        CodesError, WeightsError, ValueError: what is missing, damaged, or does not belong together.
+    """
+    table = open_table(run, cache_folder)
+    tokenizer = open_tokenizer(run.model, run.tokenizer)
+    _check_tokenizer(run, table, tokenizer)
+    plan = BatchPlan(
+        global_size=run.batch.global_size,
+        seed=run.seed,
+        mask_probability=run.loss.condition_mask_probability,
+        null_class=model_config(run.model.preset, **run.model.overrides).num_classes,
+        contrastive=bool(LOSSES[run.loss.name].negatives),
+    )
+    steps_per_epoch = plan.steps_per_epoch(len(table))
+    return RunInputs(table, tokenizer, plan, steps_per_epoch, total_steps(run.batch, steps_per_epoch))
 
 
 def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:
     """The codes to train on, checked against the model. Raises CodesError, ValueError."""
-    table = open_codes(run.data.codes, cache_folder)
+    name = run.data.codes
+    builtin = TOKENIZERS[name].builtin_codes if name in TOKENIZERS else None
+    table = CodeTable.open(builtin(cache_folder) if builtin else name)
     config = model_config(run.model.preset, **run.model.overrides)
     expected = (config.sequence_length, config.vocab_size)
     found = (table.manifest.sequence_length, table.manifest.vocab_size)
     if expected != found:
         raise ValueError(
-            f"data.codes={run.data.codes}: {found[0]} codes an image from a vocabulary of {found[1]}, but "
+            f"data.codes={name}: {found[0]} codes an image from a vocabulary of {found[1]}, but "
             f"{run.model.preset} takes {expected[0]} from {expected[1]}; encode the images for this model"
         )
     if table.manifest.classes > config.num_classes:
         raise ValueError(
-            f"data.codes={run.data.codes}: {table.manifest.classes} classes, but {run.model.preset} knows "
+            f"data.codes={name}: {table.manifest.classes} classes, but {run.model.preset} has "
             f"{config.num_classes}; set model.overrides.num_classes or take other data"
         )
     return table
 
 
-def open_tokenizer(run: RunConfig) -> nn.Module | None:
-    """The frozen tokenizer, or None where its weights were not named and the model can do without.
+def open_tokenizer(model: schema.Model, tokenizer: schema.Tokenizer) -> nn.Module | None:
+    """The frozen tokenizer, or None where its weights are not named and the model works without.
 
     Raises:
-        ValueError: a VAR without its tokenizer, whose codebook makes the model's inputs.
+        ValueError: a model that needs its tokenizer's codebook, without it.
+        WeightsError: weights that are missing, damaged or do not fit.
     """
-    if run.tokenizer.name != "digits" and run.tokenizer.weights is None:
-        if run.model.preset.startswith("var"):
+    if TOKENIZERS[tokenizer.name].needs_weights and tokenizer.weights is None:
+        family = family_of(model.preset)
+        if family.needs_tokenizer:
             raise ValueError(
-                f"{run.model.preset} needs its tokenizer's codebook: set tokenizer.weights=vae_ch160v4096z32.pth"
+                f"{model.preset} needs its tokenizer's codebook: set tokenizer.weights={family.tokenizer_hint}"
             )
         return None
-    weights = resolve_path(run.tokenizer.weights) if run.tokenizer.weights else None
-    return create_tokenizer(run.tokenizer.name, weights=weights, **run.tokenizer.options)
+    weights = resolve_path(tokenizer.weights) if tokenizer.weights else None
+    return create_tokenizer(tokenizer.name, weights=weights, **tokenizer.options)
 
 
-def check_tokenizer(run: RunConfig, table: CodeTable, tokenizer: nn.Module | None) -> None:
-    """Codes of another tokenizer look like codes, and train nothing. Raises ValueError for them."""
+def _check_tokenizer(run: RunConfig, table: CodeTable, tokenizer: nn.Module | None) -> None:
+    """Raise ValueError for codes that another tokenizer made: they look alike, and training on them is useless."""
     found = table.manifest.tokenizer_hash  # empty for codes that were imported without their tokenizer
     if tokenizer is not None and found and found != tokenizer.hash():
         raise ValueError(
@@ -59,18 +107,7 @@ def check_tokenizer(run: RunConfig, table: CodeTable, tokenizer: nn.Module | Non
         )
 
 
-def batch_plan(run: RunConfig, table: CodeTable) -> BatchPlan:
-    """What a global batch of this run is."""
-    return BatchPlan(
-        global_size=run.batch.global_size,
-        seed=run.seed,
-        mask_probability=run.loss.condition_mask_probability,
-        null_class=model_config(run.model.preset, **run.model.overrides).num_classes,
-        contrastive=run.loss.name != "mle",
-    )
-
-
-def total_steps(run: RunConfig, steps_per_epoch: int) -> int:
+def total_steps(batch: schema.Batch, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
-    steps = max(1, round(run.batch.epochs * steps_per_epoch))
-    return min(steps, run.batch.max_steps) if run.batch.max_steps else steps
+    steps = max(1, round(batch.epochs * steps_per_epoch))
+    return min(steps, batch.max_steps) if batch.max_steps else steps

@@ -1,4 +1,4 @@
-"""The policy under DeepSpeed: sharded by ZeRO, stepped by AdamW, its weights and their average out of the shards.
+"""The policy under DeepSpeed: sharded by ZeRO, stepped by AdamW.
 
 Letters: B rows of a forward, L codes per image, W ranks, K pairs of a global batch.
 """
@@ -18,12 +18,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from cca_ds.config.recipes import resolve_path
-from cca_ds.config.schema import Optimizer, RunConfig
-from cca_ds.models import create_model
-from cca_ds.models.layers import DropPath
-from cca_ds.models.weights import load_weights
-from cca_ds.training.ema import Average
+from cca_ds.cluster.zero import broadcast_weight, copy_weights, full_shape, padded_shard
+from cca_ds.config import schema
+from cca_ds.models.from_recipe import build_module
+from cca_ds.training.ema import EMA
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -32,83 +30,47 @@ class NonFinite(RuntimeError):
     """A loss or gradient that is not finite; the optimizer has not stepped."""
 
 
-def build_module(run: RunConfig, tokenizer: nn.Module | None = None) -> nn.Module:
-    """The recipe's model, its dropouts on or off, with fresh weights."""
-    module = create_model(run.model.preset, tokenizer, **run.model.shape)
-    if not run.model.dropout:
-        _switch_off_dropout(module)
-    module.set_activation_checkpointing(run.model.activation_checkpointing)
-    return module
-
-
-def starting_weights(
-    run: RunConfig, path: str | None, tokenizer: nn.Module | None = None, for_reference: bool = False
-) -> dict[str, Tensor]:
-    """State dict of a checkpoint, or of a fresh model drawn from the recipe's seed.
-
-    A lambda-conditioned model starts as its base model: the embedding of lambda, absent from the checkpoint, is
-    drawn from the seed and contributes nothing until it is trained.
-
-    Raises:
-        WeightsError: a missing, damaged or foreign checkpoint.
-    """
-    if for_reference:
-        run = run.model_copy(update={"model": run.model.model_copy(update={"lambda_conditioning": False})})
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        with torch.device("cpu"):
-            module = build_module(run, tokenizer)
-    if path is not None:
-        load_weights(module, resolve_path(path))
-    return module.state_dict()
-
-
 class Policy:
-    """A module wrapped by `deepspeed.initialize`.
+    """The model that is trained, wrapped by `deepspeed.initialize`. Collective to build.
 
     Args:
-        run: the recipe.
+        model, optimizer: sections of the recipe.
         ds_config: DeepSpeed's configuration with every "auto" filled.
-        weights: full state dict; needed on rank 0 only at ZeRO stage 3, on every rank below.
-        tokenizer: VAR's, whose codebook the model holds frozen.
+        weights: full float32 state dict on rank 0, None elsewhere.
+        global_size: pairs of a global batch, K.
+        device: this rank's.
+        tokenizer: for models that hold its codebook (VAR).
     """
 
-    def __init__(self, run: RunConfig, ds_config: dict[str, Any], weights: dict[str, Tensor] | None,
+    def __init__(self, model: schema.Model, optimizer: schema.Optimizer, ds_config: dict[str, Any],
+                 weights: dict[str, Tensor] | None, global_size: int, device: torch.device,
                  tokenizer: nn.Module | None = None):  # fmt: skip
         self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.world_size, self.global_size = deepspeed.comm.get_world_size(), global_size
         with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
-            module = build_module(run, tokenizer)
-        copy_weights(module, weights)
+            module = build_module(model, tokenizer)
+        copy_weights(module, weights, device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=_parameter_groups(module, run.optimizer), config=ds_config
+            model=module, model_parameters=_parameter_groups(module, optimizer), config=ds_config
         )
         self.module: nn.Module = self.engine.module
         if self.engine.bfloat16_enabled() or self.engine.fp16_enabled():
-            self._sharpen_master_weights(weights)
+            self._set_master_weights(weights)
         self._decays = [group["decays"] for group in self.optimizer.param_groups]
         self.engine.train()
-        self.world_size = deepspeed.comm.get_world_size()
-        self.global_size = run.batch.global_size
-        decay = run.model.ema_decay
-        self.average = Average(self.module, decay, self.stage) if decay is not None else None
+        self.ema = EMA(self.module, model.ema_decay, self.stage) if model.ema_decay is not None else None
 
     @torch.no_grad()
-    def _sharpen_master_weights(self, weights: dict[str, Tensor] | None) -> None:
-        """DeepSpeed makes fp32 master weights of the rounded parameters; give them the checkpoint's own values."""
+    def _set_master_weights(self, weights: dict[str, Tensor] | None) -> None:
+        """DeepSpeed makes fp32 master weights of the rounded parameters; replace them by the file's own values."""
+        rank = deepspeed.comm.get_rank()
         for name, parameter in self.module.named_parameters():
+            full = broadcast_weight(weights, name, full_shape(parameter), self.engine.device)
             if self.stage < 3:
-                assert weights is not None
-                safe_set_full_fp32_param(parameter, weights[name].to(parameter.device, torch.float32))
-                continue
-            full = torch.zeros(_shape(parameter), device=self.engine.device)
-            if weights is not None:
-                full.copy_(weights[name])
-            deepspeed.comm.broadcast(full, 0)
-            local = safe_get_local_fp32_param(parameter)
-            first = deepspeed.comm.get_rank() * local.numel()
-            part = full.flatten()[first : first + local.numel()]
-            padded = torch.nn.functional.pad(part, (0, local.numel() - part.numel()))
-            safe_set_local_fp32_param(parameter, padded.view_as(local))
+                safe_set_full_fp32_param(parameter, full)
+            else:
+                local = safe_get_local_fp32_param(parameter)
+                safe_set_local_fp32_param(parameter, padded_shard(full, local, rank))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """log p [B] float32 of codes [B, L] under labels [B], with gradient."""
@@ -124,7 +86,7 @@ class Policy:
             self.engine.step()  # only counts the forward, which is how DeepSpeed knows the step's last one
 
     def step(self, learning_rate: float, weight_decay: float) -> float | None:
-        """Clip, step, and forget the gradients.
+        """Clip the gradients, step, and clear them.
 
         Returns:
             The gradient norm before clipping; None where DeepSpeed's dynamic loss scaler skipped the step (fp16), which
@@ -136,23 +98,23 @@ class Policy:
         for group, decays in zip(self.optimizer.param_groups, self._decays, strict=True):
             group["lr"] = learning_rate
             group["weight_decay"] = weight_decay if decays else 0.0
-        norm = self._plain_gradient_norm() if self.stage == 0 else None
+        norm = self._stage_0_gradient_norm() if self.stage == 0 else None
         scale = self.loss_scale
-        if not self._let_deepspeed_step(scale):
+        if not self._step_engine(scale):
             return None
-        if self.average is not None:
-            self.average.update()
+        if self.ema is not None:
+            self.ema.update()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         # stage 3 divides by the next step's scale, which may have grown just now
         return norm * self.loss_scale / scale if scale is not None and self.stage == 3 else norm
 
-    def _let_deepspeed_step(self, scale: float | None) -> bool:
+    def _step_engine(self, scale: float | None) -> bool:
         """False where a dynamic loss scaler, now at `scale`, skipped the step."""
         dynamic = scale is not None and self.optimizer.dynamic_loss_scale
         try:
             self.engine.step()
         except Exception as error:
-            # a scaler that finds no lower scale raises an exception of no kind of its own
+            # a scaler that is at its lowest scale raises a bare Exception
             lowest = dynamic and self.optimizer.overflow and scale <= self.optimizer.loss_scaler.min_scale
             if not lowest:
                 raise
@@ -166,7 +128,7 @@ class Policy:
 
     @property
     def loss_scale(self) -> float | None:
-        """By which DeepSpeed multiplies the next loss in fp16; None in another precision."""
+        """The factor of the next loss in fp16; None in another precision."""
         return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else None
 
     @property
@@ -175,7 +137,7 @@ class Policy:
         return self.engine.skipped_steps
 
     def scaling(self) -> dict[str, Any]:
-        """What fp16 counts, in numbers for a checkpoint's manifest; empty in another precision."""
+        """Skipped steps and the loss scaler's state in fp16, for a checkpoint's manifest; else empty."""
         if self.loss_scale is None:
             return {}
         scaler = vars(self.optimizer.loss_scaler)
@@ -184,15 +146,8 @@ class Policy:
             "loss_scaler": {name: scaler[name] for name in _SCALER_STATE if name in scaler},
         }
 
-    def continue_after(self, step: int, scaling: dict[str, Any]) -> None:
-        """Go on after `step` steps with the `scaling` of then, where DeepSpeed has not read its own counts."""
-        self.engine.global_steps = step
-        self.engine.skipped_steps = scaling.get("skipped_steps", 0)
-        if self.loss_scale is not None and self.optimizer.dynamic_loss_scale:
-            vars(self.optimizer.loss_scaler).update(scaling.get("loss_scaler", {}))
-
-    def mend_universal_state(self) -> None:
-        """Undo what DeepSpeed's universal checkpoint does to AdamW: one step counter that all groups share.
+    def repair_universal_state(self) -> None:
+        """Give each AdamW state a step counter of its own: a universal checkpoint makes all groups share one.
 
         torch's AdamW adds to it in place, once for every group that holds it.
         """
@@ -200,8 +155,8 @@ class Policy:
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
 
-    def _plain_gradient_norm(self) -> float:
-        """Stage 0 steps without looking; look for it."""
+    def _stage_0_gradient_norm(self) -> float:
+        """The norm, checked to be finite: at stage 0 DeepSpeed steps without checking."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not torch.isfinite(torch.tensor(norm)):
@@ -213,47 +168,23 @@ class Policy:
 
         Collective: every rank has to run it to the end.
         """
-        speaking = deepspeed.comm.get_rank() == 0
+        on_rank_0 = deepspeed.comm.get_rank() == 0
         for name, parameter in self.module.named_parameters():
             full = safe_get_full_fp32_param(parameter) if self.stage > 0 else None
             full = parameter.detach() if full is None else full
-            yield name, full.float().cpu().reshape(_shape(parameter)).clone() if speaking else None
+            yield name, full.float().cpu().reshape(full_shape(parameter)).clone() if on_rank_0 else None
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _switch_off_dropout(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(part, DropPath):
-            part.rate = 0.0
-        if hasattr(part, "drop_path_rate"):
-            part.drop_path_rate = 0.0
-
-
-def _parameter_groups(module: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+def _parameter_groups(module: nn.Module, settings: schema.Optimizer) -> list[dict[str, Any]]:
     """Matrices decay; vectors, biases and the names of `no_decay` do not."""
     decaying, plain = [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         spared = name.endswith("bias") or any(part in name for part in settings.no_decay)
-        (plain if len(_shape(parameter)) < 2 or spared else decaying).append(parameter)
+        (plain if len(full_shape(parameter)) < 2 or spared else decaying).append(parameter)
     groups = [
         {"params": decaying, "weight_decay": settings.weight_decay, "decays": True},
         {"params": plain, "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def copy_weights(module: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Fill a whole or a sharded module; shards are gathered one at a time, and rank 0's values count."""
-    for name, parameter in module.named_parameters():
-        sharded = hasattr(parameter, "ds_shape")
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
-            if weights is not None and (not sharded or deepspeed.comm.get_rank() == 0):
-                parameter.copy_(weights[name])

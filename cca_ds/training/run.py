@@ -1,212 +1,338 @@
-"""From a checked command line to a finished run: ranks, folder, session, baseline, loop, summary."""
+"""From a checked configuration to a finished run: ranks, folder, inputs, engines, baseline, loop, summary."""
 
 from __future__ import annotations
 
-import argparse
 import collections
 import datetime
 import hashlib
-import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from torch import Tensor, nn
 
-from cca_ds.cluster import launch
-from cca_ds.cluster.failures import explain, lost_connection
+import cca_ds
+from cca_ds.alignment.objective import Objective
+from cca_ds.balance.balancer import Balancer
+from cca_ds.checkpoints.deepspeed_state import Checkpoints
+from cca_ds.cluster.coordination import Coordinator
+from cca_ds.cluster.failures import lost_connection
+from cca_ds.cluster.launchers import Ranks
 from cca_ds.cluster.preflight import check_ranks
-from cca_ds.cluster.rank_logs import keep_rank_log, tell
-from cca_ds.cluster.stop_signal import Stopped
+from cca_ds.cluster.rank_logs import keep_rank_log
+from cca_ds.cluster.ranked import run_on_ranks
+from cca_ds.cluster.stop_signal import Stopped, StopSignal
 from cca_ds.cluster.watchdog import Watchdog
-from cca_ds.config.recipes import ConfigError, config_hash, dump_recipe
+from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero_stage
+from cca_ds.config.recipes import config_hash, dump_recipe
 from cca_ds.config.schema import RunConfig
+from cca_ds.data.batches import Steps
+from cca_ds.likelihood import backend
+from cca_ds.models.from_recipe import starting_weights
+from cca_ds.reference.base import Reference, ReferenceInputs
+from cca_ds.reference.cache import ReferenceCacheError, open_cache
+from cca_ds.reference.placements import PLACEMENTS
+from cca_ds.reference.producer import fill_cache
+from cca_ds.reference.replica import ReplicaReference, reference_model
 from cca_ds.training import run_folder
+from cca_ds.training.baseline import check_baseline
+from cca_ds.training.engines import Engines, OptimizerSteps
+from cca_ds.training.inputs import RunInputs, open_inputs
+from cca_ds.training.policy import Policy
+from cca_ds.training.progress import Progress, last_logged_values
+from cca_ds.training.reader import BatchReader
+from cca_ds.training.run_log import RunLog
+from cca_ds.training.sample_grids import SampleGrids
+from cca_ds.training.utilization import Utilization
 
-COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
+# sections whose values TensorBoard's table of runs shows
+_COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
 
 
-def train_command(
-    run: RunConfig, ds: dict[str, Any], arguments: argparse.Namespace, train: Callable[[Any], bool]
+@dataclass(frozen=True)
+class Run:
+    """One process of a run: what it reads, its engines, how far it is, and what else the loop uses."""
+
+    inputs: RunInputs
+    engines: Engines
+    progress: Progress
+    reader: BatchReader
+    optimizer_step: OptimizerSteps
+    grids: SampleGrids
+    checkpoints: Checkpoints
+    coordinator: Coordinator
+
+    def stop_within_step(self, done: int) -> None:
+        """Stop before step `done` + 1 was computed, with a checkpoint of step `done`; collective."""
+        if done:
+            self.checkpoints.ensure(self.engines.policy, done)
+        self.progress.say_stopped()
+
+    def close(self) -> None:
+        """The end of a run without errors; collective."""
+        self.checkpoints.close()
+        self.progress.log.close()
+        self.coordinator.close()
+
+
+def run_training(
+    run: RunConfig, ds: dict[str, Any], output: str | None, resume: str, loop: Callable[[Run], bool]
 ) -> int:
-    """Run `train` in a session of this recipe. Exit code 0: finished, or stopped with a checkpoint."""
-    if arguments.cache_reference or arguments.produce_reference:
-        return _with_ranks(run, lambda ranks: _produce(run, ds, ranks, ahead=arguments.produce_reference))
-    folder = Path(arguments.output or f"runs/{run.name}").expanduser()
-    try:
-        run_folder.check_output(folder, run, arguments.resume)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    """Train on the ranks that this process belongs to.
+
+    Args:
+        run: the checked recipe.
+        ds: DeepSpeed's file as read.
+        output: the run's folder; None is runs/NAME.
+        resume: "auto", "never", or a checkpoint's folder.
+        loop: takes the steps that are left; False when a signal ended them early.
+
+    Returns:
+        Exit code: 0 when the run is finished or was stopped with a checkpoint.
+
+    Raises:
+        ConfigError: a folder that cannot be used.
+    """
+    folder = Path(output or f"runs/{run.name}").expanduser()
+    run_folder.check_output(folder, run, resume)
     if run_folder.is_completed(folder):
         print(f"{folder}: this run is finished; nothing to do")
         return 0
-    return _with_ranks(run, lambda ranks: _run(run, ds, arguments, train, folder, ranks))
+    return run_on_ranks(
+        lambda ranks: _train(run, ds, folder, resume, loop, ranks),
+        run.distributed.timeout_seconds,
+        run.batch.micro_size,
+    )
 
 
-def _with_ranks(run: RunConfig, work: Callable[[launch.Ranks], int]) -> int:
-    """Meet the other ranks, work, part; a failure is one line that names this rank."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-    try:
-        ranks = launch.initialize(launch.find_ranks(os.environ), run.distributed.timeout_seconds)
-    except launch.LaunchError as error:
-        print(error, file=sys.stderr)
-        return 2
-    quiet_deepspeed()
-    try:
-        code = work(ranks)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if os.environ.get("CCA_DS_TRACEBACK"):
-            traceback.print_exc()
-        tell(explain(error, run, ranks))
-        if (
-            ranks.world_size > 1
-        ):  # the others are in a collective: no farewell, so that the watchdog tells them
-            os._exit(1)
-        return 1
-    launch.shutdown()
-    return code
+def fill_reference_cache(run: RunConfig, ds: dict[str, Any], ahead: bool) -> int:
+    """Compute the reference's log-likelihoods of a whole run into `reference.cache`.
+
+    Args:
+        ahead: beside trainers that are running: stay `reference.ahead_steps` ahead of them.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ReferenceCacheError: no cache folder is named.
+    """
+    if run.reference.cache is None:
+        raise ReferenceCacheError("name the folder to fill: --set reference.cache=FOLDER")
+    return run_on_ranks(
+        lambda ranks: _fill_cache(run, ds, ahead, ranks),
+        run.distributed.timeout_seconds,
+        run.batch.micro_size,
+    )
 
 
-def _produce(run: RunConfig, ds: dict[str, Any], ranks: launch.Ranks, ahead: bool) -> int:
-    from cca_ds.config.deepspeed_file import resolve_precision
-    from cca_ds.reference.producer import produce
+def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -> None:
+    assert run.reference.cache is not None
+    precision = resolve_precision(ds, run, ranks.device != "cpu")
+    inputs = open_inputs(run, Path(run.reference.cache).expanduser() / "data")
+    weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
+    coordinator = Coordinator(ranks)
+    cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
+    reference = ReplicaReference(
+        run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer
+    )
+    whole_batches = Steps(inputs.table, inputs.plan, 0, [run.batch.global_size])
+    ahead_steps = run.reference.ahead_steps if ahead else None
+    fill_cache(cache, reference, whole_batches, inputs.steps, ranks, run.reference.batch_size, ahead_steps)
 
-    produce(run, ranks, resolve_precision(ds, run, ranks.device != "cpu"), ahead)
-    return 0
 
-
-def _run(
-    run: RunConfig,
-    ds: dict[str, Any],
-    arguments: argparse.Namespace,
-    train: Callable[[Any], bool],
-    folder: Path,
-    ranks: launch.Ranks,
-) -> int:
+def _train(
+    run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, loop: Callable[[Run], bool], ranks: Ranks
+) -> None:
     fresh = ranks.rank == 0 and run_folder.open_folder(folder, run)
     torch.distributed.barrier()
     try:
-        session = _begin(run, ds, arguments.resume, folder, ranks)
-        ready = _until_stopped(session, _check_start)
+        started_run = _start(run, ds, folder, resume, ranks)
+        ready = _until_stopped(started_run, lambda parts: _check_start(run, parts))
     except ValueError:
         if fresh:
             run_folder.discard(folder)
         raise
     started = time.perf_counter()
     try:
-        finished = ready and _until_stopped(session, train)
+        finished = ready and _until_stopped(started_run, loop)
     except RuntimeError as error:
-        if lost_connection(error) and (gone := session.watchdog.vanished()):
+        watchdog = started_run.coordinator.watchdog
+        if watchdog is not None and lost_connection(error) and (gone := watchdog.vanished()):
             raise RuntimeError(f"{gone}; start again to continue from the last checkpoint") from error
         raise
     if finished:
-        finish(session, time.perf_counter() - started)
-    session.close()
-    return 0
+        _finish(run, folder, started_run, time.perf_counter() - started)
+    started_run.close()
 
 
-def _begin(run: RunConfig, ds: dict[str, Any], resume: str, folder: Path, ranks: launch.Ranks) -> Any:
-    """A session whose ranks, data and weights are as they should be."""
-    from cca_ds.training.inputs import open_table
-    from cca_ds.training.session import Session
-
+def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks: Ranks) -> Run:
+    """Build every part of a run, in the order in which one needs another."""
     keep_rank_log(folder, ranks)
-    manifest = open_table(run, folder / "data").manifest.to_json()
-    same = {
+    inputs = open_inputs(run, folder / "data")
+    compared = {
         "the configuration": config_hash(run),
-        "the data manifest": hashlib.sha256(manifest.encode()).hexdigest()[:16],
+        "the data manifest": hashlib.sha256(inputs.table.manifest.to_json().encode()).hexdigest()[:16],
     }
-    check_ranks(ranks, run.distributed.timeout_seconds, same)
-    watchdog = Watchdog(ranks, run.distributed.timeout_seconds)
-    session = Session(run, ds, ranks, folder, resume, watchdog)
-    session.log.text("config", dump_recipe(run))
-    session.log.hparams(hyperparameters(run))
-    announce(session)
-    return session
+    check_ranks(ranks, run.distributed.timeout_seconds, compared)
+    coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
+    precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
+    torch.manual_seed(run.seed + ranks.rank)
+    balancer = Balancer(run, ds, ranks, precision, inputs.tokenizer)
+    metadata = {"config": compared["the configuration"], "stage": zero_stage(ds), "precision": precision}
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata)
+    origin = checkpoints.to_resume(resume)
+    engines = _build_engines(run, ds, inputs, balancer, checkpoints, origin, precision, coordinator)
+    coordinator.beat(0, "reading the checkpoint")
+    first_step = checkpoints.restore(engines.policy, origin) if origin else 0
+    log = RunLog(
+        folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress
+    )
+    last_values = last_logged_values(folder / "metrics.jsonl", first_step)
+    progress = Progress(
+        first_step, inputs.steps, log, last_values, run.batch.global_size,
+        Utilization(run, ranks), coordinator.device, run.logging.every_steps,
+    )  # fmt: skip
+    _announce(run, inputs, engines, balancer, progress)
+    return Run(
+        inputs,
+        engines,
+        progress,
+        BatchReader(inputs, run.data, balancer, coordinator, log.say),
+        OptimizerSteps(engines.policy, run.optimizer, run.schedule, inputs.steps, inputs.steps_per_epoch),
+        SampleGrids(run, inputs.tokenizer, precision, coordinator.device, inputs.steps, log),
+        checkpoints,
+        coordinator,
+    )
 
 
-def _check_start(session: Any) -> bool:
-    """Before the first step of all: the baseline is as it should be, and its samples are drawn."""
-    from cca_ds.training.baseline import check_baseline
+def _build_engines(
+    run: RunConfig, ds: dict[str, Any], inputs: RunInputs, balancer: Balancer, checkpoints: Checkpoints,
+    origin: Path | None, precision: str, coordinator: Coordinator,
+) -> Engines:  # fmt: skip
+    """Policy and reference; full weights are read on rank 0, which hands out shards or broadcasts."""
+    partition = balancer.partition
+    filled = fill_ds_config(
+        ds,
+        run,
+        world_size=coordinator.ranks.world_size,
+        forwards=partition.forwards,
+        micro_size=max(max(sizes) for sizes in partition.micro_sizes),
+        precision=precision,
+    )
+    if origin and checkpoints.prepare(origin):
+        filled["checkpoint"] = {**filled.get("checkpoint", {}), "load_universal": True}
+    weights = None
+    if coordinator.ranks.rank == 0:
+        weights = starting_weights(run.model, run.model.weights, run.seed, inputs.tokenizer)
+    coordinator.beat(0, "building the policy")
+    policy = Policy(
+        run.model, run.optimizer, filled, weights, run.batch.global_size, coordinator.device, inputs.tokenizer
+    )
+    coordinator.beat(0, "building the reference")
+    objective = Objective(run.loss, run.model.lambda_conditioning)
+    reference: Reference | None = None
+    if objective.spec.needs_reference:
+        own = reference_weights(run, inputs.tokenizer, weights) if weights is not None else None
+        reference = PLACEMENTS[run.reference.placement].build(
+            ReferenceInputs(run, own, precision, inputs.tokenizer, inputs.table, coordinator)
+        )
+    return Engines(policy, reference, objective, coordinator.device, precision)
 
-    if session.first_step == 0:
-        check_baseline(session)
-        session.draw_samples(0)
+
+def reference_weights(
+    run: RunConfig, tokenizer: nn.Module | None, policy_weights: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The reference's full float32 state dict: that of `reference.weights`, else the policy's own start.
+
+    Args:
+        policy_weights: the policy's start where it is in memory already; without the embedding of lambda it is the
+            reference.
+    """
+    model = reference_model(run.model, run.reference.dropout)
+    if run.reference.weights is not None:
+        return starting_weights(model, run.reference.weights, run.seed, tokenizer)
+    if policy_weights is None:
+        policy_weights = starting_weights(run.model, run.model.weights, run.seed, tokenizer)
+    return {
+        name: tensor for name, tensor in policy_weights.items() if not name.startswith("lambda_embedding.")
+    }
+
+
+def _check_start(run: RunConfig, parts: Run) -> bool:
+    """Before the first step of all: check the baseline and draw its samples."""
+    if parts.progress.step == 0:
+        check_baseline(
+            run, parts.engines, parts.reader.own_steps(), parts.coordinator, parts.progress.log.say
+        )
+        if parts.grids.due(0):
+            parts.grids.draw(parts.engines.policy, 0)
     return True
 
 
-def _until_stopped(session: Any, work: Callable[[Any], bool]) -> bool:
+def _until_stopped(parts: Run, work: Callable[[Run], bool]) -> bool:
     """What `work` returns; False where a signal stopped the ranks while they waited within a step."""
     try:
-        return work(session)
+        return work(parts)
     except Stopped as stopped:
-        session.stop_within_step(stopped.done)
+        parts.stop_within_step(stopped.done)
         return False
 
 
-def quiet_deepspeed() -> None:
-    """DeepSpeed tells every rank's every setting, torch every name that will change; real warnings are enough."""
-    import logging
-    import warnings
-
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-
-
-def announce(session: Any) -> None:
-    """The run's first lines: what runs where, on what, with which kernels."""
-    from cca_ds.likelihood import backend
-
-    run, module = session.run, session.policy.module
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    session.log.say(
-        f"{run.name}: {run.model.preset}, {parameters / 1e6:.1f} M parameters, {session.precision}, "
-        f"ZeRO stage {session.policy.stage}, reference {run.reference.placement if session.reference else 'none'}, "
+def _announce(
+    run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Balancer, progress: Progress
+) -> None:
+    """The run's first lines: what runs where, on what, with which kernels; its text and row in TensorBoard."""
+    policy, log = engines.policy, progress.log
+    log.text("config", dump_recipe(run))
+    log.hparams(hyperparameters(run))
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.module.parameters())
+    log.say(
+        f"{run.name}: {run.model.preset}, {parameters / 1e6:.1f} M parameters, {engines.precision}, "
+        f"ZeRO stage {policy.stage}, reference {run.reference.placement if engines.reference else 'none'}, "
         f"log-likelihoods by {backend()}"
     )
-    session.log.say(
-        f"{len(session.table)} images, {session.table.manifest.classes} classes, {session.steps} steps of "
-        f"{run.batch.global_size} pairs on {session.ranks.world_size} rank(s): {session.balancer.describe()}"
+    log.say(
+        f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes, {inputs.steps} steps of "
+        f"{run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
     )
-    if slowed := session.balancer.describe_slowdown():
-        session.log.say(slowed)
-    if session.first_step:
-        session.log.say(f"continuing after step {session.first_step}")
+    if progress.step:
+        log.say(f"continuing after step {progress.step}")
 
 
 def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:
     """What runs are compared by, under the keys that `--set` takes: every single value of these sections."""
     tree = run.model_dump(mode="json", by_alias=True)
-    leaves = {f"{name}.{key}": value for name in COMPARED for key, value in tree[name].items()}
+    leaves = {f"{name}.{key}": value for name in _COMPARED for key, value in tree[name].items()}
     leaves |= {"seed": run.seed, "reference.dropout": run.reference.dropout}
     return {key: value for key, value in leaves.items() if isinstance(value, bool | str | int | float)}
 
 
-def finish(session: Any, seconds: float) -> None:
-    """Summary, marks of completion."""
-    run = session.run
-    devices = collections.Counter(peer.device for peer in session.balancer.peers)
+def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
+    """Write the summary and the mark of completion."""
+    ranks, log = parts.coordinator.ranks, parts.progress.log
+    devices = collections.Counter(peer.device for peer in parts.reader.balancer.peers)
     summary = {
         "name": run.name,
-        "steps": session.steps,
-        "images": session.steps * run.batch.global_size,
+        "steps": parts.inputs.steps,
+        "images": parts.inputs.steps * run.batch.global_size,
         "seconds": round(seconds, 2),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "ranks": session.ranks.world_size,
+        "ranks": ranks.world_size,
         "devices": ", ".join(f"{count} x {device}" for device, count in devices.items()),
-        "precision": session.precision,
-        "versions": {name: metadata.version(name) for name in ("cca_ds", "torch", "deepspeed")},
-        "final": session.last_values,
+        "precision": parts.engines.precision,
+        "versions": {
+            "cca_ds": cca_ds.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+        },
+        "final": parts.progress.last_values,
     }
-    session.log.finished()
-    if session.ranks.rank == 0:
-        run_folder.finish(session.folder, summary)
-    session.log.say(f"finished {session.steps} steps in {seconds:.0f} s: {session.folder}")
+    log.finished()
+    if ranks.rank == 0:
+        run_folder.finish(folder, summary)
+    log.say(f"finished {parts.inputs.steps} steps in {seconds:.0f} s: {folder}")

@@ -146,10 +146,8 @@ def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    import cca_ds.training.run
-    import cca_ds.training.inputs
-    import cca_ds.reference.producer
-    import cca_ds.training.session  # noqa: F401
+    import cca_ds.planning.dry_run
+    import cca_ds.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     children: dict[int, str] = {}

@@ -6,9 +6,9 @@ import sys
 from deepspeed.accelerator import get_accelerator
 
 from cca_ds.config import deepspeed_file
-from cca_ds.training import session
 from cca_ds.train import main
+from cca_ds.training import run
 
 get_accelerator().is_fp16_supported = lambda: True
-session.resolve_precision = lambda ds, run, _has_gpu: deepspeed_file.resolve_precision(ds, run, has_gpu=True)
+run.resolve_precision = lambda ds, recipe, _has_gpu: deepspeed_file.resolve_precision(ds, recipe, has_gpu=True)
 sys.exit(main())

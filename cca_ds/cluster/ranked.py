@@ -1,0 +1,56 @@
+"""Work on all ranks: they meet, work and part, and an error on any of them is one line that names the rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+
+from cca_ds.cluster import launch
+from cca_ds.cluster.failures import exit_code, explain_error
+from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.rank_logs import log_only, report_end
+
+
+def run_on_ranks(work: Callable[[Ranks], int | None], timeout_seconds: float, micro_size: int) -> int:
+    """Initialise the process group, do the work, and leave the group.
+
+    After an error on one of several ranks the process exits without closing the group: its peers are blocked in a
+    collective, and their watchdog reports this rank.
+
+    Args:
+        work: gets this process's place; returns an exit code, None for 0.
+        timeout_seconds: silence of a rank after which the run ends.
+        micro_size: the run's batch.micro_size, for advice when memory is short.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        LaunchError: the ranks did not meet.
+    """
+    ranks = launch.initialize(launch.find_ranks(os.environ), timeout_seconds)
+    _quiet_libraries()
+    try:
+        code = work(ranks) or 0
+    except BaseException as error:
+        if os.environ.get("CCA_DS_TRACEBACK"):
+            traceback.print_exception(error)
+        else:
+            log_only("".join(traceback.format_exception(error)))
+        report_end(f"rank {ranks.rank} on {ranks.host}: {explain_error(error, micro_size)}")
+        if ranks.world_size > 1:
+            os._exit(exit_code(error))
+        return exit_code(error)
+    launch.shutdown()
+    return code
+
+
+def _quiet_libraries() -> None:
+    """DeepSpeed logs every rank's every setting, torch every name that will change; warnings are enough."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -1,0 +1,55 @@
+"""A recipe's model: its module, and the full weights it starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cca_ds.config.recipes import resolve_path
+from cca_ds.config.schema import Model
+from cca_ds.models.layers import DropPath
+from cca_ds.models.registry import create_model
+from cca_ds.models.weights import load_weights
+
+
+def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
+    """The model of a recipe's `model` section with fresh weights, its dropouts on or off as the recipe says.
+
+    Args:
+        tokenizer: for families that hold its codebook (VAR).
+    """
+    module = create_model(model.preset, tokenizer, **model.shape)
+    if not model.dropout:
+        _switch_off_dropout(module)
+    module.set_activation_checkpointing(model.activation_checkpointing)
+    return module
+
+
+def starting_weights(
+    model: Model, path: str | None, seed: int, tokenizer: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """The full float32 state dict of a weights file, or of a fresh model drawn from `seed`.
+
+    A lambda-conditioned model starts as its base model: the embedding of lambda is absent from the file, is drawn
+    from the seed, and contributes nothing until it is trained.
+
+    Raises:
+        WeightsError: a file that is missing, damaged or does not fit.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with torch.device("cpu"):
+            module = build_module(model, tokenizer)
+    if path is not None:
+        load_weights(module, resolve_path(path))
+    return module.state_dict()
+
+
+def _switch_off_dropout(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, DropPath):
+            part.rate = 0.0
+        if hasattr(part, "drop_path_rate"):
+            part.drop_path_rate = 0.0

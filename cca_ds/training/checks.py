@@ -1,0 +1,55 @@
+"""What a well-formed recipe can still get wrong: names that are not registered, and values that contradict a record."""
+
+from __future__ import annotations
+
+import difflib
+
+from cca_ds.alignment.losses import LOSSES
+from cca_ds.config.schema import RunConfig
+from cca_ds.models.registry import preset_problem
+from cca_ds.reference.placements import PLACEMENTS
+from cca_ds.vq import TOKENIZERS
+
+
+def recipe_problems(run: RunConfig) -> list[str]:
+    """Every problem in one line each, with the key, the value and the remedy; empty for a recipe that can run."""
+    unknown = [
+        LOSSES.problem(run.loss.name),
+        PLACEMENTS.problem(run.reference.placement),
+        TOKENIZERS.problem(run.tokenizer.name),
+        preset_problem(run.model.preset),
+    ]
+    found = [problem for problem in unknown if problem]
+    if run.loss.name in LOSSES:
+        found += _loss_problems(run)
+        if run.reference.placement in PLACEMENTS and LOSSES[run.loss.name].needs_reference:
+            found += _reference_problems(run)
+    return found
+
+
+def _loss_problems(run: RunConfig) -> list[str]:
+    spec, found = LOSSES[run.loss.name], []
+    for name in run.loss.options.keys() - spec.options.keys():
+        near = difflib.get_close_matches(name, spec.options, n=1)
+        known = f"did you mean {near[0]}?" if near else f"it has {', '.join(spec.options) or 'none'}"
+        found.append(f"loss.options.{name}: loss.name={spec.name} has no such option; {known}")
+    if run.model.lambda_conditioning and not spec.lambda_per_pair:
+        able = ", ".join(name for name, other in LOSSES.items() if other.lambda_per_pair)
+        found.append(f"model.lambda_conditioning=true needs loss.name={able}, not {spec.name}")
+    return found
+
+
+def _reference_problems(run: RunConfig) -> list[str]:
+    settings, placement, found = run.reference, PLACEMENTS[run.reference.placement], []
+    if settings.dropout and placement.stored:
+        others = " or ".join(name for name, other in PLACEMENTS.items() if not other.stored)
+        found.append(
+            f"reference.dropout=true with reference.placement={placement.name}: a stored log-likelihood "
+            f"has one dropout mask only; use placement {others}, or dropout=false"
+        )
+    if placement.stored and not settings.cache:
+        found.append(f"reference.placement={placement.name} needs reference.cache=FOLDER")
+    if settings.offload and not placement.can_offload:
+        able = " or ".join(name for name, other in PLACEMENTS.items() if other.can_offload)
+        found.append(f"reference.offload=true needs reference.placement={able}, not {placement.name}")
+    return found

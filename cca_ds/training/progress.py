@@ -1,0 +1,95 @@
+"""How far a run is: its step, the values of the last one, and the log they go to."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cca_ds.alignment.objective import summarize
+from cca_ds.training.run_log import RunLog
+from cca_ds.training.utilization import Utilization
+
+
+class Progress:
+    """Steps done and what is logged of them.
+
+    Args:
+        first_step: steps done before this process started, by the checkpoint that it resumes from.
+        steps: of the whole run.
+        log: of the run; writes on rank 0.
+        last_values: tags of the last step done, of an earlier process where this one has done none.
+        global_size: pairs of a step.
+        utilization: MFU of a step.
+        device: this rank's.
+        log_every: steps between two lines of metrics.
+    """
+
+    def __init__(self, first_step: int, steps: int, log: RunLog, last_values: dict[str, float], global_size: int,
+                 utilization: Utilization, device: torch.device, log_every: int):  # fmt: skip
+        self.step, self.first_step, self.steps = first_step, first_step, steps
+        self.log, self.last_values = log, last_values
+        self.global_size, self.utilization, self.device, self.log_every = (
+            global_size, utilization, device, log_every,
+        )  # fmt: skip
+        self._step_started = time.perf_counter()
+
+    def record(self, sums: Tensor, tags: dict[str, float], compared: bool) -> int:
+        """Count a step as done and log it.
+
+        Args:
+            sums: `SUMS` of the global batch.
+            tags: of the optimizer step.
+            compared: whether sums hold rewards.
+
+        Returns:
+            The number of steps done.
+        """
+        self.step += 1
+        now = time.perf_counter()
+        seconds, self._step_started = now - self._step_started, now
+        values = summarize(sums, compared) | tags
+        values["throughput/images_per_second"] = self.global_size / seconds
+        values |= self.utilization.tags(self.global_size, seconds)
+        values["memory/peak_gib"] = peak_memory(self.device) / 2**30
+        if "loss_scale" in tags and "grad_norm" not in tags:
+            self.log.say(
+                f"WARNING: step {self.step} was skipped: its gradient overflowed in fp16; "
+                f"loss scale now {tags['loss_scale']:.10g}, {tags['skipped_steps']:.0f} step(s) skipped so far"
+            )
+        self.log.step(self.step, values, write=self.step % self.log_every == 0 or self.step == self.steps)
+        self.last_values = values
+        return self.step
+
+    def say_stopped(self) -> None:
+        """The last line of a run that a signal ended early; its checkpoint is complete."""
+        self.log.say(
+            f"stopped by a signal after step {self.step}: checkpoint saved, start again to continue"
+            if self.step
+            else "stopped by a signal before the first step was done: start again to begin"
+        )
+
+
+def last_logged_values(metrics: Path, step: int) -> dict[str, float]:
+    """Tags of the last line of metrics.jsonl up to `step`; empty where there is none."""
+    found: dict[str, float] = {}
+    if metrics.is_file():
+        for line in metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a line cut off by a kill
+            if record["step"] <= step:
+                found = {tag: value for tag, value in record.items() if tag not in ("step", "time")}
+    return found
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this rank has held: on the GPU, or in the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
