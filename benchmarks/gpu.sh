@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh [python]
 #
 # Writes benchmarks/results/<device>-<date>.json (and .md) with the commit. Exits non-zero when the build or a test fails;
-# the benchmarks run all the same after a failed test, and the file says so.
+# the benchmarks run all the same after a failed test, and the result file records the failure.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${1:-python}
@@ -35,7 +35,7 @@ within 150 "$python" -m pytest -q -m "gpu and not slow" tests || tests=failed
 
 memcheck="compute-sanitizer is not installed"
 if command -v compute-sanitizer >/dev/null; then
-  within 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/test_likelihood.py \
+  within 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/likelihood \
     -k "edges or not_finite or outside or non_contiguous or test_linear" >"$scratch/memcheck.log" 2>&1
   code=$?
   case $code in
@@ -49,7 +49,7 @@ fi
 # steps and images of the two largest models; what was measured before the time was up is kept.
 benchmark() {
   local name=$1
-  within "$2" "$python" "benchmarks/$name.py" --output "$scratch" "${@:3}" >"$scratch/$name.log" 2>&1 && return
+  within "$2" "$python" "benchmarks/speed/$name.py" --output "$scratch" "${@:3}" >"$scratch/$name.log" 2>&1 && return
   echo "gpu.sh: $name failed or ran out of time" >&2
   tail -n 20 "$scratch/$name.log" >&2
   tests=failed

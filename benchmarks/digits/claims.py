@@ -1,4 +1,4 @@
-"""What the paper claims, as inequalities on the means that `digits_paper.py` measured."""
+"""The paper's claims, as inequalities on the means that `paper.py` measured."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def check(found: dict[str, Rows]) -> dict[str, bool]:
 
 
 def at_accuracy(rows: Rows, accuracy: float, name: str) -> float:
-    """`name` of a guided model at the guidance scale of this accuracy, between the two measured ones around it.
+    """`name` of a guided model at the scale of this accuracy, interpolated between the two measured scales around it.
 
-    Scales beyond the most accurate one, where guidance only does harm, take no part.
+    Scales beyond the most accurate one, where guidance lowers accuracy, are left out.
     """
     points = [(row["accuracy"]["mean"], row[name]["mean"]) for row in sorted(rows, key=lambda row: row["s"])]
     points = points[: points.index(max(points)) + 1]

@@ -3,22 +3,23 @@
     python benchmarks/digits/demo.py --run runs/demo
     python benchmarks/digits/demo.py --run runs/demo --record      # also into benchmarks/results and docs/images
 
-Both models sample the same 1,800 images (same labels, same seeds). The base model is guided at the scale whose
+Both models sample 1,800 images with the same labels and seeds. The base model is guided at the scale whose
 class accuracy equals the fine-tuned model's without guidance; FID and time are compared there.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
 from lab import sampled, scores
+from provenance import REPOSITORY, RESULTS, origin, processor
 
 from cca_ds.config.recipes import load_recipe, resolve_path
 from cca_ds.console import progress
@@ -82,7 +83,7 @@ def table(rows: list[dict]) -> str:
 
 
 def claims(rows: list[dict]) -> dict[str, bool]:
-    """What CCA promises, checked on the numbers of the table."""
+    """The paper's claims about CCA, checked on the numbers of the table."""
     *_, matched, ours = rows
     return {
         f"accuracy {ours['accuracy']:.3f} >= {matched['accuracy']:.3f} of the guided base model (within 0.01)": ours[
@@ -116,30 +117,12 @@ def picture(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def origin() -> dict[str, str]:
-    """What made the numbers: command, date, commit, device."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return {
-        "command": "make demo",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "device": device,
-    }
-
-
 def record(run: Path) -> None:
-    """Copy the table's numbers and the picture to where the README finds them."""
-    root = Path(__file__).parents[2]
-    (root / "docs" / "images").mkdir(parents=True, exist_ok=True)
-    write_atomic(root / "benchmarks" / "results" / "demo.json", (run / "demo.json").read_bytes())
-    write_atomic(root / "docs" / "images" / "demo_samples.png", (run / "samples.png").read_bytes())
+    """Copy the results and the picture to benchmarks/results and docs/images, where the README reads them."""
+    pictures = REPOSITORY / "docs" / "images"
+    pictures.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULTS / "demo.json", (run / "demo.json").read_bytes())
+    write_atomic(pictures / "demo_samples.png", (run / "samples.png").read_bytes())
 
 
 def main() -> int:
@@ -163,7 +146,9 @@ def main() -> int:
     picture(rows, arguments.run / "samples.png")
     results = [{key: value for key, value in row.items() if key != "codes"} for row in rows]
     checked = claims(rows)
-    body = {**origin(), "images": arguments.images, "rows": results, "claims": checked}
+    threads = f"{processor()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    body = {**origin("make demo", device), "images": arguments.images, "rows": results, "claims": checked}
     write_atomic(arguments.run / "demo.json", json.dumps(body, indent=1) + "\n")
     if arguments.record:
         record(arguments.run)

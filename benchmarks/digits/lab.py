@@ -1,7 +1,7 @@
-"""Fine-tune and judge small models on the digits, in one process and without DeepSpeed.
+"""Fine-tune and evaluate small models on the digits, in one process and without DeepSpeed.
 
-The loop is the package's own, step for step (tests/dist/test_trajectory.py holds the two equal); starting an engine
-for each of a hundred short runs would take longer than the runs.
+The steps are those of `cca_ds/train.py` (tests/dist/test_trajectory.py compares a plain loop with it); starting
+DeepSpeed for each of a hundred short runs would take longer than the runs.
 
 Letters: B images, L codes per image.
 """
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from cca_ds.alignment.objective import SUMS, Objective, summarize
 from cca_ds.config.recipes import load_recipe, resolve_path
-from cca_ds.config.schema import RunConfig
+from cca_ds.config.schema import Optimizer, RunConfig
 from cca_ds.data.batches import BatchPlan, Steps
 from cca_ds.data.codes import CodeTable, open_codes
 from cca_ds.metrics import frechet_distance, inception_score
-from cca_ds.metrics.features import class_accuracy, digits_classifier
+from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate
@@ -32,12 +32,12 @@ from cca_ds.training.schedule import learning_rate
 
 IMAGES = 1800
 BATCH = 450
-EVALUATION_STREAM = 10**6  # held-out pairings of the same images: an epoch that no run reaches
+EVALUATION_STREAM = 10**6  # an epoch that no run reaches: other pairs of the same images
 
 
 @dataclass
 class Tuned:
-    """A fine-tuned model and how it went."""
+    """A fine-tuned model and the metrics of its steps."""
 
     model: nn.Module
     history: list[dict[str, float]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Tuned:
 
 @dataclass
 class Digits:
-    """The digits as codes, and the way from sampled codes to what the classifier looks at."""
+    """The digits as codes, the base model, and the decoder from codes [B, L] to grey levels [B, 64]."""
 
     table: CodeTable
     base: nn.Module
@@ -53,47 +53,76 @@ class Digits:
 
     @classmethod
     def shipped(cls, folder: Path) -> Digits:
-        """The base model that the package ships."""
+        """With the package's base model; the table of codes is written into `folder` if it is not there."""
         recipe = load_recipe("digits")
         base = create_model(recipe.model.preset)
         load_weights(base, resolve_path(recipe.model.weights))
         return cls(open_codes("digits", folder), base.eval())
 
 
+class PlainPolicy:
+    """A module under PyTorch's AdamW in one process, with the interface of `cca_ds.training.policy.Policy`.
+
+    Args:
+        module: trained in place.
+        optimizer: learning rate, betas and clipping; parameters of fewer than two dimensions do not decay.
+        global_size: pairs per step.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, global_size: int):
+        self.module, self.global_size, self.clip = module, global_size, optimizer.grad_clip
+        groups = [
+            {
+                "params": [p for p in module.parameters() if p.ndim >= 2],
+                "weight_decay": optimizer.weight_decay,
+            },
+            {"params": [p for p in module.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """log p [B] float32 of codes [B, L] under labels [B], with gradient."""
+        return self.module(*inputs)
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Add the gradient of a micro-batch, given its loss summed over pairs."""
+        (loss_sum / self.global_size).backward()
+
+    def step(self, learning_rate: float, weight_decay: float) -> float:
+        """Clip, step and clear the gradients; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
-    """One run of the digits recipe from the base model, with overrides."""
+    """One run of the digits recipe from the base model, with overrides (KEY.PATH=VALUE)."""
     run = load_recipe("digits", [f"seed={seed}", *overrides])
     torch.manual_seed(seed)
-    policy = _policy(digits, run)
+    policy = PlainPolicy(_policy_module(digits, run), run.optimizer, run.batch.global_size)
     objective = Objective(run.loss, run.model.lambda_conditioning)
     steps = _steps(digits, run, objective.contrastive)
     total = round(run.batch.epochs * steps.steps_per_epoch)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=run.optimizer.learning_rate, betas=run.optimizer.betas
-    )
-    groups = [p for p in policy.parameters() if p.ndim >= 2], [p for p in policy.parameters() if p.ndim < 2]
-    optimizer.param_groups[0]["params"] = groups[0]
-    optimizer.param_groups[0]["weight_decay"] = run.optimizer.weight_decay
-    optimizer.add_param_group({"params": groups[1], "weight_decay": 0.0})
-    tuned = Tuned(policy)
+    tuned = Tuned(policy.module)
     for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, steps.steps_per_epoch, run.optimizer, run.schedule)
         (batch,) = steps[step]
         inputs = objective.stacked(batch)
         with torch.no_grad():
             reference_logp = digits.base(*inputs[:2]) if objective.contrastive else None
         loss, sums = objective(policy(*inputs), reference_logp, batch)
-        (loss / run.batch.global_size).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), run.optimizer.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        policy.backward(loss)
+        rate = learning_rate(step, total, steps.steps_per_epoch, run.optimizer, run.schedule)
+        policy.step(rate, run.optimizer.weight_decay)
         tuned.history.append(summarize(sums, objective.contrastive))
-    policy.eval()
+    policy.module.eval()
     return tuned
 
 
-def _policy(digits: Digits, run: RunConfig) -> nn.Module:
+def _policy_module(digits: Digits, run: RunConfig) -> nn.Module:
     if not run.model.lambda_conditioning:
         return copy.deepcopy(digits.base).train(run.model.dropout)
     policy = create_model(digits.base.config, lambda_conditioning=True)
@@ -131,9 +160,9 @@ def likelihood_change(digits: Digits, model: nn.Module, batches: int = 8) -> tup
 def sampled(
     model: nn.Module, labels_B: Tensor, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
 ) -> tuple[Tensor, float]:
-    """Codes [B, L] of the seed's first images, and the seconds that they took.
+    """Codes [B, L] of the seed's first images, and the seconds that sampling took.
 
-    On a CPU those of one thread on its processor: what else the machine does then counts for nothing.
+    On a CPU: the processor time of one thread, which does not depend on the machine's load.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     clock, threads = time.process_time if on_cpu else time.perf_counter, torch.get_num_threads()
@@ -157,7 +186,7 @@ def sampled(
         torch.set_num_threads(threads)
 
 
-def judge(
+def evaluate(
     digits: Digits, model: nn.Module, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
 ) -> dict:
     """Sample 1,800 images, 180 a class, and score them by the digits' classifier."""
@@ -189,5 +218,5 @@ def average(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def untimed(repeats: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """`average` where the time of sampling is that of any model without guidance, and says nothing."""
+    """`average` without the sampling time."""
     return {name: value for name, value in average(repeats).items() if name != "seconds"}

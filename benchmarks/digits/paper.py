@@ -1,37 +1,35 @@
 """The paper's tables and figures on the handwritten digits, each claim a checked inequality.
 
     python benchmarks/digits/paper.py                     # everything, about half an hour on two CPU cores
-    python benchmarks/digits/paper.py --again losses beta # some experiments anew; the others are read from --work
-    python benchmarks/digits/paper.py --experiments guidance losses --repeats 1   # two minutes: their claims alone
+    python benchmarks/digits/paper.py --again losses beta # these again; the others are read from --work
+    python benchmarks/digits/paper.py --experiments guidance losses --repeats 1   # two minutes: only their claims
 
-Every experiment is repeated with three seeds; means and half-ranges go to benchmarks/results/digits_paper.{json,md},
-pictures beside them (with all experiments; some of them leave those files alone). Exit code 1 when a claim fails,
-which is then named. An interrupted command starts again where it was.
+Every experiment is repeated with three seeds; means and half-ranges are written to
+benchmarks/results/digits_paper.{json,md}, figures beside them, when all experiments are run. Exit code 1 when a claim
+fails; the output names it. An interrupted command continues with the first unfinished experiment.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import claims as paper_claims
 import plots
 import torch
-from lab import Digits, average, fine_tune, judge, likelihood_change, untimed
+from lab import Digits, average, evaluate, fine_tune, likelihood_change, untimed
+from provenance import RESULTS, origin, processor
 
 from cca_ds.console import progress
 from cca_ds.files import write_atomic
 
-RESULTS = Path(__file__).parents[1] / "results"
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 LAMBDAS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 BETAS = (0.1, 0.25, 0.5, 1.0, 2.0)
@@ -48,7 +46,11 @@ LOSSES = {
 def guidance(digits: Digits, seeds: range) -> list[dict]:
     """The base model over guidance scales (Figure 1, and the frontier of Figure 4)."""
     return [
-        {"name": "base", "s": scale, **average([judge(digits, digits.base, scale, seed) for seed in seeds])}
+        {
+            "name": "base",
+            "s": scale,
+            **average([evaluate(digits, digits.base, scale, seed) for seed in seeds]),
+        }
         for scale in progress(SCALES, "guidance")
     ]
 
@@ -62,7 +64,7 @@ def losses(digits: Digits, seeds: range) -> list[dict]:
             model = fine_tune(digits, seed, overrides).model
             positives, negatives = likelihood_change(digits, model)
             repeats.append(
-                {**judge(digits, model, 0.0, seed), "positives": positives, "negatives": negatives}
+                {**evaluate(digits, model, 0.0, seed), "positives": positives, "negatives": negatives}
             )
         rows.append({"name": name, "s": 0.0, **average(repeats)})
     return rows
@@ -81,7 +83,7 @@ def beta(digits: Digits, seeds: range) -> list[dict]:
 def _sweep(digits: Digits, seeds: range, name: str, points: list[tuple[float, list[str]]]) -> list[dict]:
     rows = []
     for value, overrides in progress(points, f"CCA over {name}"):
-        repeats = [judge(digits, fine_tune(digits, seed, overrides).model, 0.0, seed) for seed in seeds]
+        repeats = [evaluate(digits, fine_tune(digits, seed, overrides).model, 0.0, seed) for seed in seeds]
         rows.append({"name": "CCA", "s": 0.0, name: value, **untimed(repeats)})
     return rows
 
@@ -92,7 +94,9 @@ def combined(digits: Digits, seeds: range) -> list[dict]:
     for value in progress(SMALL_LAMBDAS, "CCA + guidance"):
         models = [fine_tune(digits, seed, [f"loss.lambda={value}"]).model for seed in seeds]
         for scale in SCALES[:4]:
-            repeats = [judge(digits, model, scale, seed) for model, seed in zip(models, seeds, strict=True)]
+            repeats = [
+                evaluate(digits, model, scale, seed) for model, seed in zip(models, seeds, strict=True)
+            ]
             rows.append({"name": "CCA + guidance", "lambda": value, "s": scale, **untimed(repeats)})
     return rows
 
@@ -105,7 +109,7 @@ def conditioned(digits: Digits, seeds: range) -> list[dict]:
     for value in SAMPLED_LAMBDAS:
         log_lambda = math.log(value)
         repeats = [
-            judge(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)
+            evaluate(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)
         ]
         rows.append({"name": "CCA, conditioned", "s": 0.0, "lambda": value, **untimed(repeats)})
     return rows
@@ -127,11 +131,15 @@ def var(digits: Digits, seeds: range) -> list[dict]:
 
     small = small_var(digits)
     rows = [
-        {"name": "VAR base", "s": scale, **average([judge(small, small.base, scale, seed) for seed in seeds])}
+        {
+            "name": "VAR base",
+            "s": scale,
+            **average([evaluate(small, small.base, scale, seed) for seed in seeds]),
+        }
         for scale in progress(SCALES[:5], "VAR over guidance scales")
     ]
     repeats = [
-        judge(small, fine_tune(small, seed, ["loss.beta=0.5", "loss.lambda=10"]).model, 0.0, seed)
+        evaluate(small, fine_tune(small, seed, ["loss.beta=0.5", "loss.lambda=10"]).model, 0.0, seed)
         for seed in progress(seeds, "VAR, CCA")
     ]
     return [*rows, {"name": "VAR, CCA, one epoch", "s": 0.0, **average(repeats)}]
@@ -150,7 +158,7 @@ EXPERIMENTS: dict[str, Callable[[Digits, range], list[dict]]] = {
 
 
 def run_all(work: Path, names: list[str], again: list[str], repeats: int) -> dict[str, list[dict]]:
-    """Rows of every experiment; what `work` holds of the same number of repeats is not computed again."""
+    """Rows of every experiment; results in `work` with the same number of repeats are reused."""
     work.mkdir(parents=True, exist_ok=True)
     digits, found = Digits.shipped(work), {}
     for name in names:
@@ -164,10 +172,7 @@ def run_all(work: Path, names: list[str], again: list[str], repeats: int) -> dic
 
 
 def report(found: dict[str, list[dict]], claims: dict[str, bool], repeats: int) -> dict:
-    """What is written down: every row, every claim, and the table that the README shows."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    """The result file: every row, every claim, and the table that the README shows."""
     shown = [*found["guidance"], *found["losses"], *found["var"]]
     unit = found["guidance"][0]["seconds"]["mean"]
     unit_var = found["var"][0]["seconds"]["mean"]
@@ -179,10 +184,7 @@ def report(found: dict[str, list[dict]], claims: dict[str, bool], repeats: int) 
             [row["name"], row["s"], row["fid"], row["inception_score"], row["accuracy"], f"{relative:.2f}x"]
         )
     return {
-        "command": "python benchmarks/digits/paper.py",
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        **origin("python benchmarks/digits/paper.py", f"{processor()}, {torch.get_num_threads()} threads"),
         "repeats": repeats,
         "experiments": found,
         "claims": claims,
@@ -212,7 +214,7 @@ def main() -> int:
 
 
 def write(folder: Path, body: dict) -> None:
-    """The numbers, the tables and the pictures."""
+    """Write the JSON, the Markdown tables and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "digits_paper.json", json.dumps(body, indent=1) + "\n")
     write_atomic(folder / "digits_paper.md", paper_claims.markdown(body))

@@ -1,4 +1,4 @@
-"""Pictures of what `digits_paper.py` measured, for the README."""
+"""Figures of the results of `paper.py`, for the README."""
 
 from __future__ import annotations
 

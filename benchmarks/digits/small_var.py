@@ -1,4 +1,4 @@
-"""A small VAR on the digits: its own multi-scale tokenizer and its base model, both trained here from nothing.
+"""A small VAR on the digits: its multi-scale tokenizer and its base model, both trained here from scratch.
 
 8 x 8 pixels become 4 x 4 features and 21 codes of three scales (1, 2 and 4) from a codebook of 64.
 
@@ -27,7 +27,7 @@ TOKENIZER_STEPS, BASE_EPOCHS, BATCH = 600, 25, 64
 
 
 def small_var(shipped: Digits, seed: int = 0) -> Digits:
-    """The digits as a VAR sees them: a table of its codes, a pretrained base model, and the way back to pixels."""
+    """The digits as VAR codes: table, pretrained base model, and the decoder to pixels."""
     images_BCHW, labels_B = load_digit_images()
     tokenizer = train_tokenizer(images_BCHW, seed)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def small_var(shipped: Digits, seed: int = 0) -> Digits:
 
 
 def to_grey_levels(tokenizer: nn.Module, codes_BL: Tensor) -> np.ndarray:
-    """What the digits' classifier looks at: integers 0 to 16, [B, 64]."""
+    """Grey levels 0 to 16, [B, 64] int64, of codes [B, L]: the input of the digits' classifier."""
     with torch.no_grad():
         images_BCHW = torch.cat([tokenizer.decode(part) for part in codes_BL.split(450)])
     return ((images_BCHW.clamp(-1, 1) + 1) * 8).round().long().flatten(1).numpy()

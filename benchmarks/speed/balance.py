@@ -1,13 +1,13 @@
 """python benchmarks/speed/balance.py --date 2026-11-20
 
-Two ranks, one slowed 3:1 on purpose: images per second of two equal ranks (T), of the slowed pair under an even cut,
-and under a cut by measured speeds, whose ideal is T (1 + 1/3) / 2.
+Two ranks, one slowed 3:1 on purpose: images per second of two equal ranks (T), of the slowed pair under an even
+partition, and under a partition by measured speeds, whose ideal is T (1 + 1/3) / 2.
 
-All three are whole runs of `cca_ds/train.py` under ZeRO-3, told apart by their `balance` section only. So that the
-numbers speak of the cut and not of a machine that others use as well, a pair's time is mostly sleep of a known length
-(`balance.slowdown_seconds`) and the model is small: one such sleep a pair on a rank of full speed, three on the slowed
-one. The model's own computing, the collectives and the optimizer come on top. Runs are interleaved, and the median
-step counts.
+All three are whole runs of `cca_ds/train.py` under ZeRO-3 that differ in their `balance` section only. To measure the
+partition and not the load of a shared machine, most of a pair's time is a sleep of known length
+(`balance.slowdown_seconds`) and the model is small: one sleep per pair on a rank of full speed, three on the slowed
+one. The model's own computing, the collectives and the optimizer come on top. Runs are interleaved; the result is the
+median step.
 """
 
 import argparse
@@ -20,8 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parents[1] / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from provenance import REPOSITORY, RESULTS, cpu, origin
+
 SECONDS_PER_PAIR = 0.3  # slept on a rank of full speed
 PAIRS, MICRO_SIZE, STEPS = 16, 6, 6
 SETTINGS = [
@@ -30,7 +32,7 @@ SETTINGS = [
     "precision=fp32", "baseline.check=false", "logging.sample_every_steps=null", "logging.tensorboard=false",
     "data.workers=0", f"balance.slowdown_seconds={SECONDS_PER_PAIR}", "checkpoint.every_steps=1000000",
 ]  # fmt: skip
-# a factor of 2 sleeps once its seconds a pair, one of 4 three times
+# a slowdown of 2 sleeps once per pair, one of 4 three times
 RUNS = {
     "equal ranks, even cut": ["balance.mode=even", "balance.slowdown={0: 2, 1: 2}"],
     "one slowed 3:1, even cut": ["balance.mode=even", "balance.slowdown={0: 2, 1: 4}"],
@@ -56,7 +58,7 @@ def train(settings: list[str], folder: Path) -> tuple[list[float], str]:
 
 
 def measure(rounds: int) -> dict[str, dict]:
-    """Every run's steps over all rounds, interleaved."""
+    """Step seconds, assignment and images per second of each run, over all rounds."""
     found = {name: {"step_seconds": [], "assignment": ""} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -72,8 +74,8 @@ def measure(rounds: int) -> dict[str, dict]:
     return found
 
 
-def judge(runs: dict[str, dict]) -> dict[str, float]:
-    """T, the ideal of unequal ranks, and how near to it the two cuts come."""
+def compare(runs: dict[str, dict]) -> dict[str, float]:
+    """T, the ideal of unequal ranks, and both partitions relative to them."""
     full, even, balanced = (runs[name]["images_per_second"] for name in (EQUAL, EVEN, BALANCED))
     ideal = full * (1 + 1 / 3) / 2
     return {
@@ -82,14 +84,6 @@ def judge(runs: dict[str, dict]) -> dict[str, float]:
         "balanced_over_ideal": round(balanced / ideal, 3),
         "even_over_T": round(even / full, 3),
     }
-
-
-def describe_machine() -> str:
-    """Processor and its cores, for the record."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU: {names[0] if names else 'unknown'}, {os.cpu_count()} cores"
 
 
 def table(report: dict) -> str:
@@ -106,11 +100,11 @@ def table(report: dict) -> str:
     ]
     head = ["| two ranks | assignment | images/s | |", "| --- | --- | --- | --- |"]
     ideal = f"| ideal of 1 + 1/3 ranks | | {found['ideal']:.2f} | T (1 + 1/3) / 2 |"
-    said = (
+    note = (
         f"{report['date']}, {report['device']}, load {report['load']}, commit {report['commit']}, "
         f"`{report['command']}`. {report['note']}"
     )
-    return "\n".join([*head, *rows, ideal, "", said, ""])
+    return "\n".join([*head, *rows, ideal, "", note, ""])
 
 
 def main() -> None:
@@ -122,23 +116,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     runs = measure(arguments.rounds)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.strip()
+    command = f"python benchmarks/speed/balance.py --date {arguments.date} --rounds {arguments.rounds}"
     report = {
-        "date": arguments.date,
-        "device": describe_machine(),
+        **origin(command, f"CPU: {cpu()}", arguments.date),
         "load": round(os.getloadavg()[0], 1),
-        "commit": commit,
-        "command": f"python benchmarks/speed/balance.py --date {arguments.date} --rounds {arguments.rounds}",
         "note": (
-            f"A pair's time is mostly sleep: {SECONDS_PER_PAIR:g} s on a rank of full speed, "
-            f"{3 * SECONDS_PER_PAIR:g} s on the slowed one. A small model's own computing and the exchanges, alike in "
-            "all runs, come on top, on a machine that others use as well; they bring the slowed runs nearer to T than "
-            f"sleep alone would. Median of {len(runs[EQUAL]['step_seconds'])} steps each, runs interleaved."
+            f"Most of a pair's time is sleep: {SECONDS_PER_PAIR:g} s on a rank of full speed, "
+            f"{3 * SECONDS_PER_PAIR:g} s on the slowed one. The small model's computing and the collectives, the same "
+            "in all runs, come on top, on a shared machine; they bring the slowed runs nearer to T than sleep alone "
+            f"would. Median of {len(runs[EQUAL]['step_seconds'])} steps each, runs interleaved."
         ),
         "runs": runs,
-        "result": judge(runs),
+        "result": compare(runs),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "balance.json").write_text(json.dumps(report, indent=1) + "\n")

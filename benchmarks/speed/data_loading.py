@@ -4,16 +4,14 @@ Random access to codes: this project's Arrow table beside the original program's
 
 Both hold the same 20,000 records of ten crops of 576 codes. The original's layout is one file of codes
 ([1, 10, 576] int64) and one of the label ([1] int64) per image, read by LlamaGen's dataset/imagenet.py with
-two `np.load`s and a random crop; the same reads are written anew here, without its overhead of a DataLoader.
-The page cache is warm for both, one thread reads, rounds are interleaved, and the median counts.
+two `np.load`s and a random crop; `read_files` does the same reads without the overhead of a DataLoader.
+The page cache is warm for both, one thread reads, rounds are interleaved, and the result is the median.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from provenance import RESULTS, cpu, origin
+
 from cca_ds.data.codes import CodeTable, write_codes
 
 CROPS, LENGTH, VOCABULARY, CLASSES = 10, 576, 16384, 1000
 BATCH = 256
 IMAGES_PER_SHARD = 1024
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write_layouts(folder: Path, records: int) -> tuple[Path, Path, Path]:
-    """Write the same random codes as a table of one file, one of several, and as .npy files; returns the folders."""
+    """Write the same random codes as a table of one file, one of several files, and .npy files; returns the folders."""
     generator = np.random.default_rng(0)
     codes_NCL = generator.integers(0, VOCABULARY, (records, CROPS, LENGTH), dtype=np.uint16)
     labels_N = generator.integers(0, CLASSES, records)
@@ -110,14 +111,6 @@ def measure(readers: dict[str, Callable], records: int, rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def describe_machine() -> str:
-    """Processor and its cores, for the record."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def run(records: int, rounds: int, folder: Path) -> dict:
     """Write both layouts into `folder`, measure, and compare."""
     import datasets
@@ -171,16 +164,13 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="date to put on the result")
+    parser.add_argument("--date", help="of the result, YYYY-MM-DD (default: today)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of data_loading.json and .md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(arguments.records, arguments.rounds, Path(folder))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    result |= {"date": arguments.date, "device": describe_machine(), "commit": commit.stdout.strip()}
-    result["command"] = " ".join(["python", "benchmarks/speed/data_loading.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/speed/data_loading.py", *sys.argv[1:]])
+    result |= origin(command, cpu(), arguments.date)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "data_loading.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.output / "data_loading.md").write_text(as_table(result))

@@ -1,4 +1,4 @@
-"""What the sequence log-likelihood is asked for on a CPU, beside what `sequence_logp.py` found there."""
+"""The targets of the sequence log-likelihood on a CPU, beside the results of `sequence_logp.py`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ COMPILED = ("compiled eager", "compiled cross_entropy")
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Markdown lines; none where the shape that the targets speak of was not measured, or on a GPU."""
+    """Markdown lines; none on a GPU or when the targets' shape was not measured."""
     cases = {
-        (case["dtype"], case["face"]): case["variants"]
+        (case["dtype"], case["entry"]): case["variants"]
         for case in report["cases"]
         if case["shape"] == SHAPE and report["device_type"] == "cpu"
     }

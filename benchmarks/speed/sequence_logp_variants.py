@@ -12,7 +12,7 @@ WITHOUT_MEMORY = ("products alone", "copy", "forward only")
 
 
 def eager(logits: Tensor, targets: Tensor) -> Tensor:
-    """As the public CCA program does it: float32 logits, log-softmax, gather, sum."""
+    """As in the public CCA program: float32 logits, log-softmax, gather, sum."""
     return F.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's fused head and loss (2.13 and newer), per token where it can, else summed."""
+    """PyTorch's fused head and loss (2.13 and newer), summed over all tokens."""
     flat = F.linear_cross_entropy(
         hidden.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, reduction="sum"
     )
@@ -75,22 +75,22 @@ FROM_HIDDEN = {
 ON_GPU = {"liger": liger, "cut_cross_entropy": apple}
 
 
-def names(face: str, device: str) -> list[str]:
-    """The variants of a face, the yardsticks last."""
-    if face == "logits":
+def names(entry: str, device: str) -> list[str]:
+    """The variants of an entry point, the bounds last."""
+    if entry == "logits":
         return [*FROM_LOGITS, *(["copy"] if device == "cuda" else [])]
     return [*FROM_HIDDEN, *(ON_GPU if device == "cuda" else ()), "forward only", "products alone"]
 
 
 def free_gradients(case: dict) -> None:
-    """Forgets the gradients of the last run."""
+    """Free the gradients of the last run."""
     for tensor in case.values():
         if tensor is not None:
             tensor.grad = None
 
 
 def products_alone(case: dict) -> Callable[[], None]:
-    """The three matrix products that no way of doing it can avoid."""
+    """The three matmuls that every variant needs: logits, and the gradients of hidden states and weight."""
     hidden, weight = case["hidden"].detach().flatten(0, 1), case["weight"].detach()
     residual = torch.randn(hidden.shape[0], weight.shape[0], device=hidden.device).to(hidden.dtype)
 
@@ -102,7 +102,7 @@ def products_alone(case: dict) -> Callable[[], None]:
     return run
 
 
-def make(face: str, name: str, case: dict) -> Callable[[], None]:
+def make(entry: str, name: str, case: dict) -> Callable[[], None]:
     """One forward and backward of a variant on the case's tensors."""
     if name == "products alone":
         return products_alone(case)
@@ -114,13 +114,13 @@ def make(face: str, name: str, case: dict) -> Callable[[], None]:
         return lambda: with_no_grad(case["hidden"], case["weight"], case["targets"], case["bias"])
 
     def run() -> None:
-        if face == "logits":
+        if entry == "logits":
             logp = FROM_LOGITS[name](case["logits"], case["targets"])
         else:
             logp = {**FROM_HIDDEN, **ON_GPU}[name](
                 case["hidden"], case["weight"], case["targets"], case["bias"]
             )
         logp.sum().backward()
-        free_gradients(case)  # here, or each variant would pay for giving back the pages of the one before it
+        free_gradients(case)  # otherwise each variant pays for freeing the pages of the one before it
 
     return run

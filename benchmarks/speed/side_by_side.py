@@ -1,14 +1,13 @@
-"""Measuring this project's code beside an original program's, fairly: one process each, in turn, medians.
+"""Measures this project's code beside an original program's: one process each, in turn, medians.
 
-Each contender runs in a process of its own that waits for its turn, so that both see the same machine at
-nearly the same time and neither one's memory counts for the other. glibc keeps freed memory in both: without
-it the originals spend much of their time on returning pages to the system.
+Each side runs in its own process that waits for its turn, so that both run on the same machine at nearly the same time
+and peak memory is counted separately. glibc keeps freed memory in both: otherwise the originals spend much of their
+time returning pages to the system.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,18 +19,23 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parents[1] / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from provenance import RESULTS, origin, processor
+
+from cca_ds.files import write_atomic
+
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
-CONTENDERS = ("ours", "original")
-ASKED = {  # of the original's time, and of its peak memory
+SIDES = ("ours", "original")
+TARGETS = {  # of the original's time, and of its peak memory
     "train_step": {"fp32": (0.85, 0.65), "bf16": (0.6, 0.65)},
     "sample_speed": {"llamagen": (0.667, None), "var": (0.55, None)},
 }
-Contenders = dict[str, Callable[..., Callable[[], object]]]
+Builders = dict[str, Callable[..., Callable[[], object]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,19 +48,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--var", help="a checkout of VAR's program")
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--threads", type=int, default=os.cpu_count())
-    flags.add_argument("--date", help="for the record, e.g. 2026-11-20")
-    flags.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    flags.add_argument("--date", help="of the result, YYYY-MM-DD (default: today)")
+    flags.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     return flags
 
 
 def peak_gib() -> float:
-    """The most memory this process has held at once, GiB (Linux)."""
+    """Peak resident memory of this process, GiB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
-def floor(run: Callable[[], object], dtype: torch.dtype) -> dict[str, float]:
-    """What a run's matrix products alone would take at the rate of a large product, in the same process."""
+def matmul_bound(run: Callable[[], object], dtype: torch.dtype) -> dict[str, float]:
+    """FLOPs of a run, the rate of a large square matmul, and the seconds that the run's matmuls take at that rate."""
     with FlopCounterMode(display=False) as counter:
         run()
     factors, rates = [torch.randn(2048, 2048).to(dtype) for _ in range(2)], []
@@ -75,7 +79,7 @@ def floor(run: Callable[[], object], dtype: torch.dtype) -> dict[str, float]:
 def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torch.dtype) -> None:
     """A worker: warm up, then one measured run for each line on stdin, answered by a line of JSON on stdout.
 
-    The line "floor" is answered with what the matrix products alone would take.
+    The line "matmul_bound" is answered with `matmul_bound`.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -83,8 +87,8 @@ def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torc
     run()
     print("{}", flush=True)  # ready
     for line in sys.stdin:
-        if line.strip() == "floor":
-            print(json.dumps(floor(run, dtype)), flush=True)
+        if line.strip() == "matmul_bound":
+            print(json.dumps(matmul_bound(run, dtype)), flush=True)
             continue
         wall, processor = time.perf_counter(), time.process_time()
         run()
@@ -93,18 +97,18 @@ def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torc
         print(json.dumps(answer), flush=True)
 
 
-def _start(contender: str, threads: int) -> subprocess.Popen:
+def _start(side: str, threads: int) -> subprocess.Popen:
     environment = {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, *sys.argv, "--worker", contender]
+    command = [sys.executable, *sys.argv, "--worker", side]
     worker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    _answer(worker)  # warm before the next one starts: two pools of spinning threads would hinder each other
+    _answer(worker)  # wait for its warm-up: two pools of spinning threads slow each other down
     return worker
 
 
-def _turn(worker: subprocess.Popen, ask: str = "go") -> dict[str, float]:
-    worker.stdin.write(f"{ask}\n")
+def _turn(worker: subprocess.Popen, request: str = "go") -> dict[str, float]:
+    worker.stdin.write(f"{request}\n")
     worker.stdin.flush()
     return _answer(worker)
 
@@ -113,17 +117,17 @@ def _answer(worker: subprocess.Popen) -> dict[str, float]:
     for line in worker.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise SystemExit("a contender ended early; its own message is above")
+    raise SystemExit("a side ended early; its own message is above")
 
 
 def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict[str, float]]:
-    """Medians of each contender's runs, taken in turn, and ours over the original's."""
-    workers = {name: _start(name, threads) for name in CONTENDERS}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    """Medians of each side's runs, taken in turn, and ours over the original's; with `products` the matmul bound."""
+    workers = {name: _start(name, threads) for name in SIDES}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     for _ in range(rounds):
-        for name in CONTENDERS:
+        for name in SIDES:
             runs[name].append(_turn(workers[name]))
-    alone = {"products_alone": _turn(workers["original"], "floor")} if products else {}
+    alone = {"products_alone": _turn(workers["original"], "matmul_bound")} if products else {}
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -135,10 +139,16 @@ def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict
     return {**medians, "ours_over_original": ratios, **alone}
 
 
-def main(
-    name: str, description: str, ours: Contenders, originals: Contenders, products: bool = False
-) -> None:
-    """Measure, or be one of the two that are measured; `ours` and `originals` by family, given dtype (and checkout)."""
+def main(name: str, description: str, ours: Builders, originals: Builders, products: bool = False) -> None:
+    """The benchmark's command; with --worker, one of the two measured processes.
+
+    Args:
+        name: of the result file.
+        description: of the command.
+        ours: by family, dtype -> a run to measure.
+        originals: by family, (dtype, checkout) -> the same in the original program.
+        products: whether to add what the matmuls alone take.
+    """
     arguments = parser(description).parse_args()
     family, dtype = arguments.family, DTYPES[arguments.dtype]
     checkout = getattr(arguments, family)
@@ -157,23 +167,19 @@ def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> 
     """Put a result under `key` into results/NAME.json, with date, device, commit and command, and print it."""
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    command = (
+        f"python benchmarks/speed/{name}.py --family {arguments.family} --dtype {arguments.dtype} "
+        f"--{arguments.family} PATH --rounds {arguments.rounds} --threads {arguments.threads}"
+    )
+    device = f"{processor()}, {arguments.threads} threads of {os.cpu_count()}, PyTorch {torch.__version__}"
     known[key] = {
         **result,
         "rounds": arguments.rounds,
-        "date": arguments.date or time.strftime("%Y-%m-%d"),
-        "device": f"{_processor()}, {arguments.threads} threads of {os.cpu_count()}, PyTorch {torch.__version__}",
         "load_average": round(os.getloadavg()[0], 1),
-        "commit": commit,
-        "command": f"python benchmarks/speed/{name}.py --family {arguments.family} --dtype {arguments.dtype} "
-        f"--{arguments.family} PATH --rounds {arguments.rounds} --threads {arguments.threads}",
+        **origin(command, device, arguments.date),
     }
     path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    os.replace(draft, path)
+    write_atomic(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     path.with_suffix(".md").write_text(table(name, known))
     print(json.dumps({key: known[key]}, indent=1))
 
@@ -188,13 +194,13 @@ def table(name: str, known: dict[str, dict]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for key, found in sorted(known.items()):
-        asked = next(asked for part, asked in ASKED[name].items() if part in key)
+        targets = next(limits for part, limits in TARGETS[name].items() if part in key)
         cells = [key]
-        for quantity, limit in zip(("processor_seconds", "peak_gib"), asked, strict=True):
+        for quantity, limit in zip(("processor_seconds", "peak_gib"), targets, strict=True):
             share = found["ours_over_original"][quantity]
-            said = f" ({limit:g}{'' if share <= limit else ', missed'})" if limit else ""
-            values = (found[side][quantity] for side in CONTENDERS)
-            cells += [*(f"{value:.1f}" for value in values), f"{share:.2f}{said}"]
+            verdict = f" ({limit:g}{'' if share <= limit else ', missed'})" if limit else ""
+            values = (found[side][quantity] for side in SIDES)
+            cells += [*(f"{value:.1f}" for value in values), f"{share:.2f}{verdict}"]
         alone = found.get("products_alone")
         cells.append(f"{alone['seconds'] / found['original']['seconds']:.2f}" if alone else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -205,9 +211,3 @@ def table(name: str, known: dict[str, dict]) -> str:
         for key, found in sorted(known.items())
     ]
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    return found[1] if found else platform.processor()

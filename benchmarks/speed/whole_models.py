@@ -23,13 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from provenance import REPOSITORY, cpu, origin
+
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.writing import write_codes
 from cca_ds.models import create_model, model_config
 from cca_ds.sampling import generate
 from cca_ds.vq import create_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENIZER = {"channels": 32}  # only the codebook and the residual convolutions are used
 QUIET = (
     "logging.every_steps=1", "logging.sample_every_steps=null", "logging.tensorboard=false", "logging.progress=false",
@@ -64,7 +67,7 @@ def tokenizer_settings(folder: Path, scales: tuple[int, ...], vocab_size: int) -
 
 
 def train(recipe: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the log says of a few steps."""
+    """A few steps of training: time, rate, memory and losses from the run's log."""
     codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
     settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
     run = load_recipe(recipe, arguments.set)
@@ -95,7 +98,7 @@ def train(recipe: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def sample(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Codes a second of guidance-free sampling in the recipe's way, bf16 on a GPU."""
+    """Codes per second of guidance-free sampling with the recipe's top-k and top-p, bf16 on a GPU."""
     run = load_recipe(recipe, arguments.set)
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -129,7 +132,7 @@ def sample(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(models: dict[str, dict[str, Any]]) -> str:
-    """The findings as Markdown."""
+    """The results as Markdown."""
     lines = ["| model | | |", "|---|---|--:|"]
     for recipe, parts in models.items():
         for part, found in parts.items():
@@ -140,7 +143,7 @@ def table(models: dict[str, dict[str, Any]]) -> str:
 
 
 def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One recipe's findings; a part that fails is said in its place, and the others go on."""
+    """One recipe's results; a part that fails has its error in their place, and the other part runs."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for part, run in {
@@ -156,23 +159,26 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measures, prints the table, writes both files after every model; 1 where something failed."""
+    """Measure, write both files after every model, print the table; exit code 1 when a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["llamagen-3b", "var-d30"])
     parser.add_argument("--ds_config", default="ds_configs/zero3.json")
-    parser.add_argument("--pairs", type=int, default=32, help="of a step")
+    parser.add_argument("--pairs", type=int, default=32, help="per step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--images", type=int, default=48, help="sampled at once")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, key.path=value")
     parser.add_argument("--output", type=Path, help="folder for whole_models.json and .md")
     arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
+    where = origin(" ".join(["python", "benchmarks/speed/whole_models.py", *sys.argv[1:]]), device)
     models: dict[str, dict[str, Any]] = {}
     for recipe in arguments.recipes:
         models[recipe] = measure(recipe, arguments)
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
             path = arguments.output / "whole_models.json"
-            path.write_text(json.dumps({"whole_models": models}, indent=1) + "\n")
+            body = {"whole_models": models, "whole_models_origin": where}
+            path.write_text(json.dumps(body, indent=1) + "\n")
             path.with_suffix(".md").write_text(table(models))
     print(table(models))
     return int(any("failed" in part for parts in models.values() for part in parts.values()))

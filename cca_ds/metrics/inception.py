@@ -9,7 +9,6 @@ classes, and images are resized as TensorFlow 1 did.
 B images, C channels, H height, W width.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -148,7 +147,7 @@ class InceptionFID(nn.Module):
 
 
 def load_inception(weights: str | Path | None, device: str | torch.device = "cpu") -> InceptionFID:
-    """The network with the weights of the file; nothing is ever fetched.
+    """The network with the weights of a local file.
 
     Raises InceptionWeightsError, one line, when the file is missing or its keys or shapes are not the
     network's.
@@ -171,12 +170,6 @@ def load_inception(weights: str | Path | None, device: str | torch.device = "cpu
             f"get {WEIGHTS_URL}, sha256 {WEIGHTS_SHA256}"
         ) from error
     return network.to(device)
-
-
-def sha256_of(path: str | Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resize_like_tensorflow(images_BCHW: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""All metrics of a set of samples against a reference, and what has to be said about them.
+"""All metrics of a set of samples against a reference, with notes on how far they can be compared.
 
 N samples, D features.
 """
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cca_ds.metrics.digits_classifier import class_accuracy
 from cca_ds.metrics.extraction import Features
-from cca_ds.metrics.features import class_accuracy
 from cca_ds.metrics.frechet import (
     FeatureStatistics,
     SingularCovarianceWarning,
@@ -19,12 +19,12 @@ from cca_ds.metrics.frechet import (
 from cca_ds.metrics.inception_score import inception_score
 from cca_ds.metrics.precision_recall import precision_recall
 
-MINIMUM = 2  # images that a covariance takes
-SPLIT = 5000  # images of one part of the inception score
+MINIMUM = 2  # images that a covariance needs
+SPLIT = 5000  # images per split of the inception score
 
 
 class Reference(NamedTuple):
-    """Statistics of the real images, stored or computed, and their features where the images are at hand."""
+    """Statistics of the real images, and their features when the images themselves are given."""
 
     pool: FeatureStatistics
     spatial: FeatureStatistics | None
@@ -32,14 +32,14 @@ class Reference(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Numbers by name, None where one cannot be had, and the notes a reader needs to judge them."""
+    """Values by metric, None for one that cannot be computed, and notes on their comparability."""
 
     values: dict[str, float | None]
     notes: list[str]
 
 
 def reference_of(features: Features) -> Reference:
-    """The reference that a set of features is."""
+    """Statistics of the features of real images, N of at least 2."""
     spatial = None if features.spatial_NS is None else feature_statistics(features.spatial_NS)
     return Reference(feature_statistics(features.pool_ND), spatial, features.pool_ND)
 
@@ -47,7 +47,21 @@ def reference_of(features: Features) -> Reference:
 def score(
     samples: Features, reference: Reference, labels_N: np.ndarray | None = None, device: str = "cpu"
 ) -> Scores:
-    """FID, sFID, inception score, precision, recall and, of labels of the network's classes, accuracy."""
+    """FID, sFID, inception score, precision, recall, and class accuracy when labels are given.
+
+    Args:
+        samples: features of the generated images.
+        reference: of the real images, by the same network.
+        labels_N: the generated images' classes, numbered as the network's.
+        device: where the distances for precision and recall are computed.
+
+    Returns:
+        "sfid" is left out without spatial features, "class_accuracy" without labels; "precision" and "recall" are
+        None when the reference has statistics only.
+
+    Raises:
+        ValueError: fewer than two samples, or features of another width than the reference's.
+    """
     count, width = samples.pool_ND.shape
     if count < MINIMUM:
         raise ValueError(f"{count} image: a Frechet distance needs at least {MINIMUM}")
@@ -77,11 +91,11 @@ def score(
 
 
 def order_note(labels_N: np.ndarray | None) -> list[str]:
-    """A note where images stand in the order of their classes, which makes the inception score a smaller one."""
+    """A note when the images are sorted by class, which lowers the inception score: a mean over consecutive splits."""
     if labels_N is None or len(labels_N) <= SPLIT or labels_N[0] == labels_N[-1]:
         return []
     if (np.diff(labels_N.astype(np.int64)) < 0).any():
         return []
     return [
-        f"images are in the order of their classes: each {SPLIT} of the inception score see few of them; shuffle"
+        f"images are in the order of their classes: a split of {SPLIT} for the inception score holds few; shuffle"
     ]

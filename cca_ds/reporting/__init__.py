@@ -1,1 +1,1 @@
-"""What is told of a run and of its samples: scores, the report page, the README's table."""
+"""Reports: the scores of an evaluation, the HTML page of a run, the README's table of results."""

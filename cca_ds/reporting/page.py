@@ -1,7 +1,7 @@
-"""One self-contained HTML page for a run: opens from disk, holds no script, fetches nothing, trusts nothing.
+"""One self-contained HTML page for a run: opens from disk, without scripts and without addresses.
 
-Every string that came from the run goes through `html.escape`; pictures are PNGs that decode, as data URIs; a
-content security policy forbids the rest.
+The run's files are not trusted: every string from them goes through `html.escape`, pictures are PNGs that decode, as
+data URIs, and a content security policy forbids everything else.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from pathlib import Path
 from typing import Any
 
 from cca_ds.files import write_atomic
-from cca_ds.reporting.charts import legend, line_chart
-from cca_ds.reporting.run_files import RunFolder, read_run
-from cca_ds.reporting.score_report import DECIMALS, TITLES, paper_rows, versions
+from cca_ds.models import model_config
+from cca_ds.reporting.charts import line_chart
+from cca_ds.reporting.evaluation_report import DECIMALS, TITLES, paper_rows, versions
+from cca_ds.reporting.recorded_run import RecordedRun, read_run
 
-CHARTS = (
-    ("Loss", ("loss",)),
-    ("Negative log-likelihood, nats a code", ("nll_per_code",)),
-    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/unconditional")),
-    ("Reward accuracy", ("rewards/accuracies",)),
-    ("Log-ratio to the reference, nats", ("logps/chosen", "logps/rejected")),
-    ("Learning rate", ("lr",)),
-    ("Gradient norm", ("grad_norm",)),
-    ("Throughput, images a second", ("throughput/images_per_second",)),
-    ("Model FLOPs utilisation", ("throughput/mfu",)),
-    ("Peak memory, GiB", ("memory/peak_gib",)),
+CHARTS = (  # title, unit, tags
+    ("Loss", "loss", ("loss",)),
+    ("Negative log-likelihood", "nats per code", ("nll_per_code",)),
+    ("Rewards", "reward", ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/unconditional")),
+    ("Reward accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("Log-ratio to the reference", "nats per image", ("logps/chosen", "logps/rejected")),
+    ("Learning rate", "learning rate", ("lr",)),
+    ("Gradient norm", "norm before clipping", ("grad_norm",)),
+    ("Throughput", "images per second", ("throughput/images_per_second",)),
+    ("Model FLOPs utilisation", "share of the peak", ("throughput/mfu",)),
+    ("Peak memory", "GiB", ("memory/peak_gib",)),
 )
-COLUMNS = {**TITLES, "seconds": "sampling, s"}  # of the results; a comparison of models was timed
-SMALL = 64  # pixels of a column that is enlarged to be seen
+COLUMNS = {**TITLES, "seconds": "sampling, s"}  # of the results; `make demo` also times sampling
+SMALL = 64  # grid columns up to so many pixels are enlarged
 STYLE = (Path(__file__).parent / "page.css").read_text()
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder, whole or not at all, and return its path."""
+    """Write `report.html` into a run's folder, atomically, and return its path. Raises ValueError without a run."""
     path = folder / "report.html"
     write_atomic(path, render(read_run(folder)))
     return path
 
 
-def render(run: RunFolder) -> str:
+def render(run: RecordedRun) -> str:
     """The page's HTML."""
     name = str(run.config.get("name") or run.path.resolve().name)
     sections = {
@@ -68,7 +69,7 @@ def render(run: RunFolder) -> str:
     )
 
 
-def subtitle(run: RunFolder) -> str:
+def subtitle(run: RecordedRun) -> str:
     """Model, loss and how far the run got, in one line."""
     model, loss = _section(run.config, "model"), _section(run.config, "loss")
     last = max((points[-1][0] for points in run.series.values()), default=0)
@@ -81,8 +82,8 @@ def subtitle(run: RunFolder) -> str:
     return f"<p>{escape(' · '.join(fact for fact in facts if fact))}</p>"
 
 
-def results(run: RunFolder) -> str:
-    """Scores of the run's evaluations, with the paper's numbers below them where the recipe has them."""
+def results(run: RecordedRun) -> str:
+    """Scores of the run's evaluations, above the paper's numbers from the recipe."""
     paper = _section(run.config, "paper")
     rows = [(name, report["metrics"]) for name, report in run.evaluations]
     references = [(f"paper, {name}", values) for name, values in paper_rows(paper)]
@@ -100,8 +101,8 @@ def results(run: RunFolder) -> str:
     return table(["", *(COLUMNS[key] for key in shown)], cells, of_paper=len(references)) + small
 
 
-def samples(run: RunFolder) -> str:
-    """The first and the last grid: a column of each a class, side by side, or the grids whole."""
+def samples(run: RecordedRun) -> str:
+    """The first and the last grid, column by column (one class each) side by side; whole if they do not match."""
     if not run.grids:
         return ""
     classes = _classes(run.config)
@@ -123,12 +124,12 @@ def samples(run: RunFolder) -> str:
     size = " small" if _width(strips[0][0]) <= SMALL else ""
     scale = _section(run.config, "sampling").get("guidance_scale")
     guidance = f"guidance s = {scale:g}" if isinstance(scale, int | float) and scale else "without guidance"
-    told = f"Before ({names[0]}, left) and after ({names[1]}, right), {guidance}."
-    return f'<p class="note">{told}</p><div class="pairs{size}">{"".join(figures)}</div>'
+    note = f"Before ({names[0]}, left) and after ({names[1]}, right), {guidance}."
+    return f'<p class="note">{note}</p><div class="pairs{size}">{"".join(figures)}</div>'
 
 
 def columns_of(png: bytes, columns: int) -> list[bytes]:
-    """A grid cut into its columns, as PNGs; the whole grid where its width does not divide."""
+    """The columns of a grid, as PNGs; the whole grid when its width is not a multiple of `columns`."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as grid:
@@ -142,29 +143,28 @@ def columns_of(png: bytes, columns: int) -> list[bytes]:
     return parts
 
 
-def curves(run: RunFolder) -> str:
-    """One chart a group of tags, then one for every tag that no group knows."""
-    known = {tag for _, tags in CHARTS for tag in tags}
-    groups = [*CHARTS, *((tag, (tag,)) for tag in sorted(run.series) if tag not in known)]
+def curves(run: RecordedRun) -> str:
+    """One chart per entry of CHARTS, then one per tag that is in none of them."""
+    known = {tag for *_, tags in CHARTS for tag in tags}
+    others = [(tag, tag.rpartition("/")[2], (tag,)) for tag in sorted(run.series) if tag not in known]
     figures = []
-    for title, tags in groups:
-        lines = {tag: run.series[tag] for tag in tags if run.series.get(tag)}
+    for title, unit, tags in (*CHARTS, *others):
+        lines = {tag.rpartition("/")[2]: run.series[tag] for tag in tags if run.series.get(tag)}
         if lines:
-            keys = legend([tag.rpartition("/")[2] for tag in lines]) if len(lines) > 1 else ""
-            figures.append(_figure(f"{escape(title)} {keys}", line_chart(lines)))
+            figures.append(_figure(escape(title), _image(line_chart(lines, unit), "chart", title)))
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def facts(run: RunFolder) -> str:
-    """Cards of small tables: the summary, throughput and memory, versions, the last step's values."""
+def facts(run: RecordedRun) -> str:
+    """Small tables: the summary, throughput and memory, versions, the last step's values."""
     kept = run.summary.get("versions")
     final = _section(run.summary, "final") or {
         tag: points[-1][1] for tag, points in run.series.items() if points
     }
     of_versions = ("Versions", kept) if isinstance(kept, dict) else ("Versions, of this page", versions())
-    apart = ("versions", "final")  # have cards of their own
+    own_table = ("versions", "final")
     summary = {
-        key: value for key, value in run.summary.items() if not (key in apart and isinstance(value, dict))
+        key: value for key, value in run.summary.items() if not (key in own_table and isinstance(value, dict))
     }
     cards = {
         "Summary": flattened(summary),
@@ -178,11 +178,11 @@ def facts(run: RunFolder) -> str:
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
-def resources(run: RunFolder) -> list[list[str]]:
-    """Median throughput, without the first steps that warm up, and the highest memory."""
+def resources(run: RecordedRun) -> list[list[str]]:
+    """Median throughput without the first tenth of the steps (warm-up), and peak memory."""
     rows = []
     for title, tag, reduce in (
-        ("median images a second", "throughput/images_per_second", statistics.median),
+        ("median images per second", "throughput/images_per_second", statistics.median),
         ("median model FLOPs utilisation", "throughput/mfu", statistics.median),
         ("peak memory of a rank, GiB", "memory/peak_gib", max),
     ):
@@ -193,7 +193,7 @@ def resources(run: RunFolder) -> list[list[str]]:
 
 
 def table(head: list[str], rows: list[list[str]], of_paper: int = 0) -> str:
-    """An HTML table, its last `of_paper` rows set apart; every cell is escaped."""
+    """An HTML table, its last `of_paper` rows in the style of the paper's; every cell is escaped."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     own, paper = lines[: len(lines) - of_paper], lines[len(lines) - of_paper :]
@@ -204,7 +204,7 @@ def table(head: list[str], rows: list[list[str]], of_paper: int = 0) -> str:
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    """Nested values as rows of `a.b` and text."""
+    """Nested values as rows of (dotted key, text); None is left out."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -220,12 +220,15 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _classes(config: dict[str, Any]) -> int:
-    """Of the model: the recipe's, else the digits' 10 or ImageNet's 1,000."""
+    """Number of the model's classes, by the recipe and its preset; ImageNet's 1,000 when they do not say."""
     model = _section(config, "model")
     given = _section(model, "overrides").get("num_classes")
     if isinstance(given, int) and given > 0:
         return given
-    return 10 if model.get("preset") == "digits" else 1000
+    try:
+        return model_config(str(model.get("preset"))).num_classes
+    except ValueError:
+        return 1000
 
 
 def _list(value: Any) -> list[Any]:
@@ -238,7 +241,7 @@ def _score(key: str, value: Any) -> str:
 
 
 def _step_name(name: str) -> str:
-    """`step_000056` as step 56; another name as it is."""
+    """`step_000056` -> step 56; other names unchanged."""
     found = re.fullmatch(r"step_(\d+)", name)
     return f"step {int(found[1])}" if found else name
 
@@ -250,9 +253,9 @@ def _width(png: bytes) -> int:
         return picture.width
 
 
-def _image(png: bytes, style: str = "") -> str:
+def _image(png: bytes, style: str = "", title: str = "") -> str:
     kind = f' class="{style}"' if style else ""
-    return f'<img alt=""{kind} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(title)}"{kind} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _figure(caption: str, content: str, style: str = "") -> str:

@@ -1,12 +1,12 @@
-"""The README's results, generated from the committed JSON of the benchmarks, never typed.
+"""The README's results, generated from the committed JSON of the benchmarks.
 
 python -m cca_ds.reporting.results_table            # rewrites README.md between the markers
 python -m cca_ds.reporting.results_table --check    # exit code 1 when it differs
 
-A result file `benchmarks/results/NAME.json` takes part when it is one of `SOURCES` and holds
+A result file `benchmarks/results/NAME.json` is shown when it is one of `SOURCES` and holds
 {"commit": ..., "date": ..., "device": ..., "table": {"columns": [...], "rows": [[...], ...], "decimals": {column: n}}},
 where a cell is a text, a number, null, or {"mean": m, "spread": s}; or {"rows": [{"name": ..., "s": ..., "fid": ...,
-"inception_score": ..., "accuracy": ..., "seconds": ...}, ...]}, as the digits' demo leaves it.
+"inception_score": ..., "accuracy": ..., "seconds": ...}, ...]}, as `make demo` writes it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ END = "<!-- /results -->"
 
 
 class ResultsError(ValueError):
-    """A result file or a README that the table cannot be made of or put into."""
+    """A result file without a table, or a README without the markers."""
 
 
 def render(results: Path) -> str:
-    """Markdown of all result files that are there; empty when none is. ResultsError for a file without a table."""
+    """Markdown of all result files in the folder; empty when there is none. ResultsError for a file without a table."""
     parts = []
     for name, title in SOURCES.items():
         path = results / f"{name}.json"
@@ -42,7 +42,7 @@ def render(results: Path) -> str:
 
 
 def updated(readme: str, tables: str) -> str:
-    """The README's text with the tables between its markers. ResultsError when the markers are not there once."""
+    """The README's text with the tables between its markers. ResultsError unless each is there once."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ResultsError(f"README: needs the lines {BEGIN} and {END}, once each and in this order")
     before, _, rest = readme.partition(BEGIN)

@@ -1,4 +1,4 @@
-"""The evaluation's entry: numbers, cache, ranks, reports and the errors a user meets."""
+"""The evaluate command: numbers, cache, ranks, reports and errors."""
 
 import json
 import os
@@ -11,13 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cca_ds import evaluate
-from cca_ds.config.recipes import load_recipe
-from cca_ds.metrics import digits_classifier, frechet_distance, inception_score, precision_recall
-from cca_ds.metrics import extraction as extraction_module
-from cca_ds.metrics.extraction import Features, extract, load_cached, store_cached
+from cca_ds.metrics import digits_classifier, evaluation, frechet_distance, inception_score, precision_recall
+from cca_ds.metrics.evaluation import FeatureSource, RankGroup, find_reference
+from cca_ds.metrics.extraction import INCEPTION, DigitsExtractor, Features, extract, join
+from cca_ds.metrics.feature_cache import load_cached, store_cached
 from cca_ds.metrics.frechet import feature_statistics
-from cca_ds.metrics.images import open_images
+from cca_ds.metrics.image_sets import open_images
 from cca_ds.metrics.inception import InceptionFID
 from cca_ds.metrics.scores import Reference, order_note, reference_of, score
 from tests.support.evaluate_run import run
@@ -133,8 +132,8 @@ def test_scores_against_stored_statistics_equal_those_against_images():
     assert "no precision and recall" in against_statistics.notes[0]
 
 
-def test_images_in_the_order_of_classes_are_said():
-    """Parts of 5,000 then hold few classes each, and the inception score falls."""
+def test_images_in_the_order_of_classes_get_a_note():
+    """Splits of 5,000 then hold few classes each, and the inception score is lower."""
     by_class, mixed = np.repeat(np.arange(100), 60), np.tile(np.arange(100), 60)
     assert "order of their classes" in order_note(by_class)[0]
     sure = np.eye(100)
@@ -143,7 +142,7 @@ def test_images_in_the_order_of_classes_are_said():
         assert order_note(fine) == []
 
 
-def test_fewer_images_than_features_is_said(digits, tmp_path, capsys):
+def test_fewer_images_than_features_get_a_note(digits, tmp_path, capsys):
     np.savez(tmp_path / "few.npz", digit_pixels(digits[0][:40]))
     code, out, _ = run(capsys, tmp_path / "few.npz")
     assert code == 0
@@ -155,7 +154,7 @@ def test_fewer_images_than_features_is_said(digits, tmp_path, capsys):
 
 
 def test_inception_recipe_scores_an_archive_against_a_reference_with_statistics(tmp_path, capsys):
-    """A random network and a reference as ADM publishes them: images, of which precision comes, and statistics.
+    """A random network and a reference like ADM's: images, for precision and recall, and statistics.
 
     Stored are mean 0 and covariance 1, so that FID is |m|^2 + tr S + D - 2 tr S^(1/2) of the drawn features.
     """
@@ -187,7 +186,8 @@ def test_inception_recipe_scores_an_archive_against_a_reference_with_statistics(
 
 def test_statistics_alone_are_a_reference(tmp_path):
     np.savez(tmp_path / "stored.npz", mu=np.arange(3), sigma=np.eye(3), mu_s=np.arange(2), sigma_s=np.eye(2))
-    reference = evaluate.find_reference(load_recipe("llamagen-l"), str(tmp_path / "stored.npz"), None)
+    source = FeatureSource(RankGroup(), DigitsExtractor(), batch_size=8)
+    reference = find_reference(str(tmp_path / "stored.npz"), INCEPTION, source)
     assert reference.features_ND is None
     assert reference.pool.mean_D.tolist() == [0, 1, 2]
     assert reference.spatial.mean_D.tolist() == [0, 1]
@@ -218,10 +218,11 @@ def test_features_are_read_from_beside_the_images_until_these_change(samples, di
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(extraction_module, "extract", forbidden)
+        patch.setattr(evaluation, "extract", forbidden)
         assert run(capsys, samples)[1] == first
-        with pytest.raises(AssertionError, match="computed again"):
-            run(capsys, samples, "--no_cache")
+        code, _, error = run(capsys, samples, "--no_cache")
+        assert code == 1
+        assert "computed again" in error
     codes, labels = digits
     np.savez(samples, digit_pixels(np.random.default_rng(1).permuted(codes, axis=1)), labels)
     assert run(capsys, samples)[1] != first
@@ -245,16 +246,16 @@ def test_a_damaged_or_foreign_cache_is_ignored(tmp_path):
 
 
 def test_parts_of_ranks_join_to_the_whole(samples):
-    """Also with more ranks than images and a batch that does not divide."""
+    """Also with more ranks than images, and a batch size that does not divide."""
     images = open_images(samples)
-    extractor = extraction_module.DigitsExtractor()
+    extractor = DigitsExtractor()
 
-    def part(rank: int, ranks: int, size: int) -> Features:
+    def part(rank: int, ranks: int, size: int) -> Features | None:
         return extract(images, extractor, size, lambda batches, total: batches, rank, ranks)
 
     whole = part(0, 1, 1000)
-    for ranks in (2, 7):
-        joined = extraction_module.join([part(rank, ranks, 37) for rank in range(ranks)])
+    for ranks in (2, 7, 613):
+        joined = join([part(rank, ranks, 37) for rank in range(ranks)])
         np.testing.assert_array_equal(joined.pool_ND, whole.pool_ND)
         np.testing.assert_array_equal(joined.probabilities_NK, whole.probabilities_NK)
 

@@ -17,9 +17,9 @@ from torch.nn.functional import interpolate
 from cca_ds import files
 from cca_ds import sample as entry
 from cca_ds.config.recipes import load_recipe
-from cca_ds.metrics.images import open_images
+from cca_ds.metrics.image_sets import open_images
 from cca_ds.models import FAMILIES, create_model, load_weights, save_weights
-from cca_ds.reporting.score_report import sampler_settings
+from cca_ds.reporting.evaluation_report import sampler_settings
 from cca_ds.sampling import drawing, generate
 from cca_ds.sampling.image_folder import SampleFolder, SamplesError, image_indices, to_pixels
 from cca_ds.vq import create_tokenizer
@@ -100,7 +100,9 @@ def test_archive_is_the_evaluators(drawn):
 def test_settings_reach_the_evaluations_report(drawn):
     run = load_recipe("digits")
     for where in (drawn / "images", drawn / "samples.npz"):
-        settings, origin = sampler_settings(run, where)
+        settings, origin = sampler_settings(
+            where, run.name, run.sampling.model_dump(mode="json", by_alias=True)
+        )
         assert origin == "sampling.json"
         assert (settings["seed"], settings["guidance_scale"], settings["guidance_of_family"]) == (0, 0.0, 1.0)
         assert settings["weights_sha256"] and settings["tokenizer_hash"] and settings["recipe"] == "digits"

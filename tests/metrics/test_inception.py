@@ -16,12 +16,11 @@ from cca_ds.metrics.inception import (
     InceptionWeightsError,
     load_inception,
     resize_like_tensorflow,
-    sha256_of,
 )
 
 
 def ruled_weight(key: str, shape: torch.Size) -> torch.Tensor:
-    """The weights of the recording: drawn from a generator seeded by the key, so that no file has to hold them."""
+    """The recording's weights: drawn from a generator seeded by the key, so that no file is needed."""
     random = np.random.default_rng(zlib.crc32(key.encode()))
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
@@ -96,13 +95,13 @@ def test_resize_by_hand():
         torch.zeros(3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused(images):
+def test_other_tensors_than_uint8_batches_are_refused(images):
     with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\]"):
         InceptionFID()(images)
 
 
 @pytest.mark.parametrize("path", [None, "missing.pth"])
-def test_missing_weights_say_where_to_get_them(path, tmp_path):
+def test_error_for_missing_weights_has_the_download_address(path, tmp_path):
     with pytest.raises(InceptionWeightsError) as error:
         load_inception(path and tmp_path / path)
     message = str(error.value)
@@ -126,8 +125,3 @@ def test_other_files_are_refused_in_one_line(tmp_path, weights_file):
         with pytest.raises(InceptionWeightsError, match=part) as error:
             load_inception(tmp_path / name)
         assert "\n" not in str(error.value)
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -40,7 +40,7 @@ def test_a_model_is_trained_and_sampled(recipe, tmp_path):
 
 
 @pytest.mark.dist
-def test_what_fails_is_said_and_the_exit_code_tells(tmp_path):
+def test_a_failed_part_is_reported_and_sets_the_exit_code(tmp_path):
     command = [
         sys.executable,
         "benchmarks/speed/whole_models.py",

@@ -1,4 +1,4 @@
-"""The README's results are the committed JSON, word for word."""
+"""The README's results are generated from the committed JSON."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def arguments(project: Path, *more: str) -> list[str]:
 
 
 def test_readme_of_this_repository_equals_its_committed_results():
-    """Without results yet there is nothing to show, and no README may claim any between the markers."""
+    """The tables between the markers are those of benchmarks/results; without results there are none."""
     tables = render(REPOSITORY / "benchmarks" / "results")
     readme = REPOSITORY / "README.md"
     text = readme.read_text() if readme.is_file() else ""
@@ -55,7 +55,7 @@ def test_table_by_hand(project):
     ]
 
 
-def test_command_writes_and_check_sees_differences(project, capsys):
+def test_command_writes_and_check_reports_differences(project, capsys):
     assert main(arguments(project, "--check")) == 1
     assert "old" in (project / "README.md").read_text()
     assert main(arguments(project)) == 0
@@ -72,7 +72,7 @@ def test_command_writes_and_check_sees_differences(project, capsys):
 
 
 def test_rows_of_models_become_a_table(project):
-    """As benchmarks/digits/demo.py writes them; time is told beside the first row's."""
+    """As benchmarks/digits/demo.py writes them; sampling time is relative to the first row's."""
     rows = [{"name": "base", "s": 0.0, "seconds": 2.0, "fid": 1.21, "inception_score": 7.674, "accuracy": 0.7128},
             {"name": "CCA", "s": 0, "seconds": 2.1, "fid": 1.5, "inception_score": 8.4, "accuracy": 0.85}]  # fmt: skip
     (project / "benchmarks" / "results" / "demo.json").write_text(json.dumps({"rows": rows, "claims": {}}))
@@ -93,7 +93,7 @@ def test_second_source_follows_the_first(project):
 
 
 @pytest.mark.parametrize("readme", ["nothing", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
-def test_markers_have_to_be_there_once(readme):
+def test_both_markers_are_required_once(readme):
     with pytest.raises(ResultsError, match="once each"):
         updated(readme, "table")
 

@@ -15,6 +15,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cca_ds.files import file_hash
 from cca_ds.metrics.frechet import FeatureStatistics
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -30,7 +31,7 @@ class Images(Protocol):
     path: Path
     count: int
     shape: tuple[int, int, int]  # height, width, channels
-    labels_N: np.ndarray | None  # classes, where the set knows them
+    labels_N: np.ndarray | None  # classes; None when the set has no labels
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         """Images `start` to `stop` in order, uint8 [B, H, W, C] with B = size but for the last."""
@@ -106,8 +107,7 @@ class NpzImages:
                 yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
 
     def sha256(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(self.path)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
@@ -195,7 +195,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _read_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the array that `file` begins with; leaves it at the first number."""
+    """Shape, order and dtype of the array that `file` begins with; the file is then at the first number."""
     try:
         version = np.lib.format.read_magic(file)
         read = (

@@ -1,4 +1,4 @@
-"""What the evaluation reads, archives and folders of images, and what it refuses."""
+"""Archives and folders of images that the evaluation reads or refuses."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cca_ds.metrics.images import ImagesError, open_images, read_statistics
+from cca_ds.metrics.image_sets import ImagesError, open_images, read_statistics
 from tests.support.evaluate_run import run
 
 
@@ -24,7 +24,7 @@ def test_archives_are_streamed_from_any_start(tmp_path):
 
 
 def test_folder_of_samples_has_the_order_of_its_archive(tmp_path):
-    """As sample.py leaves it: images by class and index, its settings, a grid that is no sample."""
+    """As sample.py writes it: images by class and index, its settings, and a grid, which is not a sample."""
     (tmp_path / "sampling.json").write_text(json.dumps({"guidance_scale": 0.0, "seed": 3}))
     Image.new("RGB", (50, 50)).save(tmp_path / "grid.png")
     for index in range(6):
@@ -51,7 +51,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
     path = folder / "images.npz"
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     if kind == "missing":
-        return folder / "nothing"
+        return folder / "missing"
     if kind == "empty folder":
         return folder
     if kind == "mixed sizes":
@@ -61,7 +61,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
     if kind == "transparent":
         Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "a.png")
         return folder
-    if kind == "no picture":
+    if kind == "not an image":
         (folder / "a.png").write_text("text")
         return folder
     if kind == "cut picture":
@@ -92,7 +92,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
         ("empty folder", "no image in this folder"),
         ("mixed sizes", "mixed sizes, 8.png is 8 x 8 and 9.png is 8 x 9"),
         ("transparent", "mode RGBA"),
-        ("no picture", "not an image"),
+        ("not an image", "not an image"),
         ("cut picture", "a.png"),
         ("text", "not an .npz archive"),
         ("dtype", "arr_0 is float32; save images as uint8"),

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read without trusting it: any part may be missing, torn or strange."""
+"""A run's folder read for its report: any file may be missing, cut short or hold unexpected values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json")
-LARGEST_IMAGE = 32 * 2**20  # bytes of a grid that is still put into a page
+LARGEST_IMAGE = 32 * 2**20  # bytes of a picture; larger ones are left out
+LARGEST_STEP = 2**53  # steps are drawn as float64
 
 
 @dataclass
-class RunFolder:
-    """The parts of one run that could be read; `problems` says what could not."""
+class RecordedRun:
+    """The readable parts of one run; `problems` names the others."""
 
     path: Path
     config_text: str = ""
@@ -25,22 +26,22 @@ class RunFolder:
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # tag -> (step, value) in order
     summary: dict[str, Any] = field(default_factory=dict)
     grids: list[tuple[str, bytes]] = field(default_factory=list)  # (name, PNG), first and last
-    comparison: bytes | None = None  # samples.png, models side by side, as the digits' demo draws it
+    comparison: bytes | None = None  # samples.png of `make demo`: models side by side
     evaluations: list[tuple[str, dict[str, Any]]] = field(
         default_factory=list
-    )  # (name, report of cca_ds.evaluate)
+    )  # (name, cca_ds.evaluate's report)
     problems: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> RunFolder:
-    """Read a run's folder. ValueError when nothing in it is a run's."""
+def read_run(path: Path) -> RecordedRun:
+    """Read a run's folder. Raises ValueError when it has none of MARKS."""
     if not path.is_dir():
         raise ValueError(
             f"--report {path}: no such folder; give the folder that train.py wrote (its --output)"
         )
     if not any((path / mark).is_file() for mark in MARKS):
         raise ValueError(f"--report {path}: no run in this folder; it has none of {', '.join(MARKS)}")
-    run = RunFolder(path)
+    run = RecordedRun(path)
     run.config_text = _text(run, "config.yaml")
     run.config = _config(run)
     run.summary = _json(run, path / "summary.json") or {}
@@ -57,7 +58,7 @@ def read_run(path: Path) -> RunFolder:
 
 
 def _rows(rows: list[Any]) -> list[tuple[str, dict[str, Any]]]:
-    """A comparison of models, as the digits' demo leaves it: a row a model, its scores beside its name."""
+    """The rows of `make demo`'s comparison, one per model, as evaluations."""
     found = []
     for row in rows:
         if isinstance(row, dict) and "fid" in row:
@@ -67,7 +68,7 @@ def _rows(rows: list[Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _text(run: RunFolder, name: str) -> str:
+def _text(run: RecordedRun, name: str) -> str:
     try:
         return (run.path / name).read_text(errors="replace")
     except OSError:
@@ -75,7 +76,7 @@ def _text(run: RunFolder, name: str) -> str:
         return ""
 
 
-def _config(run: RunFolder) -> dict[str, Any]:
+def _config(run: RecordedRun) -> dict[str, Any]:
     try:
         config = yaml.safe_load(run.config_text)
     except yaml.YAMLError:
@@ -84,9 +85,9 @@ def _config(run: RunFolder) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _json(run: RunFolder, file: Path) -> dict[str, Any] | None:
+def _json(run: RecordedRun, file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text())
+        content = _parse(file.read_text())
     except OSError:
         run.problems.append(f"{file.name} is missing")
         return None
@@ -96,28 +97,31 @@ def _json(run: RunFolder, file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _series(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """Numbers by tag; of a step that stands twice, as after a resume, the later line counts."""
+def _series(run: RecordedRun) -> dict[str, list[tuple[int, float]]]:
+    """Finite numbers by tag; of a step logged twice, as after a resume, the later line counts."""
     values: dict[str, dict[int, float]] = {}
-    torn = 0
+    unreadable = 0
     for line in _text(run, "metrics.jsonl").splitlines():
         try:
-            record = json.loads(line)
+            record = _parse(line)
             step = int(record["step"])
-        except (ValueError, TypeError, KeyError):
-            torn += 1
+        except (ValueError, TypeError, KeyError, OverflowError):
+            unreadable += 1
+            continue
+        if abs(step) > LARGEST_STEP:
+            unreadable += 1
             continue
         for tag, value in record.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if number and tag not in ("step", "time"):
                 values.setdefault(tag, {})[step] = float(value)
-    if torn:
-        run.problems.append(f"metrics.jsonl: {torn} lines could not be read")
+    if unreadable:
+        run.problems.append(f"metrics.jsonl: {unreadable} lines could not be read")
     return {tag: sorted(by_step.items()) for tag, by_step in values.items()}
 
 
-def _pictures(run: RunFolder, files: list[Path]) -> list[tuple[str, bytes]]:
-    """The first and the last of the files, by name, where they decode as PNG."""
+def _pictures(run: RecordedRun, files: list[Path]) -> list[tuple[str, bytes]]:
+    """The first and the last of the files, as (name, bytes), if they decode as PNG."""
     grids = []
     for file in dict.fromkeys([*files[:1], *files[-1:]]):
         data = file.read_bytes()
@@ -126,6 +130,11 @@ def _pictures(run: RunFolder, files: list[Path]) -> list[tuple[str, bytes]]:
         else:
             run.problems.append(f"{file.relative_to(run.path)} is not a picture")
     return grids
+
+
+def _parse(text: str) -> Any:
+    """JSON whose integers all fit a float; those of 16 digits and more become floats."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
 
 
 def _is_png(data: bytes) -> bool:

@@ -6,15 +6,14 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cca_ds
-
-if TYPE_CHECKING:
-    from cca_ds.config.schema import RunConfig
-    from cca_ds.metrics.extraction import Extractor
-    from cca_ds.metrics.images import Images
-    from cca_ds.metrics.scores import Scores
+from cca_ds.files import write_atomic
+from cca_ds.metrics.extraction import Extractor
+from cca_ds.metrics.image_sets import Images
+from cca_ds.metrics.precision_recall import NEIGHBOURS
+from cca_ds.metrics.scores import SPLIT, Scores
 
 TITLES = {
     "fid": "FID",
@@ -29,45 +28,66 @@ PACKAGES = ("torch", "numpy", "pillow", "scikit-learn")
 
 
 def build_report(
-    run: RunConfig, images: Images, extractor: Extractor, scores: Scores, reference: str | None
+    images: Images,
+    extractor: Extractor,
+    scores: Scores,
+    reference: str,
+    recipe: str,
+    sampling: dict[str, Any],
+    paper: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything a reader needs to compare the numbers with others: protocol, sampler, seeds, versions."""
+    """Scores with all that is needed to compare them with others': protocol, sampler settings, seed, versions.
+
+    Args:
+        images: the samples.
+        extractor: the network.
+        scores: of the samples.
+        reference: path or name of the real images.
+        recipe: its name.
+        sampling: the recipe's sampler settings, for samples without a record of their own.
+        paper: the paper's results for this model.
+    """
     height, width, _ = images.shape
-    sampler, origin = sampler_settings(run, images.path)
+    sampler, origin = sampler_settings(images.path, recipe, sampling)
     return {
-        "recipe": run.name,
+        "recipe": recipe,
         "metrics": scores.values,
         "notes": scores.notes,
         "samples": {"path": str(images.path), "images": images.count, "height": height, "width": width},
-        "reference": reference or "scikit-learn's 1,797 digits",
+        "reference": reference,
         "protocol": protocol(extractor),
         "sampler": sampler,
         "sampler_origin": origin,
         "seed": sampler.get("seed"),
-        "paper": run.paper,
+        "paper": paper,
         "versions": versions(),
     }
 
 
 def protocol(extractor: Extractor) -> dict[str, Any]:
-    """How the numbers are made, so that others can be compared with them."""
-    inception = extractor.width == 2048
+    """How the metrics are computed."""
     return {
         "evaluator": "OpenAI's ADM evaluator (guided-diffusion), reimplemented",
         "network": extractor.name,
         "network_identity": extractor.identity,
-        "published_weights": getattr(extractor, "published", None),
+        "published_weights": extractor.published,
         "pool_features": extractor.width,
-        "spatial_features": "mixed_6/conv, 7 channels x 17 x 17 = 2023, NHWC" if inception else None,
-        "resize": "TensorFlow 1 bilinear to 299 x 299" if inception else None,
-        "inception_score_splits_of": 5000,
-        "neighbours": 3,
+        "spatial_features": extractor.spatial,
+        "resize": extractor.resize,
+        "inception_score_splits_of": SPLIT,
+        "neighbours": NEIGHBOURS,
         "distances": "float32 (the original rounds them to float16)",
     }
 
 
-def sampler_settings(run: RunConfig, images: Path) -> tuple[dict[str, Any], str]:
-    """Settings the images were drawn with, from JSON beside them, else the recipe's; and which it was."""
+def sampler_settings(images: Path, recipe: str, sampling: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings that the images were sampled with, and where they come from.
+
+    Args:
+        images: archive or folder; settings are read from NAME.json or sampling.json beside or inside it.
+        recipe: its name.
+        sampling: the recipe's settings, used when no such file is there.
+    """
     beside = [images.with_suffix(".json"), images / "sampling.json", images.parent / "sampling.json"]
     for path in beside:
         try:
@@ -76,11 +96,11 @@ def sampler_settings(run: RunConfig, images: Path) -> tuple[dict[str, Any], str]
             continue
         if isinstance(found, dict) and "metrics" not in found:
             return found, path.name
-    return run.sampling.model_dump(mode="json", by_alias=True), f"assumed from recipe {run.name}"
+    return sampling, f"assumed from recipe {recipe}"
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python, and what computes the numbers."""
+    """Versions of this package, of Python and of the libraries that compute the metrics."""
     found = {"cca_ds": cca_ds.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -91,12 +111,12 @@ def versions() -> dict[str, str]:
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """The whole report; NaN cannot occur."""
+    """The whole report as JSON. Raises ValueError for NaN, which JSON has no word for."""
     return json.dumps(report, indent=1, allow_nan=False)
 
 
 def as_line(report: dict[str, Any]) -> str:
-    """`FID 2.690  IS 276.80 ... (50000 images of samples.npz against reference.npz)`, and a line a note."""
+    """`FID 2.690  IS 276.80 ... (50000 images of samples.npz against reference.npz)`, and one line per note."""
     numbers = "  ".join(f"{TITLES[name]} {text}" for name, text in _numbers(report).items())
     samples, reference = report["samples"], Path(report["reference"]).name
     line = f"{numbers}  ({samples['images']} images of {Path(samples['path']).name} against {reference})"
@@ -104,7 +124,7 @@ def as_line(report: dict[str, Any]) -> str:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A table of the metrics, the paper's below where the recipe has them, then how they were made."""
+    """A table of the metrics with the paper's below, if the recipe has them, then the protocol and settings."""
     numbers = _numbers(report)
     rows = [["", *(TITLES[name] for name in numbers)], ["---"] * (len(numbers) + 1)]
     rows.append([report["recipe"], *numbers.values()])
@@ -117,6 +137,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines = [f"- {name}: {_cell(_flat(value))}" for name, value in facts.items()]
     lines += [f"- note: {_cell(note)}" for note in report["notes"]]
     return "\n".join([table, "", *lines])
+
+
+STYLES = {"line": as_line, "json": as_json, "markdown": as_markdown}
+
+
+def write_report_files(report: dict[str, Any], path: Path) -> None:
+    """Write the report as JSON to `path` and as Markdown beside it (.md), atomically; folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, as_json(report) + "\n")
+    write_atomic(path.with_suffix(".md"), as_markdown(report) + "\n")
 
 
 def paper_rows(paper: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
