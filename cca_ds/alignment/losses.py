@@ -1,4 +1,6 @@
-"""The losses as pure functions of sequence log-likelihoods. Nothing of the package is imported.
+"""The losses as pure functions of sequence log-likelihoods, and a record for each: `LOSSES["cca"]`.
+
+A new loss is a function and its record here; nothing else compares a loss's name.
 
 Letters: K pairs (a batch, or any part of one). All inputs are [K] of one floating dtype, in nats:
 
@@ -12,9 +14,51 @@ the sum lets a batch be cut up anyhow.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from cca_ds.config.registry import Registry
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What the rest of the package needs to know of a loss.
+
+    Args:
+        name: in recipes, `loss.name`.
+        fn: called with policy_pos [K]; then, where the loss has negatives, policy_neg [K]; then, where it needs the
+            reference, reference_pos and reference_neg [K]; then, with negatives, positive_mask [K], beta and lambda_;
+            and `reduction` and the loss's own `options` as keywords. Returns a scalar.
+        negatives: where the second sequence of a pair comes from: "labels" is the same image under another label,
+            None is no second sequence.
+        needs_reference: whether log p_reference is computed.
+        initial_loss: the loss where policy equals reference, of (share of pairs with a true negative, lambda); None
+            where it is not known beforehand.
+        lambda_per_pair: whether lambda may be each pair's own (model.lambda_conditioning, Table 5).
+        options: the loss's own hyperparameters and their defaults; recipes set them as `loss.options.NAME`.
+    """
+
+    name: str
+    fn: Callable[..., Tensor]
+    negatives: Literal["labels", "generated"] | None = "labels"
+    needs_reference: bool = True
+    initial_loss: Callable[[float, float], float] | None = None
+    lambda_per_pair: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rows_per_pair(self) -> int:
+        """Sequences through the policy for each pair: the chosen one, and the rejected one where there is one."""
+        return 2 if self.negatives else 1
+
+
+LOSSES: Registry[LossSpec] = Registry("loss.name")
 
 
 def cca_loss(
@@ -90,3 +134,23 @@ def _reduce(terms: Tensor, lambda_: float | Tensor, reduction: str) -> Tensor:
     assert reduction in ("mean", "sum"), reduction
     scaled = terms / (lambda_.clamp(min=1.0) if isinstance(lambda_, Tensor) else max(lambda_, 1.0))
     return scaled.mean() if reduction == "mean" else scaled.sum()
+
+
+def _second_weight(contrasted: float, lambda_: float) -> float:
+    """Mean weight of the second term over a batch with this share of true negatives."""
+    return contrasted * lambda_ + (1 - contrasted)
+
+
+LOSSES.register(
+    LossSpec(
+        "cca",
+        cca_loss,
+        initial_loss=lambda contrasted, lambda_: (
+            (1 + _second_weight(contrasted, lambda_)) * math.log(2) / max(lambda_, 1.0)
+        ),
+        lambda_per_pair=True,
+    )
+)
+LOSSES.register(LossSpec("dpo", dpo_loss, initial_loss=lambda contrasted, lambda_: math.log(2)))
+LOSSES.register(LossSpec("unlearning", unlearning_loss, initial_loss=lambda contrasted, lambda_: 0.0))
+LOSSES.register(LossSpec("mle", mle_loss, negatives=None, needs_reference=False))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
+from cca_ds.config.model_shapes import LLAMAGEN_SHAPES, VAR_SHAPES
 
 Probability = Field(ge=0.0, le=1.0)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from cca_ds.config.model_shapes import LLAMAGEN_SHAPES, VAR_SHAPES
 from cca_ds.models.llamagen.model import LlamaGen, LlamaGenConfig
-from cca_ds.planning.architecture import LLAMAGEN_SHAPES, VAR_SHAPES
 
 # name -> (family, what differs from the family's defaults)
 PRESETS: dict[str, tuple[str, dict[str, int]]] = {

@@ -21,10 +21,10 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import progress
 from cca_ds.data.batches import Steps
 from cca_ds.files import write_atomic
+from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCache, ReferenceCacheError, Shard, cache_key
 from cca_ds.reference.replica import InferenceReference
 from cca_ds.training.inputs import batch_plan, check_tokenizer, open_table, open_tokenizer, total_steps
-from cca_ds.training.policy import starting_weights
 from cca_ds.training.run_folder import COMPLETED
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import MicroBatch
 from cca_ds.models import DTYPES
+from cca_ds.models.from_recipe import build_module
 from cca_ds.reference.tensor_parallel import Group, log_likelihoods, split_module
-from cca_ds.training.policy import build_module, copy_weights
+from cca_ds.training.policy import copy_weights
 
 
 class Reference(Protocol):

@@ -18,11 +18,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import Optimizer, RunConfig
-from cca_ds.models import create_model
-from cca_ds.models.layers import DropPath
-from cca_ds.models.weights import load_weights
+from cca_ds.models.from_recipe import build_module
 from cca_ds.training.ema import Average
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -30,37 +27,6 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 class NonFinite(RuntimeError):
     """A loss or gradient that is not finite; the optimizer has not stepped."""
-
-
-def build_module(run: RunConfig, tokenizer: nn.Module | None = None) -> nn.Module:
-    """The recipe's model, its dropouts on or off, with fresh weights."""
-    module = create_model(run.model.preset, tokenizer, **run.model.shape)
-    if not run.model.dropout:
-        _switch_off_dropout(module)
-    module.set_activation_checkpointing(run.model.activation_checkpointing)
-    return module
-
-
-def starting_weights(
-    run: RunConfig, path: str | None, tokenizer: nn.Module | None = None, for_reference: bool = False
-) -> dict[str, Tensor]:
-    """State dict of a checkpoint, or of a fresh model drawn from the recipe's seed.
-
-    A lambda-conditioned model starts as its base model: the embedding of lambda, absent from the checkpoint, is
-    drawn from the seed and contributes nothing until it is trained.
-
-    Raises:
-        WeightsError: a missing, damaged or foreign checkpoint.
-    """
-    if for_reference:
-        run = run.model_copy(update={"model": run.model.model_copy(update={"lambda_conditioning": False})})
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        with torch.device("cpu"):
-            module = build_module(run, tokenizer)
-    if path is not None:
-        load_weights(module, resolve_path(path))
-    return module.state_dict()
 
 
 class Policy:
@@ -222,16 +188,6 @@ class Policy:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _switch_off_dropout(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(part, DropPath):
-            part.rate = 0.0
-        if hasattr(part, "drop_path_rate"):
-            part.drop_path_rate = 0.0
 
 
 def _parameter_groups(module: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:

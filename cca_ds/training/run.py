@@ -176,8 +176,6 @@ def announce(session: Any) -> None:
         f"{len(session.table)} images, {session.table.manifest.classes} classes, {session.steps} steps of "
         f"{run.batch.global_size} pairs on {session.ranks.world_size} rank(s): {session.balancer.describe()}"
     )
-    if slowed := session.balancer.describe_slowdown():
-        session.log.say(slowed)
     if session.first_step:
         session.log.say(f"continuing after step {session.first_step}")
 

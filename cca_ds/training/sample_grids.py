@@ -11,10 +11,10 @@ import torch
 
 from cca_ds.config.schema import RunConfig
 from cca_ds.models import DTYPES
+from cca_ds.models.from_recipe import build_module
 from cca_ds.sampling import generate
 from cca_ds.sampling.grid import image_grid
 from cca_ds.sampling.sampler import drawing
-from cca_ds.training.policy import build_module
 
 if TYPE_CHECKING:
     from cca_ds.training.session import Session

@@ -27,13 +27,15 @@ from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero
 from cca_ds.config.recipes import config_hash
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import MicroBatch, Steps, read_ahead
+from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.placements import make_reference
 from cca_ds.training import schedule
 from cca_ds.training.inputs import batch_plan, check_tokenizer, open_table, open_tokenizer, total_steps
-from cca_ds.training.policy import NonFinite, Policy, starting_weights
+from cca_ds.training.policy import NonFinite, Policy
 from cca_ds.training.run_log import RunLog
 from cca_ds.training.sample_grids import draw_samples
 from cca_ds.training.utilization import Utilization
+from cca_ds.training.workload import trained_flops, workload_of
 
 
 class Session:
@@ -70,8 +72,9 @@ class Session:
         self.plan = batch_plan(run, self.table)
         self.steps_per_epoch = self.plan.steps_per_epoch(len(self.table))
         self.steps = total_steps(run, self.steps_per_epoch)
-        self.balancer = Balancer(run, ds, ranks, self.precision, self.tokenizer)
-        self.cut = self.balancer.cut
+        workload = workload_of(run, ds, ranks.world_size, self.precision, self.tokenizer)
+        self.balancer = Balancer(run.balance, run.batch, workload, ranks)
+        self.cut = self.balancer.partition
         self._build(run, ds, resume)
         self.log = RunLog(
             folder,
@@ -81,7 +84,9 @@ class Session:
             run.logging.tensorboard,
             run.logging.progress,
         )
-        self.utilization = Utilization(run, ranks)
+        self.utilization = Utilization(
+            trained_flops(run, workload), [peer.device for peer in self.balancer.peers]
+        )
         self._step_started = time.perf_counter()
 
     def _build(self, run: RunConfig, ds: dict[str, Any], resume: str) -> None:
@@ -103,7 +108,6 @@ class Session:
         self._beat("building the policy")
         self.policy = Policy(run, filled, weights, self.tokenizer)
         self._beat("building the reference")
-        self.balancer.slow(self.policy.module)
         self.reference = make_reference(self) if self.objective.contrastive else None
         self.first_step = 0
         self._beat("reading the checkpoint")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cca_ds.planning.architecture import SCALES_256
+from cca_ds.config.model_shapes import SCALES_256
 from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import LearnedTokenizer, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid

@@ -16,10 +16,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from cca_ds.config.model_shapes import SCALES_256
 from cca_ds.models.base import CodeModel
 from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
 from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedModulation
-from cca_ds.planning.architecture import SCALES_256
 
 
 @dataclass(frozen=True)
