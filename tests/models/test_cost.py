@@ -85,8 +85,12 @@ def test_operations_of_llamagen_are_what_torch_counts(passes, backward, conditio
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize(("passes", "backward"), [(1, False), (3, True)])
 def test_operations_of_var_are_what_torch_counts(passes, backward, conditioned):
-    """Within 3%: the formula has attention over all pairs of codes (4% of this model), and VAR computes 70% of them."""
+    """Within 1%, attention apart: the formula has it over all pairs of codes, VAR computes about 70% of them, and the
+    counter does not see those that the project's own CPU kernel computes.
+    """
     module = create_model("var-d16", **VAR, lambda_conditioning=conditioned)
     module.pyramid = NoPyramid()
-    formula = passes * cost_of_module(module, "small").forward_flops()
-    assert 0.97 * formula <= counted_flops(module, backward) <= formula
+    formula = cost_of_module(module, "small").forward_flops()
+    attention = 4 * module.sequence_length**2 * module.config.dim * module.config.depth
+    assert 0.99 * passes * (formula - attention) <= counted_flops(module, backward) <= passes * formula
+    assert attention < 0.04 * formula
