@@ -13,7 +13,7 @@ from cca_ds.data.image_grid import image_grid
 from cca_ds.models import DTYPES
 from cca_ds.models.from_recipe import build_module
 from cca_ds.sampling import generate
-from cca_ds.sampling.drawing import draw_settings, sampling_lambda, sampling_lambda
+from cca_ds.sampling.drawing import draw_settings, sampling_lambda
 from cca_ds.training.policy import Policy
 from cca_ds.training.run_log import RunLog
 

@@ -3,8 +3,8 @@
 import torch
 
 from cca_ds.config.recipes import load_recipe
+from cca_ds.models.from_recipe import build_module, starting_weights
 from cca_ds.reference.replica import reference_recipe
-from cca_ds.training.policy import build_module, starting_weights
 
 
 def test_no_dropout_means_none_of_any_kind():
