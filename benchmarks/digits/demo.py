@@ -22,10 +22,10 @@ from lab import sampled, scores
 
 from cca_ds.config.recipes import load_recipe, resolve_path
 from cca_ds.console import progress
+from cca_ds.data.image_grid import image_grid
 from cca_ds.files import write_atomic
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
-from cca_ds.sampling.grid import image_grid
 from cca_ds.vq import create_tokenizer
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

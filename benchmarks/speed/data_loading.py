@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cca_ds.data.codes import CodeTable, write_codes
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.table_files import write_codes
 
 CROPS, LENGTH, VOCABULARY, CLASSES = 10, 576, 16384, 1000
 BATCH = 256

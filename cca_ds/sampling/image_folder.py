@@ -13,7 +13,6 @@ Letters: B images of a batch, N of all, H and W pixels, C channels (1 or 3).
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cca_ds.data.image_grid import encode_png, image_grid
 from cca_ds.files import write_atomic, write_streamed
-from cca_ds.sampling.grid import image_grid
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
@@ -181,18 +180,6 @@ def to_pixels(images_BCHW: Tensor, family: str) -> np.ndarray:
     shift = 128.0 if family == "llamagen" else 127.5
     pixels_BCHW = (127.5 * images_BCHW.float() + shift).clamp(0, 255).to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def encode_png(image_HWC: np.ndarray) -> bytes:
-    """A PNG of uint8 [H, W, 1 or 3]."""
-    encoded = io.BytesIO()
-    picture = Image.fromarray(
-        np.ascontiguousarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
-    )
-    picture.save(
-        encoded, format="PNG", compress_level=1
-    )  # the level costs time and gains a tenth of the size
-    return encoded.getvalue()
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cca_ds.config.schema import RunConfig
+from cca_ds.data.image_grid import image_grid
 from cca_ds.models import DTYPES
 from cca_ds.sampling import generate
-from cca_ds.sampling.grid import image_grid
 from cca_ds.sampling.sampler import drawing
 from cca_ds.training.policy import build_module
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from cca_ds.models import create_model, load_weights
 from cca_ds.sampling import generate
-from cca_ds.sampling.grid import image_grid
+from cca_ds.data.image_grid import image_grid
 from cca_ds.vq import create_tokenizer
 from tests.dist.runs import SHAPE, tiny_weights, train
 
