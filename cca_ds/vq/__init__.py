@@ -1,12 +1,40 @@
 """Image tokenizers, frozen: images <-> codes."""
 
 import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-TOKENIZERS = ("digits", "llamagen-vq16", "var-vqvae")
+from cca_ds.config.registry import Registry
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What the other stages ask of a tokenizer instead of comparing its name."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    needs_weights: bool
+    family: str
+    image_mode: str = "RGB"
+    builtin_codes: Callable[[Path], Path] | None = None
+    imports_npy: bool = False
+
+
+def _build(module: str, name: str) -> Callable[..., nn.Module]:
+    return lambda **options: getattr(importlib.import_module(f"cca_ds.vq.{module}"), name)(**options)
+
+
+TOKENIZERS: Registry[TokenizerSpec] = Registry("tokenizer.name")
+TOKENIZERS.register(TokenizerSpec("digits", _build("digits", "DigitsTokenizer"), False, "llamagen", "L"))
+TOKENIZERS.register(
+    TokenizerSpec("llamagen-vq16", _build("llamagen_vq", "LlamaGenVQ"), True, "llamagen", imports_npy=True)
+)
+TOKENIZERS.register(TokenizerSpec("var-vqvae", _build("var_vqvae", "VARTokenizer"), True, "var"))
 
 
 def create_tokenizer(name: str, weights: str | Path | None = None, **shape) -> nn.Module:
