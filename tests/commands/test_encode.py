@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -112,6 +113,16 @@ def test_dataset_on_disk(tmp_path, dataset_folder, expected):
     assert_expected(CodeTable.open(tmp_path / "v"), (expected[0][::2], expected[1][::2]))
     assert run("--source", dataset_folder / "train", "--output", tmp_path / "d") == 0
     assert_expected(CodeTable.open(tmp_path / "d"), expected)
+
+
+def test_no_script_in_a_dataset_is_run(tmp_path, dataset_folder, expected):
+    """A loading script named like its folder, as `datasets` used to run."""
+    folder = shutil.copytree(dataset_folder, tmp_path / "set")
+    for script in (folder / "set.py", folder / "train" / "train.py"):
+        script.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    assert run("--source", folder, "--output", tmp_path / "t") == 0
+    assert_expected(CodeTable.open(tmp_path / "t"), expected)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_tar_of_a_dataset(tmp_path, dataset_folder, expected, capsys):

@@ -125,6 +125,25 @@ def make_broken_dataset(tmp_path, images):
     return images
 
 
+def make_truncated_dataset(tmp_path, images):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    content = (images / "class1" / "0001.png").read_bytes()
+    rows = [{"image": {"bytes": content, "path": None}, "label": 0}] * 50
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    [path] = (tmp_path / "set").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:2000])
+    return tmp_path / "set"
+
+
+def make_tar_of_truncated_dataset(tmp_path, images):
+    folder = make_truncated_dataset(tmp_path, images)
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(folder, arcname="set")
+    return tmp_path / "set.tar"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -136,10 +155,14 @@ def make_broken_dataset(tmp_path, images):
         (make_truncated_gz, "nor a readable tar"),
         (make_text_file, "nor a readable tar"),
         (make_broken_dataset, "not a readable dataset"),
+        (make_truncated_dataset, "not a readable dataset"),
+        (make_tar_of_truncated_dataset, "not a readable dataset"),
     ],
 )
 def test_unusable_sources_give_one_line_and_leave_no_file(tmp_path, own_folder, make, message, capsys):
-    assert run("--source", make(tmp_path, own_folder), "--output", tmp_path / "t") == 2
+    source = make(tmp_path, own_folder)
+    capsys.readouterr()  # datasets' own progress bar
+    assert run("--source", source, "--output", tmp_path / "t") == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and re.search(message, errors[0])
     assert not list(tmp_path.glob("t*"))
