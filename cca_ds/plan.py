@@ -37,10 +37,13 @@ def plan(arguments: argparse.Namespace) -> None:
     from cca_ds.planning.outcomes import leaner_outcome, outcome
     from cca_ds.planning.report import as_json, report
     from cca_ds.training.checks import recipe_problems
+    from cca_ds.vq import builtin_images
 
     run = recipe_from_arguments(arguments, recipe_problems)
     groups = parse_nodes(arguments.nodes, arguments.efficiency, arguments.network)
-    images = expected_images(run.data.codes)[0] if arguments.images is None else arguments.images
+    images = arguments.images
+    if images is None:
+        images, _ = expected_images(run.data.codes, builtin_images(run.data.codes))
     model = model_cost(run.model.preset, run.model.shape, run.model.dropout)
     job = job_of(run, model, Sharding.of(read_ds_config(arguments.ds_config)), images)
     own = run.model.activation_checkpointing

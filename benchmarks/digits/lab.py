@@ -22,13 +22,14 @@ from cca_ds.alignment.objective import SUMS, Objective, summarize
 from cca_ds.config.recipes import load_recipe, resolve_path
 from cca_ds.config.schema import Optimizer, RunConfig
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import CodeTable, open_codes
+from cca_ds.data.codes import CodeTable
 from cca_ds.metrics import frechet_distance, inception_score
 from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate
 from cca_ds.training.schedule import learning_rate
+from cca_ds.vq import TOKENIZERS
 
 IMAGES = 1800
 BATCH = 450
@@ -57,7 +58,7 @@ class Digits:
         recipe = load_recipe("digits")
         base = create_model(recipe.model.preset)
         load_weights(base, resolve_path(recipe.model.weights))
-        return cls(open_codes("digits", folder), base.eval())
+        return cls(CodeTable.open(TOKENIZERS[recipe.data.codes].builtin_codes(folder)), base.eval())
 
 
 class PlainPolicy:

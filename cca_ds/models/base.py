@@ -155,8 +155,8 @@ class Family:
         class_embedding: the tensor with one row per class, whose rows get one lambda's embedding on export.
         layouts: published layout -> (config, tensors by name) -> the object that `torch.save` writes.
         weights: how to recognise the family's weights files; None: they are not recognised.
-        activation_elements: config -> elements for each code that one block keeps for its backward, dropout masks apart.
-        dropout_bytes: config -> bytes for each code of the dropout masks that one block keeps.
+        activation_elements: config -> elements a code that one block keeps for its backward, without dropout masks.
+        dropout_bytes: config -> bytes a code of the dropout masks that one block keeps.
         per_image_modules: name parts of parameters that each image uses once, not each code.
         pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
         needs_tokenizer: whether a model runs only with a tokenizer's codebook.

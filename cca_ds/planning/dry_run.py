@@ -20,6 +20,7 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.data.manifest import expected_images
 from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
 from cca_ds.planning.job import job_of, placement_of
+from cca_ds.vq import builtin_images
 
 USUAL_RANKS = 8
 MIB = 2**20
@@ -80,7 +81,7 @@ def model_lines(run: RunConfig, module: torch.nn.Module) -> list[str]:
 
 def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     """The global batch, its partition over equal ranks, and the steps."""
-    batch, (images, origin) = run.batch, expected_images(run.data.codes)
+    batch, (images, origin) = run.batch, expected_images(run.data.codes, builtin_images(run.data.codes))
     an_epoch = images // batch.global_size
     steps = max(1, round(batch.epochs * an_epoch))
     limited = min(steps, batch.max_steps or steps)

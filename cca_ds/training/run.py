@@ -195,9 +195,10 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress
     )
     last_values = last_logged_values(folder / "metrics.jsonl", first_step)
+    utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
-        first_step, inputs.steps, log, last_values, run.batch.global_size,
-        Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers]), coordinator.device, run.logging.every_steps,
+        first_step, inputs.steps, log, last_values, run.batch.global_size, utilization, coordinator.device,
+        run.logging.every_steps,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
     return Run(

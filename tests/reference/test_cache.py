@@ -13,7 +13,6 @@ import torch
 
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import open_codes
 from cca_ds.reference.cache import (
     CachedReference,
     ReferenceCache,
@@ -23,6 +22,7 @@ from cca_ds.reference.cache import (
     state_hash,
 )
 from cca_ds.training.inputs import batch_plan
+from tests.support.digits_table import digits_table
 
 KEY = {"reference": "abc", "seed": 0, "global_size": 4, "shard_steps": 2}
 
@@ -146,7 +146,7 @@ def test_no_rank_goes_on_before_all_see_the_shard(tmp_path):
 
 
 def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_path):
-    table = open_codes("digits", tmp_path)
+    table = digits_table(tmp_path)
     weights = {"a": torch.ones(2, 3), "b": torch.zeros(1)}
 
     def key(*overrides, weights=weights, precision="fp32"):
