@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
             from cca_ds.reporting.page import write_report
 
             return print(write_report(Path(arguments.report).expanduser()))
-        run = recipe_from_arguments(arguments)
+        from cca_ds.training.checks import recipe_problems
+
+        run = recipe_from_arguments(arguments, recipe_problems)
         report = evaluate(
             run,
             samples=arguments.samples,
