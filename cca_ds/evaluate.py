@@ -35,9 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--format", choices=("line", "json", "markdown"), default="line", help="what to print (default: line)"
     )
-    parser.add_argument(
-        "--no_cache", action="store_true", help="neither read nor write features beside the images"
-    )
+    parser.add_argument("--no_cache", action="store_true", help="no cache of features beside the images")
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
     add_recipe_arguments(parser)
     arguments = parser.parse_args(argv)
