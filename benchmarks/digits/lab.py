@@ -106,19 +106,19 @@ def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
     torch.manual_seed(seed)
     policy = PlainPolicy(_policy_module(digits, run), run.optimizer, run.batch.global_size)
     objective = Objective(run.loss, run.model.lambda_conditioning)
-    steps = _steps(digits, run, objective.contrastive)
+    steps = _steps(digits, run, bool(objective.spec.negatives))
     total = round(run.batch.epochs * steps.steps_per_epoch)
     tuned = Tuned(policy.module)
     for step in range(total):
         (batch,) = steps[step]
         inputs = objective.stacked(batch)
         with torch.no_grad():
-            reference_logp = digits.base(*inputs[:2]) if objective.contrastive else None
+            reference_logp = digits.base(*inputs[:2]) if objective.spec.needs_reference else None
         loss, sums = objective(policy(*inputs), reference_logp, batch)
         policy.backward(loss)
         rate = learning_rate(step, total, steps.steps_per_epoch, run.optimizer, run.schedule)
         policy.step(rate, run.optimizer.weight_decay)
-        tuned.history.append(summarize(sums, objective.contrastive))
+        tuned.history.append(summarize(sums, objective.compared))
     policy.module.eval()
     return tuned
 
