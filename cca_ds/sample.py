@@ -30,7 +30,7 @@ from cca_ds.config.recipes import (
 
 # what is slow to import is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
-    from cca_ds.cluster.launchers import Ranks
+    from cca_ds.cluster.launch import Ranks
     from cca_ds.sampling.image_folder import SampleFolder
     from cca_ds.sampling.sampler import Sampler, Source
 

@@ -20,7 +20,7 @@ from cca_ds.balance.measure import (
 )
 from cca_ds.balance.partition import BalanceError, Cut, cut
 from cca_ds.balance.slowdown import Slowdown
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.deepspeed_file import zero_stage
 from cca_ds.config.schema import RunConfig
 

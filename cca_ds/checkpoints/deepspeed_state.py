@@ -23,7 +23,7 @@ from cca_ds.checkpoints import store
 from cca_ds.checkpoints.background_writer import BackgroundWriter
 from cca_ds.checkpoints.errors import CheckpointError, clear_errors
 from cca_ds.checkpoints.universal import load_universal
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
 from cca_ds.training.policy import Policy
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cca_ds.cluster.launchers import LaunchError, Ranks
+from cca_ds.cluster.launch import LaunchError, Ranks
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "datasets", "cca_ds")
 _SHARED = "preflight"

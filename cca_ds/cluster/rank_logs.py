@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, TextIO
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 
 _console: TextIO | None = None  # of a rank whose stderr is its log
 

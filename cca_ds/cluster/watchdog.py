@@ -21,7 +21,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 
 EXIT_SILENT = 75  # EX_TEMPFAIL: starting again may well succeed
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from cca_ds.checkpoints.run_weights import fill_module, share_module
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import progress

@@ -20,7 +20,7 @@ from cca_ds.alignment.objective import SUMS, Objective, summarize
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.stop_signal import Stopped, StopSignal
 from cca_ds.cluster.watchdog import Watchdog
 from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero_stage

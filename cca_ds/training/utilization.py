@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import RunConfig
 from cca_ds.planning.architecture import architecture_of
 from cca_ds.planning.nodes import DEVICES

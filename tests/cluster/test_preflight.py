@@ -5,8 +5,7 @@ import socket
 
 import pytest
 
-from cca_ds.cluster.launch import find_ranks
-from cca_ds.cluster.launchers import LaunchError
+from cca_ds.cluster.launch import LaunchError, find_ranks
 from cca_ds.cluster.preflight import agree, compare, describe
 from tests.dist.ranks import run_ranks
 

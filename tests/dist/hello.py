@@ -9,7 +9,7 @@ import torch
 
 from cca_ds.cluster.launch import find_ranks, initialize, shutdown
 
-ranks = initialize(find_ranks(os.environ), timeout_seconds=60, meeting_seconds=60)
+ranks = initialize(find_ranks(os.environ), timeout_seconds=60, rendezvous_seconds=60)
 total = torch.tensor([2.0**ranks.rank], device=ranks.device)
 torch.distributed.all_reduce(total)
 line = json.dumps({**dataclasses.asdict(ranks), "total": total.item()})
