@@ -94,9 +94,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # gives back its space
             raise
         files = [path for _, path in contents]
-        published = store.publish(
-            partial, self.ranks.rank, self.ranks.world_size, files=files, metadata=metadata
-        )
+        published = store.publish(partial, files, self.ranks.rank, self.ranks.world_size, metadata)
         if published:
             store.retain(self.root, self.settings.keep_last, self.settings.keep_every)
             for converted in self.root.glob(f"step_*.{UNIVERSAL}"):  # for a start that is now behind us

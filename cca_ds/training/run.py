@@ -20,7 +20,7 @@ import torch
 from cca_ds.cluster import launch
 from cca_ds.cluster.failures import explain, lost_connection
 from cca_ds.cluster.preflight import check_ranks
-from cca_ds.cluster.rank_logs import keep_rank_log, tell
+from cca_ds.cluster.rank_logs import keep_rank_log, report_end
 from cca_ds.cluster.stop_signal import Stopped
 from cca_ds.cluster.watchdog import Watchdog
 from cca_ds.config.recipes import ConfigError, config_hash, dump_recipe
@@ -63,7 +63,7 @@ def _with_ranks(run: RunConfig, work: Callable[[launch.Ranks], int]) -> int:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if os.environ.get("CCA_DS_TRACEBACK"):
             traceback.print_exc()
-        tell(explain(error, run, ranks))
+        report_end(explain(error, run, ranks))
         if (
             ranks.world_size > 1
         ):  # the others are in a collective: no farewell, so that the watchdog tells them
