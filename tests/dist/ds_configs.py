@@ -12,9 +12,9 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from cca_ds.config.recipes import load_recipe
-from cca_ds.config.deepspeed_file import fill_ds_config, read_ds_config
 from cca_ds.cluster.launch import find_ranks, initialize, shutdown
+from cca_ds.config.deepspeed_file import fill_ds_config, read_ds_config
+from cca_ds.config.recipes import load_recipe
 from cca_ds.models import LlamaGenConfig, create_model
 
 output, precision, files = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

@@ -45,8 +45,11 @@ class Fork:
             self.returncode = int(self._exit.read_text())
         return self.returncode
 
-    def wait(self) -> int:
+    def wait(self, timeout: float = float("inf")) -> int:
+        end = time.monotonic() + timeout
         while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked rank", timeout)
             time.sleep(0.01)
         return self.returncode
 
@@ -146,9 +149,9 @@ def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    import cca_ds.training.run
-    import cca_ds.training.inputs
     import cca_ds.reference.producer
+    import cca_ds.training.inputs
+    import cca_ds.training.run
     import cca_ds.training.session  # noqa: F401
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A rank that says who it is and what an all-reduce over all ranks gave, as one line of JSON."""
+"""A rank that prints its place and the result of an all-reduce over all ranks, as one line of JSON."""
 
 import dataclasses
 import json
