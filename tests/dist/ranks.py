@@ -129,7 +129,7 @@ class RankGroup:
             process.wait()
 
     def wait_for(self, text: str, rank: int = 0, timeout: float = 60) -> None:
-        """Return when `text` stands in the rank's stdout or stderr."""
+        """Return once the rank's stdout or stderr contains `text`."""
         end = time.monotonic() + timeout
         while True:
             output = self.output(rank)
