@@ -1,4 +1,4 @@
-"""The training script on a real Slurm of three nodes, with the digits recipe, through time limit, power cut, cancellation and job arrays.
+"""The training script on a real Slurm of three nodes: time limit, power cut, cancellation and job arrays.
 
 Where a test needs the run at a certain place, it stops the ranks' processes there and lets them go on afterwards, so
 that nothing depends on how fast the machine is.
