@@ -72,31 +72,48 @@ def agree_through_store(address: str, key: str, rank: int, world_size: int, seco
 
 
 def _open_store(address: str, port: int, serve: bool, seconds: float):
-    """Rank 0 serves the store; the others connect in a thread, as torch waits for a silent service without end."""
+    """Rank 0 serves the store; the others wait until its port answers, then connect."""
     from torch.distributed import TCPStore
 
+    end = time.monotonic() + seconds
+    reason = "" if serve else _wait_for_port(address, port, end)
+    # A store answers at once. Half the time that is left: torch takes up to twice its limit, and the thread
+    # should end before the process does. It exists because torch waits without end for a service that is silent.
+    limit = timedelta(seconds=min(10.0, max((end - time.monotonic()) / 2, 0.1)))
     outcome = []
 
     def connect() -> None:
         try:
-            limit = timedelta(seconds=seconds)
             outcome.append(TCPStore(address, port, None, serve, limit, wait_for_workers=False))
         except RuntimeError as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if outcome and isinstance(outcome[0], TCPStore):
-        return outcome[0]
-    reason = str(outcome[0]).splitlines()[0] if outcome else "no answer"
+    if not reason:
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(max(end - time.monotonic(), 0.1))
+        if outcome and isinstance(outcome[0], TCPStore):
+            return outcome[0]
+        reason = str(outcome[0]).splitlines()[0] if outcome else "no answer"
     if serve:
-        remedy = _taken(port, address) if "EADDRINUSE" in reason else f"no store on {address}:{port}"
-        raise RendezvousError(f"rank 0: {remedy} ({reason})")
+        cause = _taken(port, address) if "EADDRINUSE" in reason else f"no store on {address}:{port}"
+        raise RendezvousError(f"rank 0: {cause} ({reason})")
     raise RendezvousError(
         f"a rank on {socket.gethostname()} did not reach rank 0 on {address}:{port} within {seconds:g} s ({reason}): "
         "look at rank 0's output, or at a firewall between the nodes"
     )
+
+
+def _wait_for_port(address: str, port: int, end: float) -> str:
+    """Return "" once the port accepts connections, or the last error at the monotonic time `end`."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(end - time.monotonic(), 0.1)).close()
+            return ""
+        except OSError as error:
+            if time.monotonic() > end:
+                return str(error)
+            time.sleep(0.1)
 
 
 def _taken(port: int, address: str) -> str:
