@@ -10,7 +10,7 @@ from typing import TypeVar
 from cca_ds.balance import peers
 from cca_ds.balance.measure import MeasuredModel, Workload, micro_that_fits, seconds_per_forward
 from cca_ds.balance.partition import BalanceError, Partition, partition_batch
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Balance, Batch
 
 Value = TypeVar("Value")

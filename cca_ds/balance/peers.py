@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from cca_ds.balance.partition import BalanceError
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import device_name
 from cca_ds.config.schema import Balance
 

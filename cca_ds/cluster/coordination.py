@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.stop_signal import Stopped, StopSignal
 from cca_ds.cluster.watchdog import Watchdog
 

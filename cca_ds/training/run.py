@@ -21,7 +21,7 @@ from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import check_ranks
 from cca_ds.cluster.rank_logs import keep_rank_log
 from cca_ds.cluster.ranked import run_on_ranks

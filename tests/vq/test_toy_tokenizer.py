@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cca_ds.checkpoints.load_model import Source, load_model
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Model, Tokenizer
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.table_files import write_codes
