@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cca_ds.alignment.losses import LossSpec
 from cca_ds.likelihood import sequence_logp
 from cca_ds.models.base import CodeModel, DrawCodes, Family
 from cca_ds.models.layers import LambdaEmbedding
@@ -138,4 +139,19 @@ class ToyTokenizer(LearnedTokenizer):
 
 TOY_TOKENIZER = TokenizerSpec(
     name="toy-levels", build=ToyTokenizer, needs_weights=True, family="toy", image_mode="L"
+)
+
+
+def margin_loss(
+    policy_pos: Tensor, policy_neg: Tensor, reference_pos: Tensor, reference_neg: Tensor, positive_mask: Tensor,
+    beta: float, lambda_: float | Tensor, margin: float, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """max(0, margin - (r(x,c) - r(x,c'))): `margin` is the loss's own hyperparameter."""
+    difference = beta * ((policy_pos - reference_pos) - (policy_neg - reference_neg))
+    terms = (margin - difference).relu()
+    return terms.sum() if reduction == "sum" else terms.mean()
+
+
+TOY_LOSS = LossSpec(
+    "margin", margin_loss, initial_loss=lambda contrasted, lambda_: 1.0, options={"margin": 1.0}
 )
