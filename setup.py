@@ -1,7 +1,7 @@
 """Builds and installs cca_ds.
 
     pip install --no-build-isolation -e .          # CUDA kernels where they can be built, else C++, else none
-    CCA_DS_BUILD=cuda|cpu|none pip install ...     # one of them, or an error that says why not
+    CCA_DS_BUILD=cuda|cpu|none pip install ...     # one of them, or an error with the reason
 
 The kernels of csrc/ become libraries beside cca_ds/ops/library.py, which loads them: `_C` (the schema, and the CUDA
 kernels), and `_cpu_default`, `_cpu_avx2`, `_cpu_avx512`, of which one is loaded, as PyTorch's own dispatch decides.
@@ -41,7 +41,7 @@ INSTRUCTION_SETS = {
 
 
 class BuildError(SystemExit):
-    """What was asked for cannot be built here."""
+    """The build that was requested is not possible here."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"cca_ds: {message}")

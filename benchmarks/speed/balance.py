@@ -122,11 +122,11 @@ def table(report: dict) -> str:
     ]
     head = ["| two ranks | assignment | images/s | |", "| --- | --- | --- | --- |"]
     ideal = f"| ideal of 1 + 1/3 ranks | | {found['ideal']:.2f} | T (1 + 1/3) / 2 |"
-    said = (
+    summary = (
         f"{report['date']}, {report['device']}, load {report['load']}, commit {report['commit']}, "
         f"`{report['command']}`. {report['note']}"
     )
-    return "\n".join([*head, *rows, ideal, "", said, ""])
+    return "\n".join([*head, *rows, ideal, "", summary, ""])
 
 
 def main() -> None:

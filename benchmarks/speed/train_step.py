@@ -100,7 +100,7 @@ def var_ours(dtype: torch.dtype) -> Callable[[], float]:
 
 
 def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
-    """VAR's own d16 in the steps of CCA's `VAR_CCA_trainer.py`, with the codes given and not encoded anew."""
+    """VAR's own d16 in the steps of CCA's `VAR_CCA_trainer.py`, with the codes given, not encoded again."""
     sys.path.insert(0, checkout)
     from models import VAR, VQVAE
 

@@ -4,7 +4,7 @@ Letters: B rows of a forward, L codes per image.
 
 ZeRO-3's forward is collective, and ranks that wait for one another all measure the slowest one's speed. So the
 recipe's model is built here a second time, unsharded, with four blocks at most; a deeper model's time and memory
-follow from those with four and with one, block by block. It is built anew for every measurement and dropped after.
+follow from those with four and with one, block by block. It is built for every measurement and freed afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one place where a command's errors end: one line that says who, what and what to do, and an exit code.
+"""The one place where a command's errors end: one line with the rank, the cause and the remedy, and an exit code.
 
     if __name__ == "__main__":
         sys.exit(run_command("sample", lambda: sample(...)))
@@ -69,7 +69,7 @@ def report_error(name: str, error: BaseException, explain: Callable[[BaseExcepti
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for bad input (ValueError) and 1 for all else, unless the error says otherwise in `exit_code`."""
+    """2 for bad input (ValueError) and 1 for all else, unless the error has an `exit_code` of its own."""
     return getattr(error, "exit_code", BAD_INPUT if isinstance(error, ValueError) else FAILURE)
 
 

@@ -1,6 +1,6 @@
 """DeepSpeed's JSON beside the recipe: "auto" is filled from the recipe, a contradiction of it is refused.
 
-Global batch, micro-batch, accumulation, precision, clipping and the optimizer stand in the recipe alone.
+Global batch, micro-batch, accumulation, precision, clipping and the optimizer are set by the recipe only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def conflicts(ds: dict[str, Any], run: RunConfig, source: str = "ds_config") -> list[str]:
-    """What the DeepSpeed file says otherwise than the recipe; one line each, naming both."""
+    """Where the DeepSpeed file contradicts the recipe: one line each, with both values."""
     found = []
     for key, recipe_key, value in _shared_values(run):
         given = _look_up(ds, key)
@@ -109,7 +109,7 @@ def fill_ds_config(
 ) -> dict[str, Any]:
     """The file with every "auto" filled.
 
-    DeepSpeed wants batch = micro-batch x forwards x ranks. Where the ranks' shares differ, its micro-batch is
+    DeepSpeed requires batch = micro-batch x forwards x ranks. Where the ranks' shares differ, its micro-batch is
     the largest share's; the loss carries each share's true weight (see `training/policy.py`).
     """
     filled = copy.deepcopy(ds)

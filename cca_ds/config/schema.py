@@ -1,4 +1,4 @@
-"""The sections of a recipe. One run = one recipe + overrides; every number stands once.
+"""The sections of a recipe. One run = one recipe + overrides.
 
 Figures in the comments are the paper's (arXiv 2410.09347, Table 4).
 """

@@ -13,7 +13,7 @@ from cca_ds.models.weights import load_weights
 
 
 def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
-    """The model of a recipe's `model` section with fresh weights, its dropouts on or off as the recipe says.
+    """The model of a recipe's `model` section with fresh weights, its dropouts on or off by `model.dropout`.
 
     Args:
         tokenizer: for families that hold its codebook (VAR).

@@ -69,7 +69,7 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
     kind, own_kind = _kind(state), _kind(expected)
     if kind and own_kind and kind is not own_kind:
         raise WeightsError(
-            f"weights file {path} holds {kind.name}, but {own_kind.name} is asked for: name the other file"
+            f"weights file {path} holds {kind.name}, but {own_kind.name} is needed: name the other file"
         )
     conditioned = any(key.startswith(_LAMBDA) for key in expected)
     if not conditioned and any(key.startswith(_LAMBDA) for key in state):

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, where it stands, and that it is finished."""
+"""A run's folder: which run it belongs to, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
     """Refuse a folder that cannot be written or holds another run, before anything is started.
 
     Args:
-        resume: "auto" continues a run of the same configuration, "never" wants a fresh folder, a path names the
+        resume: "auto" continues a run of the same configuration, "never" requires a fresh folder, a path names the
             checkpoint to start from.
 
     Raises:
@@ -61,7 +61,9 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
 
 def _check_writable(place: Path, folder: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=place):  # root is told that it may write where nobody can
+        with tempfile.TemporaryFile(
+            dir=place
+        ):  # os.access would report a read-only file system as writable to root
             pass
     except OSError as error:
         raise ConfigError(
@@ -100,6 +102,6 @@ def discard(folder: Path) -> None:
 
 
 def finish(folder: Path, summary: dict[str, Any]) -> None:
-    """Write summary.json, then the mark that says the run is done."""
+    """Write summary.json, then the mark of completion."""
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(folder / COMPLETED, json.dumps({"steps": summary["steps"]}) + "\n")

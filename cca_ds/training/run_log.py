@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, JSON lines, a progress bar, the console. Rank 0 speaks; the others are silent.
+"""The log of a run: TensorBoard, JSON lines, a progress bar, the console; on rank 0 only.
 
 A run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, logs/, checkpoints/, summary.json, COMPLETED.
 """
@@ -36,15 +36,15 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        speaking: True on rank 0.
+        on_rank_0: whether this is rank 0; on others nothing is written.
         steps, first_step: of the whole run, and where this process takes it up.
     """
 
-    def __init__(self, folder: Path, speaking: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
+    def __init__(self, folder: Path, on_rank_0: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
                  bar: bool = True):  # fmt: skip
-        self.speaking, self.folder, self.first_step = speaking, folder, first_step
+        self.on_rank_0, self.folder, self.first_step = on_rank_0, folder, first_step
         self.writer, self.lines, self.bar = None, None, None
-        if not speaking:
+        if not on_rank_0:
             return
         from tqdm import tqdm
 
@@ -69,12 +69,12 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """One line on rank 0's console."""
-        if self.speaking:
+        if self.on_rank_0:
             say(message)
 
     def step(self, step: int, values: dict[str, float], write: bool = True) -> None:
         """Values of step `step` (1 after the first), under the tags they are plotted by."""
-        if not self.speaking:
+        if not self.on_rank_0:
             return
         assert self.bar is not None and self.lines is not None
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['throughput/images_per_second']:.1f}"}
@@ -92,7 +92,7 @@ class RunLog:
 
     def image(self, tag: str, step: int, grid: Any, file_name: str) -> None:
         """A picture [H, W, C] uint8: into TensorBoard and as samples/`file_name`."""
-        if not self.speaking:
+        if not self.on_rank_0:
             return
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomic(self.folder / "samples" / file_name, encode_png(grid))
