@@ -1,0 +1,77 @@
+"""Steps done, their values in the log, and what a process that resumes finds of the last one."""
+
+import json
+
+import pytest
+import torch
+
+from cca_ds.alignment.objective import SUMS
+from cca_ds.training.progress import Progress, last_logged_values
+from cca_ds.training.run_log import RunLog
+from cca_ds.training.utilization import Utilization
+
+
+def sums_of(pairs: float, loss: float) -> torch.Tensor:
+    values = dict.fromkeys(SUMS, 0.0) | {"pairs": pairs, "loss": loss, "nll": 3.0 * pairs}
+    return torch.tensor([values[name] for name in SUMS], dtype=torch.float64)
+
+
+def started(folder, first_step=0, log_every=1, steps=4) -> Progress:
+    log = RunLog(folder, True, steps, first_step, tensorboard=False, bar=False)
+    last = last_logged_values(folder / "metrics.jsonl", first_step)
+    return Progress(
+        first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every
+    )
+
+
+def test_a_recorded_step_is_averaged_counted_and_logged(tmp_path):
+    progress = started(tmp_path)
+    assert progress.record(sums_of(8, 4.0), {"lr": 0.1}, compared=False) == 1
+    progress.log.close()
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["step"] == progress.step == 1 and line["loss"] == 0.5 and line["nll_per_code"] == 3.0
+    assert line["lr"] == 0.1 and line["throughput/images_per_second"] > 0 and line["memory/peak_gib"] > 0
+    assert {"step", "time", *progress.last_values} == set(line)
+
+
+def test_every_second_step_and_the_last_are_written(tmp_path):
+    progress = started(tmp_path, log_every=2, steps=3)
+    for _ in range(3):
+        progress.record(sums_of(8, 4.0), {}, compared=False)
+    progress.log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        2,
+        3,
+    ]
+
+
+def test_a_process_that_resumes_finds_the_values_of_its_step(tmp_path):
+    progress = started(tmp_path)
+    for loss in (8.0, 4.0, 2.0):
+        progress.record(sums_of(8, loss), {}, compared=False)
+    progress.log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    assert last_logged_values(tmp_path / "metrics.jsonl", 2)["loss"] == 0.5
+    assert last_logged_values(tmp_path / "metrics.jsonl", 9)["loss"] == 0.25
+    assert last_logged_values(tmp_path / "none.jsonl", 2) == {}
+    resumed = started(tmp_path, first_step=2)
+    assert resumed.last_values["loss"] == 0.5 and resumed.step == 2
+    resumed.log.close()
+
+
+@pytest.mark.parametrize(
+    ("step", "line"), [(0, "before the first step was done"), (2, "after step 2: checkpoint saved")]
+)
+def test_the_last_line_of_a_stopped_run(tmp_path, capsys, step, line):
+    progress = started(tmp_path, first_step=step)
+    progress.say_stopped()
+    progress.log.close()
+    assert line in capsys.readouterr().err
+
+
+def test_a_step_that_the_scaler_skipped_is_a_warning(tmp_path, capsys):
+    progress = started(tmp_path)
+    progress.record(sums_of(8, 4.0), {"lr": 0.1, "loss_scale": 4.0, "skipped_steps": 1.0}, compared=False)
+    progress.log.close()
+    assert "WARNING: step 1 was skipped" in capsys.readouterr().err
