@@ -2,7 +2,9 @@
 
 In the first two a query sees a prefix of the keys. On a CPU one pair of kernels, `prefix_attention` and its backward,
 serves both, where the processor has small-block matmuls for the dtype (bf16: AMX or AVX-512 with bf16); PyTorch's own
-CPU backward runs at a tenth of the matmul rate.
+CPU backward runs at a tenth of the matmul rate. Measured: without the kernels a float32 LlamaGen-B step takes 2.9 s
+more on one thread of AVX2; in bf16 (AVX-512 only) they and the fused activations took a step to 0.78 of the original
+program's time (29a78eb). For one query, PyTorch's kernel took 43 of 73 ms of a bf16 decoding step (b97ef55).
 
 Legend: B images, L positions, D = H * C width, H heads, C channels of a head, P = C / 2 pairs of channels, R rows of a
 decoding step, S live slots of its cache.
