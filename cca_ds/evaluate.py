@@ -20,8 +20,6 @@ from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from cca_ds.config.schema import RunConfig
 
-FORMATS = ("line", "json", "markdown")
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `--help` imports no torch."""
@@ -34,10 +32,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="images per forward (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--output", help="also write this .json file and the Markdown table beside it")
-    parser.add_argument("--format", choices=FORMATS, default="line", help="what to print (default: line)")
     parser.add_argument(
-        "--no_cache", action="store_true", help="neither read nor write features beside the images"
+        "--format", choices=("line", "json", "markdown"), default="line", help="what to print (default: line)"
     )
+    parser.add_argument("--no_cache", action="store_true", help="no cache of features beside the images")
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
     add_recipe_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -55,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             from cca_ds.reporting.page import write_report
 
             return print(write_report(Path(arguments.report).expanduser()))
-        run = recipe_from_arguments(arguments)
+        from cca_ds.training.checks import recipe_problems
+
+        run = recipe_from_arguments(arguments, recipe_problems)
         report = evaluate(
             run,
             samples=arguments.samples,
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def publish(report: dict[str, Any], style: str, output: Path | None) -> None:
-    """Print the report in one of FORMATS; with an output, also write it as JSON and Markdown."""
+    """Print the report in one of --format's styles; with an output, also write it as JSON and Markdown."""
     from cca_ds.reporting.evaluation_report import STYLES, write_report_files
 
     print(STYLES[style](report))

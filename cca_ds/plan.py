@@ -4,49 +4,62 @@ python -m cca_ds.plan --recipe llamagen-3b --nodes "4xh100:8,2xa100:8,4xa40:8"
 python -m cca_ds.plan --recipe var-d30 --nodes 1xa40:4 --ds_config ds_configs/zero3_offload.json --json
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
 
-from cca_ds.config.deepspeed_file import read_ds_config
-from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
-from cca_ds.config.schema import RunConfig
-from cca_ds.data.manifest import expected_images
-from cca_ds.planning.architecture import architecture_of
-from cca_ds.planning.memory import Sharding
-from cca_ds.planning.nodes import DEVICES, parse_nodes
-from cca_ds.planning.outcomes import PLACEMENTS, Job, leaner_outcome, outcome
-from cca_ds.planning.report import COST_MODEL, as_tree, report
+from cca_ds.cluster.devices import DEVICES
+from cca_ds.cluster.failures import run_command
+from cca_ds.config.recipes import add_recipe_arguments
+from cca_ds.planning.explanation import COST_MODEL
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the plan; 2 and one line for what cannot be planned."""
-    arguments = _parser().parse_args(argv)
-    try:
-        run = recipe_from_arguments(arguments)
-        groups = parse_nodes(arguments.nodes, arguments.efficiency, arguments.network)
-        job = _job(run, Sharding.of(read_ds_config(arguments.ds_config)), arguments.images)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    placements = PLACEMENTS if run.loss.name != "mle" else ("none",)
+    """Print the plan. Exit code 0, or 2 with one line for bad input."""
+    arguments = parse(argv)
+    return run_command("plan", lambda: plan(arguments))
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Read recipe, nodes and DeepSpeed's file, compare the placements, and print."""
+    from cca_ds.balance.memory import Sharding
+    from cca_ds.config.deepspeed_file import read_ds_config
+    from cca_ds.config.recipes import recipe_from_arguments
+    from cca_ds.data.manifest import expected_images
+    from cca_ds.models.cost import model_cost
+    from cca_ds.planning.job import job_of, placement_of
+    from cca_ds.planning.nodes import parse_nodes
+    from cca_ds.planning.outcomes import leaner_outcome, outcome
+    from cca_ds.planning.report import as_json, report
+    from cca_ds.training.checks import recipe_problems
+    from cca_ds.vq import builtin_images
+
+    run = recipe_from_arguments(arguments, recipe_problems)
+    groups = parse_nodes(arguments.nodes, arguments.efficiency, arguments.network)
+    images = arguments.images
+    if images is None:
+        images, _ = expected_images(run.data.codes, builtin_images(run.data.codes))
+    model = model_cost(run.model.preset, run.model.shape, run.model.dropout)
+    job = job_of(run, model, Sharding.of(read_ds_config(arguments.ds_config)), images)
     own = run.model.activation_checkpointing
-    outcomes = [outcome(job, groups, name, on) for name in placements for on in (own, not own)]
-    wanted = run.reference.placement if run.loss.name != "mle" else "none"
-    shown = next(one for one in outcomes if one.placement == wanted and one.checkpointing == own)
+    outcomes = [outcome(job, groups, place, on) for place in job.placements for on in (own, not own)]
+    shown = next(one for one in outcomes if one.placement == placement_of(run) and one.checkpointing == own)
     leaner = leaner_outcome(job, groups, shown)
-    if arguments.json:
-        print(json.dumps(as_tree(job, groups, outcomes, leaner), indent=1))
-    else:
-        print(report(job, groups, outcomes, shown, leaner))
-    return 0
+    text = (
+        as_json(job, groups, outcomes, leaner)
+        if arguments.json
+        else report(job, groups, outcomes, shown, leaner)
+    )
+    print(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `--help` does not import torch."""
     parser = argparse.ArgumentParser(
         prog="python -m cca_ds.plan",
         description=__doc__,
@@ -64,31 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--efficiency", default="", help="share of the peak reached, e.g. h100=0.45,a40=0.5")
     parser.add_argument("--network", default="", help="GB/s of a node's network, e.g. a40=12.5,h100=400")
     parser.add_argument("--json", action="store_true", help="plain values: bytes, seconds, FLOPs")
-    return parser
-
-
-def _job(run: RunConfig, sharding: Sharding, images: int | None) -> Job:
-    """The recipe as far as planning needs it.
-
-    Raises:
-        ValueError: for a model that planning does not know, or no images.
-    """
-    if images is None:
-        images, _ = expected_images(run.data.codes)
-    if images < 1:
-        raise ValueError(f"--images {images}: an epoch has at least one image")
-    return Job(
-        model=architecture_of(run.model.preset, run.model.shape, run.model.dropout),
-        sharding=sharding,
-        pairs=run.batch.global_size,
-        images=images,
-        sequences=1 if run.loss.name == "mle" else 2,
-        reference_offload=run.reference.offload,
-        tensor_parallel=run.reference.tensor_parallel,
-        element_bytes=4 if run.precision == "fp32" else 2,
-    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the plan, not with a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the plan without a traceback
     sys.exit(main())

@@ -140,7 +140,7 @@ await() {
     done
 }
 
-# progress: a word that changes when the run gets further
+# progress: print a word that changes whenever the run has a new checkpoint
 progress() { cat "$CCA_OUTPUT/checkpoints/latest" 2> /dev/null || echo nothing; }
 # The same for programs that leave files instead of checkpoints: scripts call this from a progress of their own
 count_files() { echo "$(find "$@" -type f ! -name .failures 2> /dev/null | wc -l) files"; }
@@ -154,7 +154,7 @@ run_step() {
     status=$?
 }
 
-# run_until_done MARK COMMAND...: the same for a job of one step, requeued until MARK stands
+# run_until_done MARK COMMAND...: the same for a job of one step, requeued until MARK exists
 run_until_done() {
     local mark=$1
     shift
@@ -163,7 +163,7 @@ run_until_done() {
     close_job "$mark"
 }
 
-# open_job MARK: leave at once where the mark stands, else listen to signals
+# open_job MARK: exit at once if MARK exists, else install the signal handlers
 open_job() {
     if [ -n "${CCA_DRY_RUN:-}" ]; then
         export -p | grep -E 'NCCL|OMP_NUM|TORCH|SRUN_'
@@ -186,7 +186,7 @@ open_job() {
 close_job() {
     [ -z "${CCA_DRY_RUN:-}" ] || return 0
     if [ -e "$1" ]; then
-        say "done: $1 stands"
+        say "done: $1 exists"
         exit 0
     fi
     case $stopped_by in

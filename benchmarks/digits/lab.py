@@ -1,7 +1,7 @@
 """Fine-tune and evaluate small models on the digits, in one process and without DeepSpeed.
 
-The steps are those of `cca_ds/train.py` (tests/dist/test_trajectory.py compares a plain loop with it); starting
-DeepSpeed for each of a hundred short runs would take longer than the runs.
+The loop is `cca_ds/train.py`'s, over a policy in plain PyTorch: starting DeepSpeed for each of a hundred short runs
+would take longer than the runs.
 
 Letters: B images, L codes per image.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from cca_ds.alignment.objective import SUMS, Objective, summarize
+from cca_ds.cluster.coordination import Coordinator
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import load_recipe, resolve_path
 from cca_ds.config.schema import Optimizer, RunConfig
-from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import CodeTable, open_codes
+from cca_ds.data.batches import BatchPlan, MicroBatch, Steps
+from cca_ds.data.codes import CodeTable
 from cca_ds.metrics import frechet_distance, inception_score
 from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate
-from cca_ds.training.schedule import learning_rate
+from cca_ds.train import train
+from cca_ds.training.engines import Engines, OptimizerSteps
+from cca_ds.training.inputs import RunInputs
+from cca_ds.training.progress import Progress
+from cca_ds.training.run import Run
+from cca_ds.training.utilization import Utilization
+from cca_ds.vq import TOKENIZERS
 
 IMAGES = 1800
 BATCH = 450
@@ -57,17 +65,22 @@ class Digits:
         recipe = load_recipe("digits")
         base = create_model(recipe.model.preset)
         load_weights(base, resolve_path(recipe.model.weights))
-        return cls(open_codes("digits", folder), base.eval())
+        return cls(CodeTable.open(TOKENIZERS[recipe.data.codes].builtin_codes(folder)), base.eval())
 
 
 class PlainPolicy:
     """A module under PyTorch's AdamW in one process, with the interface of `cca_ds.training.policy.Policy`.
+
+    Attributes:
+        loss_scale, skipped_steps: of fp16, which is not used here.
 
     Args:
         module: trained in place.
         optimizer: learning rate, betas and clipping; parameters of fewer than two dimensions do not decay.
         global_size: pairs per step.
     """
+
+    loss_scale, skipped_steps = None, 0
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, global_size: int):
         self.module, self.global_size, self.clip = module, global_size, optimizer.grad_clip
@@ -99,27 +112,64 @@ class PlainPolicy:
         return float(norm)
 
 
+class WholeBatches:
+    """Every step's global batch as one micro-batch, in the place of `training.reader.BatchReader`."""
+
+    def __init__(self, own_steps: Steps, last: int):
+        self.own_steps, self.last = own_steps, last
+
+    def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, its micro-batch) from step `first` on."""
+        return ((step, self.own_steps[step]) for step in range(first, self.last))
+
+
+class History:
+    """Keeps the values of every step, in the place of `training.run_log.RunLog`."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def step(self, step: int, values: dict[str, float], write: bool = True) -> None:
+        """Keep the values of step `step`."""
+        self.steps.append(values)
+
+
+class Never:
+    """Grids and checkpoints of a run that draws and saves nothing."""
+
+    def due(self, *_: int) -> bool:
+        """Never."""
+        return False
+
+
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
     """One run of the digits recipe from the base model, with overrides (KEY.PATH=VALUE)."""
-    run = load_recipe("digits", [f"seed={seed}", *overrides])
+    recipe = load_recipe("digits", [f"seed={seed}", *overrides])
     torch.manual_seed(seed)
-    policy = PlainPolicy(_policy_module(digits, run), run.optimizer, run.batch.global_size)
-    objective = Objective(run.loss, run.model.lambda_conditioning)
-    steps = _steps(digits, run, objective.contrastive)
-    total = round(run.batch.epochs * steps.steps_per_epoch)
-    tuned = Tuned(policy.module)
-    for step in range(total):
-        (batch,) = steps[step]
-        inputs = objective.stacked(batch)
-        with torch.no_grad():
-            reference_logp = digits.base(*inputs[:2]) if objective.contrastive else None
-        loss, sums = objective(policy(*inputs), reference_logp, batch)
-        policy.backward(loss)
-        rate = learning_rate(step, total, steps.steps_per_epoch, run.optimizer, run.schedule)
-        policy.step(rate, run.optimizer.weight_decay)
-        tuned.history.append(summarize(sums, objective.contrastive))
+    policy = PlainPolicy(_policy_module(digits, recipe), recipe.optimizer, recipe.batch.global_size)
+    objective = Objective(recipe.loss, recipe.model.lambda_conditioning)
+    own_steps = _steps(digits, recipe, bool(objective.spec.negatives))
+    total = round(recipe.batch.epochs * own_steps.steps_per_epoch)
+    device, history = torch.device("cpu"), History()
+
+    @torch.no_grad()
+    def reference(batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
+        return digits.base(*inputs[:2])
+
+    train(
+        Run(
+            RunInputs(digits.table, None, own_steps.plan, own_steps.steps_per_epoch, total),
+            Engines(policy, reference if objective.spec.needs_reference else None, objective, device, "fp32"),
+            Progress(0, total, history, {}, recipe.batch.global_size, Utilization(0.0, ["cpu"]), device, 1),
+            WholeBatches(own_steps, total),
+            OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch),
+            Never(),
+            Never(),
+            Coordinator(Ranks(0, 0, 1, 1, 0, "localhost", "cpu", "alone")),
+        )
+    )
     policy.module.eval()
-    return tuned
+    return Tuned(policy.module, history.steps)
 
 
 def _policy_module(digits: Digits, run: RunConfig) -> nn.Module:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from cca_ds.console import progress
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import CodeTable, write_codes
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.table_files import write_codes
 from cca_ds.models import VARConfig, create_model
 from cca_ds.vq import create_tokenizer
 from cca_ds.vq.digits import load_digit_images

@@ -3,11 +3,11 @@
 Two ranks, one slowed 3:1 on purpose: images per second of two equal ranks (T), of the slowed pair under an even
 partition, and under a partition by measured speeds, whose ideal is T (1 + 1/3) / 2.
 
-All three are whole runs of `cca_ds/train.py` under ZeRO-3 that differ in their `balance` section only. To measure the
-partition and not the load of a shared machine, most of a pair's time is a sleep of known length
-(`balance.slowdown_seconds`) and the model is small: one sleep per pair on a rank of full speed, three on the slowed
-one. The model's own computing, the collectives and the optimizer come on top. Runs are interleaved; the result is the
-median step.
+All three are whole runs of `cca_ds/train.py` under ZeRO-3, started by `tests/support/slowed_train.py`, that differ in
+`balance.mode` and in how long a rank sleeps. So that the numbers depend on the partition and not on other load of the
+machine, a pair's time is mostly sleep of a known length and the model is small: one such sleep a pair on a rank of full
+speed, three on the slowed one. The model's own computing, the collectives and the optimizer come on top. Runs are
+interleaved, and the median step counts.
 """
 
 import argparse
@@ -24,30 +24,52 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from provenance import REPOSITORY, RESULTS, cpu, origin
 
-SECONDS_PER_PAIR = 0.3  # slept on a rank of full speed
+SECONDS_PER_PAIR = 0.3  # slept on a rank of full speed; maximum likelihood has one row a pair
 PAIRS, MICRO_SIZE, STEPS = 16, 6, 6
 SETTINGS = [
     f"batch.max_steps={STEPS}", f"batch.global_size={PAIRS}", f"batch.micro_size={MICRO_SIZE}", "loss.name=mle",
     "model.weights=null", "model.overrides={n_layer: 1, dim: 32}",
     "precision=fp32", "baseline.check=false", "logging.sample_every_steps=null", "logging.tensorboard=false",
-    "data.workers=0", f"balance.slowdown_seconds={SECONDS_PER_PAIR}", "checkpoint.every_steps=1000000",
+    "data.workers=0", "checkpoint.every_steps=1000000",
 ]  # fmt: skip
-# a slowdown of 2 sleeps once per pair, one of 4 three times
+EQUAL_RANKS, UNEQUAL_RANKS = (1, 1), (1, 3)  # sleeps a pair, by rank
 RUNS = {
-    "equal ranks, even cut": ["balance.mode=even", "balance.slowdown={0: 2, 1: 2}"],
-    "one slowed 3:1, even cut": ["balance.mode=even", "balance.slowdown={0: 2, 1: 4}"],
-    "one slowed 3:1, measured cut": ["balance.mode=measured", "balance.slowdown={0: 2, 1: 4}"],
+    "equal ranks, even partition": ("even", EQUAL_RANKS),
+    "one slowed 3:1, even partition": ("even", UNEQUAL_RANKS),
+    "one slowed 3:1, measured partition": ("measured", UNEQUAL_RANKS),
 }
 EQUAL, EVEN, BALANCED = RUNS
 
 
-def train(settings: list[str], folder: Path) -> tuple[list[float], str]:
-    """Seconds of every step but the first, and the assignment that the run logged."""
+def train(mode: str, sleeps: tuple[int, int], folder: Path) -> tuple[list[float], str]:
+    """Seconds of every step but the first, and the assignment that the run logged.
+
+    Args:
+        mode: `balance.mode`.
+        sleeps: of SECONDS_PER_PAIR, for every pair of each rank.
+        folder: of the run.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["cca_ds/train.py", "--ds_config", "ds_configs/zero3.json", "--output", str(folder)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command += [
+        "tests/support/slowed_train.py",
+        "--ds_config",
+        "ds_configs/zero3.json",
+        "--output",
+        str(folder),
+    ]
+    slept = ",".join(str(SECONDS_PER_PAIR * sleep) for sleep in sleeps)
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "SLOWED_ROW_SECONDS": slept,
+    }
     done = subprocess.run(
-        [*command, "--set", *SETTINGS, *settings], cwd=REPOSITORY, env=environ, capture_output=True, text=True
+        [*command, "--set", *SETTINGS, f"balance.mode={mode}"],
+        cwd=REPOSITORY,
+        env=environ,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
@@ -58,12 +80,12 @@ def train(settings: list[str], folder: Path) -> tuple[list[float], str]:
 
 
 def measure(rounds: int) -> dict[str, dict]:
-    """Step seconds, assignment and images per second of each run, over all rounds."""
+    """Every run's steps over all rounds, interleaved."""
     found = {name: {"step_seconds": [], "assignment": ""} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            for index, (name, settings) in enumerate(RUNS.items()):
-                seconds, assignment = train(settings, Path(folder) / f"{number}_{index}")
+            for index, (name, (mode, sleeps)) in enumerate(RUNS.items()):
+                seconds, assignment = train(mode, sleeps, Path(folder) / f"{number}_{index}")
                 found[name]["step_seconds"] += [round(second, 4) for second in seconds]
                 found[name]["assignment"] = assignment
                 print(
@@ -75,7 +97,7 @@ def measure(rounds: int) -> dict[str, dict]:
 
 
 def compare(runs: dict[str, dict]) -> dict[str, float]:
-    """T, the ideal of unequal ranks, and both partitions relative to them."""
+    """T, the ideal of unequal ranks, and how near to it both partitions come."""
     full, even, balanced = (runs[name]["images_per_second"] for name in (EQUAL, EVEN, BALANCED))
     ideal = full * (1 + 1 / 3) / 2
     return {
@@ -100,11 +122,11 @@ def table(report: dict) -> str:
     ]
     head = ["| two ranks | assignment | images/s | |", "| --- | --- | --- | --- |"]
     ideal = f"| ideal of 1 + 1/3 ranks | | {found['ideal']:.2f} | T (1 + 1/3) / 2 |"
-    note = (
+    said = (
         f"{report['date']}, {report['device']}, load {report['load']}, commit {report['commit']}, "
         f"`{report['command']}`. {report['note']}"
     )
-    return "\n".join([*head, *rows, ideal, "", note, ""])
+    return "\n".join([*head, *rows, ideal, "", said, ""])
 
 
 def main() -> None:

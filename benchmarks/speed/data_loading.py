@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from provenance import RESULTS, cpu, origin
 
-from cca_ds.data.codes import CodeTable, write_codes
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.table_files import write_codes
 
 CROPS, LENGTH, VOCABULARY, CLASSES = 10, 576, 16384, 1000
 BATCH = 256

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import REPOSITORY, cpu, origin
 
 from cca_ds.config.recipes import load_recipe
-from cca_ds.data.writing import write_codes
+from cca_ds.data.table_files import write_codes
 from cca_ds.models import create_model, model_config
 from cca_ds.sampling import generate
 from cca_ds.vq import create_tokenizer

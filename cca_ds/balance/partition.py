@@ -1,4 +1,4 @@
-"""Cutting a global batch over ranks of unequal speed and memory.
+"""The partition of a global batch over ranks of unequal speed and memory.
 
 Letters: R ranks (W of them), n pairs of the global batch, n_r pairs of rank r, F forwards of a step.
 
@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 class BalanceError(ValueError):
-    """A cut was asked for that no assignment of pairs to ranks can meet."""
+    """A balance section or a partition that no assignment of pairs to ranks satisfies."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Who computes which pairs of every global batch.
+class Partition:
+    """Which rank computes which pairs of every global batch, and in which forward.
 
     `micro_sizes[r][f]` is the number of pairs that rank r takes in forward f; 0 means a dummy forward of
     weight 0. Ranks take contiguous stretches of the global batch in the order of their rank, forwards
@@ -70,27 +72,27 @@ class Cut:
         return f"forwards {self.forwards}; pairs of {assignment}{predicted}"
 
 
-def cut(
+def partition_batch(
     pairs: int,
     seconds_per_pair: Sequence[float],
     max_micro: Sequence[int],
     seconds_per_forward: float = 0.0,
     forwards: int | None = None,
-) -> Cut:
+) -> Partition:
     """The assignment of `pairs` to ranks whose slowest rank finishes first; exact.
 
     Minimises max_r n_r seconds_per_pair[r] + F seconds_per_forward over all (F, n_1 .. n_R) with sum n_r =
     pairs and 0 <= n_r <= F max_micro[r]. Among equally fast ones it takes the fewest forwards; pairs then go
     one by one to the rank that would finish them first, the lower rank where two would at once. The answer
-    depends on the arguments only, so that ranks that hold the same measurements agree without talking.
+    depends on the arguments only, so that ranks that hold the same measurements agree without communication.
 
     Args:
         pairs: global batch, at least 1.
         seconds_per_pair: one per rank, of forward and backward, positive.
-        max_micro: largest micro-batch in pairs that fits in each rank's memory; 0 leaves a rank with dummy
-            forwards.
+        max_micro: largest micro-batch in pairs that fits in each rank's memory; a rank with 0 runs dummy forwards
+            only.
         seconds_per_forward: what a forward costs whatever its size, the same on every rank.
-        forwards: take this F, where an engine that is already built wants it; None finds the best.
+        forwards: use this F, for an engine that is already built with it; None finds the best.
 
     Raises:
         BalanceError: when no assignment exists or an argument is out of range.
@@ -117,7 +119,9 @@ def cut(
     seconds, forwards, assigned = best
     parts = {count: _even_sizes(count, forwards) for count in set(assigned.counts())}
     sizes = tuple(parts[count] for count in assigned.counts())
-    return Cut(sizes, seconds, lockstep_seconds(sizes, seconds_per_pair) + forwards * seconds_per_forward)
+    return Partition(
+        sizes, seconds, lockstep_seconds(sizes, seconds_per_pair) + forwards * seconds_per_forward
+    )
 
 
 def lockstep_seconds(micro_sizes: Sequence[Sequence[int]], seconds_per_pair: Sequence[float]) -> float:
@@ -138,7 +142,7 @@ def measure_speed(step: Callable[[int], object], sizes: Sequence[int], repeats: 
 
     Each size runs once to warm up and then `repeats` times; the medians (robust against a neighbour's burst)
     are fitted by a line in the size, whose slope is the answer: what a pass costs whatever its size belongs
-    to `cut(seconds_per_forward=...)`. One size alone, or a slope lost in noise, gives time over size of the
+    to `partition_batch(seconds_per_forward=...)`. One size alone, or a slope lost in noise, gives time over size of the
     largest.
 
     `step` must not contain a collective: ranks that wait for one another all measure the slowest rank's
@@ -170,10 +174,7 @@ def _timed(step: Callable[[int], object], size: int) -> float:
 
 
 def _synchronize() -> None:
-    """Wait for the GPU, so that the clock sees the work and not its launch; the planner has no torch at
-    all."""
-    import torch
-
+    """Wait until the GPU has finished what was launched, so that the time is of the work and not of its launch."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -208,7 +209,7 @@ def _assign(pairs: int, kinds: list[_Kind]) -> _Assignment:
     Giving each pair to the rank that would finish it first is optimal, as a rank's finishing times only grow.
     All the pairs that this greedy rule takes up to a time are counted at once; it then runs on for the last few.
     """
-    early = _common_finish(pairs, kinds) * (1 - 1e-9)  # a hair earlier, so that rounding adds no pair
+    early = _common_finish(pairs, kinds) * (1 - 1e-9)  # slightly earlier, so that rounding adds no pair
     counts = [min(k.limit, int(min(early / k.seconds, k.limit))) for k in kinds]
     left = pairs - sum(n * len(k.ranks) for n, k in zip(counts, kinds, strict=True))
     heap = [
@@ -255,7 +256,7 @@ def _even_sizes(count: int, forwards: int) -> tuple[int, ...]:
 
 def _check(pairs: int, seconds: Sequence[float], caps: Sequence[int], seconds_per_forward: float) -> None:
     if pairs < 1:
-        raise BalanceError(f"balance: a global batch of {pairs} pairs cannot be cut; give at least 1")
+        raise BalanceError(f"balance: a global batch of {pairs} pairs cannot be partitioned; give at least 1")
     if len(seconds) != len(caps) or not seconds:
         raise BalanceError(
             f"balance: {len(seconds)} speeds for {len(caps)} memory caps; give one of each per rank"

@@ -1,4 +1,4 @@
-"""Who is how fast, and how much each may hold: a recipe's `balance` section beside the ranks that came.
+"""Speed and memory limit of each rank, looked up in the tables of a recipe's `balance` section.
 
 Letters: W ranks.
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from cca_ds.balance.partition import BalanceError
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import device_name
 from cca_ds.config.schema import Balance
 
@@ -24,7 +24,7 @@ _EQUAL = 0.05  # speeds this close are one speed: two equal GPUs never measure q
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank as the recipe's tables see it; `device` is its maker's name, or "cpu"."""
+    """What the recipe's tables name a rank by; `device` is its maker's name, or "cpu"."""
 
     rank: int
     host: str
@@ -34,7 +34,7 @@ class Peer:
         return f"rank {self.rank} on {self.host} ({self.device})"
 
 
-def meet_peers(ranks: Ranks) -> list[Peer]:
+def gather_peers(ranks: Ranks) -> list[Peer]:
     """All ranks, in order. Collective."""
     return gather(Peer(ranks.rank, ranks.host, device_name(ranks.device)), ranks.world_size)
 
@@ -47,10 +47,10 @@ def gather(value: Any, world_size: int) -> list[Any]:
 
 
 def look_up(table: Mapping[str, Value], peer: Peer) -> Value | None:
-    """What a table of the recipe says of a rank: by its number, else its host, else its device.
+    """A rank's value in a table of the recipe: by its number, else its host, else its device.
 
-    A device is known by its whole name or by words of it ("H100" is an "NVIDIA H100 80GB HBM3", "A10" is no
-    "A100"); of several keys that fit, the longest counts. None where no key fits.
+    A device matches its whole name or words of it ("H100" is an "NVIDIA H100 80GB HBM3", "A10" is no
+    "A100"); of several keys that match, the longest counts. None where no key matches.
     """
     for key in (str(peer.rank), peer.host, peer.host.partition(".")[0]):
         if key in table:
@@ -66,14 +66,14 @@ def given_seconds(speeds: Mapping[str, float], peers: Sequence[Peer]) -> list[fl
     """Seconds per pair of every rank from `balance.speeds` (pairs a second).
 
     Raises:
-        BalanceError: the first rank that the recipe says nothing of.
+        BalanceError: names the first rank without an entry.
     """
     seconds = []
     for peer in peers:
         speed = look_up(speeds, peer)
         if speed is None:
             raise BalanceError(
-                f"balance.speeds has no entry for {peer}: it knows {', '.join(speeds)}; add its number, host or "
+                f"balance.speeds has no entry for {peer}: known: {', '.join(speeds)}; add its number, host or "
                 "device with its pairs a second, or use balance.mode=measured"
             )
         seconds.append(1.0 / speed)
@@ -86,9 +86,11 @@ def given_caps(settings: Balance, micro_size: int, peers: Sequence[Peer]) -> lis
     return [micro_size if cap is None else cap for cap in found]
 
 
-def settle(seconds: Sequence[float], tolerance: float = _EQUAL) -> list[float]:
-    """Measured seconds without the noise between equals: from the fastest on, those within `tolerance` of a
-    group's first form that group and take its median.
+def average_equal_ranks(seconds: Sequence[float], tolerance: float = _EQUAL) -> list[float]:
+    """Measured seconds without the noise between equal ranks.
+
+    Ranks are grouped from the fastest on: those within `tolerance` of a group's fastest belong to it, and all of a
+    group get its median.
     """
     groups: list[list[float]] = []
     for second in sorted(seconds):
@@ -101,7 +103,7 @@ def settle(seconds: Sequence[float], tolerance: float = _EQUAL) -> list[float]:
 
 
 def describe_speeds(peers: Sequence[Peer], seconds: Sequence[float]) -> str:
-    """For the log: milliseconds a pair of neighbouring ranks of one host and device together."""
+    """For the log: milliseconds a pair; neighbouring ranks of one host and device are listed together."""
     runs: list[list[int]] = []
     for index, peer in enumerate(peers):
         previous = peers[runs[-1][-1]] if runs else None
@@ -109,10 +111,10 @@ def describe_speeds(peers: Sequence[Peer], seconds: Sequence[float]) -> str:
             runs[-1].append(index)
         else:
             runs.append([index])
-    told = []
+    parts = []
     for run in runs:
         name = f"rank {run[0]}" if len(run) == 1 else f"ranks {run[0]}-{run[-1]}"
         times = [f"{1e3 * seconds[i]:.3g}" for i in run]
         shown = ", ".join(times) if len(run) <= 8 else f"{min(times, key=float)} to {max(times, key=float)}"
-        told.append(f"{name} on {peers[run[0]].host} ({peers[run[0]].device}) {shown} ms a pair")
-    return "; ".join(told)
+        parts.append(f"{name} on {peers[run[0]].host} ({peers[run[0]].device}) {shown} ms a pair")
+    return "; ".join(parts)

@@ -7,11 +7,11 @@ from typing import Any
 
 
 class BackgroundWriter:
-    """Runs the calls it is given one after another in a thread, in their order.
+    """Runs submitted calls in a thread, one after another, in order.
 
-    Give it state that was copied to host memory, and no collective: another rank's thread may be elsewhere.
-    `submit` blocks while `waiting` calls are queued, which bounds the memory of the copies. What a call
-    raises is raised again, once, by the next `submit`, `wait` or `close` of the training thread.
+    Calls may use only state that was copied to host memory, and no collective, as ranks' threads run at different
+    times. `submit` blocks while `waiting` calls are queued, which bounds the memory of the copies. An exception of a
+    call is raised once, by the next `submit`, `wait` or `close` in the training thread.
     """
 
     def __init__(self, waiting: int = 1):
@@ -21,19 +21,19 @@ class BackgroundWriter:
         self._thread.start()
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Queue `call(*args, **kwargs)`; waits for room, raises what an earlier call raised."""
+        """Queue `call(*args, **kwargs)`; blocks while the queue is full; raises an earlier call's exception."""
         self._raise()
         if not self._thread.is_alive():
             raise RuntimeError("the checkpoint writer is closed")
         self._calls.put((call, args, kwargs))
 
     def wait(self) -> None:
-        """Return when all that was submitted is written; raises what a call raised."""
+        """Block until all submitted calls have run; raises a call's exception."""
         self._calls.join()
         self._raise()
 
     def close(self) -> None:
-        """Write all that was submitted and end the thread; may be called again."""
+        """Run all submitted calls and end the thread; a second call does nothing."""
         if self._thread.is_alive():
             self._calls.put(None)
             self._thread.join()
@@ -47,7 +47,7 @@ class BackgroundWriter:
             except BaseException as error:
                 self._error = self._error or error
             finally:
-                item = call = args = kwargs = None  # the copied state is freed before the next comes
+                item = call = args = kwargs = None  # frees the copied state before the next call
                 self._calls.task_done()
         self._calls.task_done()
 

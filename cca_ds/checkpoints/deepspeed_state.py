@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.background_writer import BackgroundWriter
 from cca_ds.checkpoints.errors import CheckpointError, clear_errors
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
 
 TAG = "deepspeed"
@@ -117,9 +117,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # gives back its space
             raise
         files = [path for _, path in contents]
-        published = store.publish(
-            partial, self.ranks.rank, self.ranks.world_size, files=files, metadata=metadata
-        )
+        published = store.publish(partial, files, self.ranks.rank, self.ranks.world_size, metadata=metadata)
         if published:
             store.retain(self.root, self.settings.keep_last, self.settings.keep_every)
             for converted in self.root.glob(f"step_*.{UNIVERSAL}"):  # for a start that is now behind us

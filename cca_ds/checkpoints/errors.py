@@ -1,4 +1,4 @@
-"""What a full disk or a read-only folder does to a checkpoint, in one line."""
+"""One-line errors for checkpoints that a full disk or a read-only folder does not let be written."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def clear_errors(folder: Path) -> Iterator[None]:
 
 
 def _errno_of_torch_save(text: str, path: Path) -> int | None:
-    """What kept torch.save from writing, where it says so or the file system shows it."""
+    """The errno behind a torch.save failure, from its text or the file system's state; None if unknown."""
     if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
         return errno.EROFS
     return next((number for number in (*FORBIDDEN, *FULL) if os.strerror(number) in text), None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from cca_ds.checkpoints.run_weights import run_weights
 from cca_ds.cluster.collectives import on_first
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import ConfigError, resolve_path
 from cca_ds.config.schema import Model, Tokenizer
 from cca_ds.models import (

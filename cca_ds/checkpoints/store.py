@@ -1,17 +1,16 @@
-"""Folders of checkpoints that are complete or absent, whatever kills the writers.
+"""Checkpoint folders that are either complete or absent, even if a writer is killed at any moment.
 
     runs/x/checkpoints/
       step_00000500/            complete: COMPLETE.json lists every file with its size and sha256
       step_00001000.partial/    being written, or what a killed run left; never read
-      latest                    name of the newest complete folder, for people and for DeepSpeed
+      latest                    name of the newest complete folder; DeepSpeed reads it
 
-One checkpoint, on W ranks that see one file system: `begin` makes the `.partial` folder; every rank writes
-its files into it and calls `publish`, which syncs and hashes them and leaves the list behind; the last rank
-to do so merges the lists into COMPLETE.json, renames the folder and replaces `latest`. No rank waits for
-another in `publish`, so it may run in a background thread. Reading looks at the folders alone, as `latest` is
-written after them.
+Writing, on W ranks that share a file system: `begin` makes the `.partial` folder; every rank writes its files into
+it and calls `publish`, which syncs and hashes them and writes their list; the last rank to do so merges the lists
+into COMPLETE.json, renames the folder and replaces `latest`. No rank waits for another in `publish`, so it may run
+in a background thread. Readers look for complete folders and do not use `latest`, which is written last.
 
-Every failure is one `CheckpointError` line; no function but `retain` touches an intact checkpoint.
+Every failure is a one-line `CheckpointError`; only `retain` changes an intact checkpoint.
 """
 
 import contextlib
@@ -34,15 +33,13 @@ LATEST = "latest"
 RANK_LIST = "files_of_rank_{:05d}.json"
 CLAIMED_LIST = "claimed_files_of_rank_00000.json"
 NAME = re.compile(r"step_(\d{8,})")
-# `zero_pp_rank_3_mp_rank_00_model_states.pt` is rank 3's, `mp_rank_00_model_states.pt` names no rank.
-OWNER = re.compile(r"(?<!mp_)rank_(\d+)")
 HASHERS = 8
 LEFTOVERS = (".partial", ".deleting", ".damaged")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What COMPLETE.json says: `files` maps a path inside the folder to its size in bytes and sha256."""
+    """Content of COMPLETE.json: `files` maps a path inside the folder to its size in bytes and sha256."""
 
     step: int
     world_size: int
@@ -56,10 +53,10 @@ def folder_name(step: int) -> str:
 
 
 def begin(root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = lambda: None) -> Path:
-    """Make the empty folder that all ranks write the checkpoint of `step` into; every rank calls it.
+    """Make the empty folder for the checkpoint of `step`. Every rank calls it; returns `root`/step_NNNNNNNN.partial.
 
-    Rank 0 clears what an interrupted attempt left, and moves a damaged checkpoint of the same step aside.
-    `barrier` keeps the other ranks from writing before that is done; with one rank it is not needed.
+    Rank 0 deletes what an interrupted attempt left, and renames a damaged checkpoint of the same step to `.damaged`.
+    `barrier` is called by all ranks after that, so that none writes earlier; with one rank it is not needed.
 
     Raises:
         CheckpointError: an intact checkpoint of `step` exists, or the folder cannot be made.
@@ -83,32 +80,30 @@ def begin(root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = 
 
 def publish(
     partial: Path,
+    files: Iterable[Path],
     rank: int = 0,
     world_size: int = 1,
-    files: Iterable[Path] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path | None:
-    """Seal this rank's files; the last rank to come makes the checkpoint visible.
+    """Sync, hash and list this rank's files; the last rank to do so makes the checkpoint visible.
 
     Args:
         partial: what `begin` returned.
-        files: those this rank wrote, below `partial`; by default the ones whose name bears this rank's
-            number, and on rank 0 the ones that bear none.
-        metadata: anything JSON holds; the publishing rank's is kept, so give the same on every rank.
+        files: the files below `partial` that this rank wrote.
+        metadata: values that JSON can hold; the publishing rank's is kept, so pass the same on every rank.
 
     Returns:
-        The complete folder on the rank that published it, None on the others: they may go on at once, but
-        must not count on the checkpoint before a barrier.
+        The complete folder on the rank that published it, None on the others, for which the checkpoint exists
+        only after a barrier.
 
     Raises:
-        CheckpointError: full disk, read-only folder, a listed file that is gone or changed. The partial
-            folder is then removed, to give back its space.
+        CheckpointError: full disk, read-only folder, a listed file that is missing or changed. The partial
+            folder is then deleted to free its space.
     """
     partial = Path(partial)
     try:
         with clear_errors(partial):
-            own = sorted(files) if files is not None else _files_of(partial, rank)
-            listed = {_relative(path, partial): describe_file(path, sync=True) for path in own}
+            listed = {_relative(path, partial): describe_file(path, sync=True) for path in sorted(files)}
             write_atomic(partial / RANK_LIST.format(rank), json.dumps({"files": listed}))
             if not _is_last(partial, world_size):
                 return None
@@ -120,25 +115,25 @@ def publish(
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders that were published, newest step first; `verify` tells whether their bytes are intact."""
+    """Published folders, newest step first; `verify` checks that their files are intact."""
     found = [path for path in Path(root).glob("step_*") if NAME.fullmatch(path.name)]
     return sorted((path for path in found if (path / COMPLETE).is_file()), key=_step, reverse=True)
 
 
 def verify(folder: Path) -> Manifest:
-    """Hash every file of a complete checkpoint and return its manifest.
+    """Hash every listed file of a complete checkpoint and return its manifest.
+
+    Files that the manifest does not list, such as a file manager's .DS_Store, are ignored: nothing reads them.
 
     Raises:
-        CheckpointError: names the first missing, unlisted or changed file.
+        CheckpointError: names the first missing or changed file.
     """
     folder = Path(folder)
     with clear_errors(folder):
         manifest = read_manifest(folder)
-        present = {_relative(path, folder) for path in folder.rglob("*") if path.is_file()} - {COMPLETE}
-        for name in sorted(manifest.files.keys() - present):
-            raise CheckpointError(f"checkpoint {folder}: {name} is missing; use an older checkpoint")
-        for name in sorted(present - manifest.files.keys()):
-            raise CheckpointError(f"checkpoint {folder}: {name} is not one of its files; remove it")
+        for name in sorted(manifest.files):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"checkpoint {folder}: {name} is missing; use an older checkpoint")
         with ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves Python's lock
             found = pool.map(lambda name: describe_file(folder / name, sync=False), manifest.files)
             for (name, expected), described in zip(manifest.files.items(), found, strict=True):
@@ -148,7 +143,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def newest_verified(root: Path, report: Callable[[str], object] = print) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose every byte is as written; `report` is told of damaged ones passed over."""
+    """The newest checkpoint that `verify` accepts, or None; `report` gets a line for each damaged one it skips."""
     for folder in complete_checkpoints(root):
         try:
             return folder, verify(folder)
@@ -160,10 +155,10 @@ def newest_verified(root: Path, report: Callable[[str], object] = print) -> tupl
 def retain(
     root: Path, keep_last: int, keep_every: int | None = None, in_use: Collection[Path] = ()
 ) -> list[Path]:
-    """Delete complete checkpoints and return them.
+    """Delete complete checkpoints and return their folders.
 
-    Kept are the newest `keep_last`, those at multiples of `keep_every` steps, and `in_use`. A folder is
-    renamed before its files go, so that none is ever half there under its name.
+    Kept are the newest `keep_last`, those at multiples of `keep_every` steps, and `in_use`. A folder is renamed before
+    its files are deleted, so that a name never holds an incomplete checkpoint.
     """
     if keep_last < 1:
         raise CheckpointError(f"checkpoint.keep_last={keep_last}: the newest is always kept; give 1 or more")
@@ -179,8 +174,10 @@ def retain(
 
 
 def clean_partials(root: Path, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete what interrupted writers and deletions left, but `keep`; only while no run writes into
-    `root`."""
+    """Delete the folders that interrupted writers and deletions left, except `keep`, and return them.
+
+    Call it only while no run writes into `root`.
+    """
     kept = {Path(path).resolve() for path in keep}
     found = [path for path in Path(root).glob("step_*") if path.name.endswith(LEFTOVERS)]
     deleted = [path for path in sorted(found) if path.resolve() not in kept]
@@ -191,7 +188,7 @@ def clean_partials(root: Path, keep: Collection[Path] = ()) -> list[Path]:
 
 
 def _complete(partial: Path, world_size: int, metadata: dict[str, Any]) -> Path:
-    """Merge the ranks' lists, then rename: the one moment at which the checkpoint comes to be."""
+    """Merge the ranks' lists into COMPLETE.json, then rename the folder, which creates the checkpoint atomically."""
     files: dict[str, dict[str, Any]] = {}
     lists = [partial / CLAIMED_LIST, *(partial / RANK_LIST.format(rank) for rank in range(1, world_size))]
     for path in lists:
@@ -199,14 +196,13 @@ def _complete(partial: Path, world_size: int, metadata: dict[str, Any]) -> Path:
     for name, expected in files.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != expected["size"]:
             raise CheckpointError(f"checkpoint {partial}: {name} changed after its rank had finished it")
-    for path in sorted(partial.rglob("*")):
-        if path.is_file() and path not in lists and _relative(path, partial) not in files:
-            files[_relative(path, partial)] = describe_file(path, sync=True)
     for path in lists:
         path.unlink()
     step = int(NAME.match(partial.name)[1])
     body = {"step": step, "world_size": world_size, "files": files, "metadata": metadata}
-    body = json.loads(json.dumps(body))  # as it will be read: the digest is of that
+    body = json.loads(
+        json.dumps(body)
+    )  # as a reader gets it, e.g. with strings as keys: the digest covers that
     write_atomic(partial / COMPLETE, json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n")
     for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         sync_folder(folder)
@@ -218,9 +214,9 @@ def _complete(partial: Path, world_size: int, metadata: dict[str, Any]) -> Path:
 
 
 def _is_last(partial: Path, world_size: int) -> bool:
-    """Whether every rank's list is there and this caller is the first to see it so.
+    """Whether every rank's list exists and this caller publishes.
 
-    Ranks that finish together may all see the full set; rank 0's list, which only one can rename, settles it.
+    Ranks that finish together may all see the full set: the one that succeeds in renaming rank 0's list publishes.
     """
     try:
         if not {RANK_LIST.format(rank) for rank in range(world_size)} <= set(os.listdir(partial)):
@@ -229,15 +225,6 @@ def _is_last(partial: Path, world_size: int) -> bool:
     except FileNotFoundError:  # another rank is publishing, or has published
         return False
     return True
-
-
-def _files_of(partial: Path, rank: int) -> list[Path]:
-    owned = []
-    for path in sorted(partial.rglob("*")):
-        owner = OWNER.search(path.name)
-        if path.is_file() and (int(owner[1]) if owner else 0) == rank:
-            owned.append(path)
-    return owned
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -259,7 +246,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _set_aside_damaged(folder: Path) -> None:
-    """A run that passed over a damaged checkpoint comes to its step again and must be able to write it."""
+    """Rename a damaged checkpoint: a run that resumed from an older one reaches this step again and must save it."""
     if not folder.exists():
         return
     try:
@@ -273,7 +260,7 @@ def _set_aside_damaged(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Rename, then remove: a killed deletion leaves nothing that looks like a checkpoint."""
+    """Rename, then delete, so that an interrupted deletion leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(folder.name.removesuffix(".partial") + ".deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 
 
 def on_first(ranks: Ranks, action: Callable[[], Any]) -> None:

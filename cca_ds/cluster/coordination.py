@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.stop_signal import Stopped, StopSignal
 from cca_ds.cluster.watchdog import Watchdog
 
 
 class Coordinator:
-    """One process among the ranks of a run. The process group is up.
+    """One process among the ranks of a run; of several ranks, the process group is up.
 
     Args:
         ranks: this process's place.
@@ -37,7 +37,8 @@ class Coordinator:
     def sum_over_ranks(self, values: Tensor) -> tuple[Tensor, bool]:
         """The sum of a float64 vector over all ranks, and whether any rank was asked to stop; one all-reduce."""
         both = torch.cat([values, values.new_tensor([float(self.stop_requested)])])
-        torch.distributed.all_reduce(both)
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(both)
         return both[:-1], bool(both[-1] > 0)
 
     def agree_while_waiting(self, step: int, missing: bool, late: bool) -> tuple[bool, bool]:

@@ -1,7 +1,7 @@
-"""Before the first step: all ranks answer, and all run the same thing on the same data.
+"""Checks before the first step: every rank answers, runs the same code and configuration, and has a device of its own.
 
 check_ranks(ranks, timeout_seconds, {"configuration": hash, "data manifest": hash})
-stop = agree(stop_signal.requested)          # at every step: does any rank want to stop?
+stop = agree(stop_signal.requested)          # at every step: has any rank received a stop signal?
 """
 
 from __future__ import annotations
@@ -16,30 +16,41 @@ from collections.abc import Mapping
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 
-from cca_ds.cluster.launchers import LaunchError, Ranks
+from cca_ds.cluster.launch import LaunchError, Ranks
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "datasets", "cca_ds")
 _SHARED = "preflight"
 
 
-def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Compare what every rank is about to do, and try the collectives.
+class Report(TypedDict):
+    """What a rank sends to the others before the first step, as JSON."""
+
+    rank: int
+    host: str
+    device: str  # the GPU's name, or "cpu"
+    device_id: str  # unique on the host: a GPU's UUID
+    same: dict[str, str]  # values that must be equal on all ranks
+    host_same: dict[str, str]  # values that must be equal on all ranks of a host
+
+
+def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> list[Report]:
+    """Compare the ranks' versions, source code and `run`, then run an all-reduce and an all-gather. A collective.
 
     Args:
         ranks: this process's place; the process group is up.
-        timeout_seconds: limit for all ranks to report, and again for each collective to answer.
-        run: what must be the same everywhere, e.g. hashes of the configuration and of the data's manifest.
+        timeout_seconds: limit for all ranks to report, and again for each of the two collectives.
+        run: further values that must be equal on all ranks, e.g. hashes of the configuration and the data manifest.
 
     Returns:
-        The reports by rank: host, pid, device and the values compared, for the log.
+        The reports, by rank.
 
     Raises:
-        LaunchError: ranks that differ, that did not answer in time, or that share a device, with their hosts.
+        LaunchError: ranks differ, did not answer in time, or share a device; the line names ranks and hosts.
     """
     own = describe(ranks, run)
     reports = _exchange(ranks, own, timeout_seconds)
@@ -48,8 +59,8 @@ def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) ->
     return reports
 
 
-def describe(ranks: Ranks, run: Mapping[str, str]) -> dict[str, Any]:
-    """This rank's report: `same` must agree everywhere, `host_same` on one host."""
+def describe(ranks: Ranks, run: Mapping[str, str]) -> Report:
+    """This rank's report; `run` is added to the values that must be equal on all ranks."""
     return {
         "rank": ranks.rank,
         "host": ranks.host,
@@ -60,8 +71,8 @@ def describe(ranks: Ranks, run: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def compare(reports: list[dict[str, Any]]) -> None:
-    """Raise LaunchError for the first value on which the ranks differ; it names those in the minority."""
+def compare(reports: list[Report]) -> None:
+    """Raise LaunchError at the first value that differs, naming the ranks in the minority, or at a shared device."""
     for name in dict.fromkeys(key for report in reports for key in report["same"]):
         _check_equal(reports, name, [report["same"].get(name, "nothing") for report in reports])
     for host in dict.fromkeys(report["host"] for report in reports):
@@ -79,7 +90,7 @@ def compare(reports: list[dict[str, Any]]) -> None:
 
 
 def agree(flag: bool) -> bool:
-    """Whether any rank says so. A collective: every rank calls it at the same point, and all get one answer."""
+    """Whether `flag` is true on any rank. A collective: all ranks call it at the same point and get the same answer."""
     if not (dist.is_available() and dist.is_initialized()):
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -88,12 +99,12 @@ def agree(flag: bool) -> bool:
     return bool(shared.item())
 
 
-def _check_equal(reports: list[dict[str, Any]], name: str, values: list[str]) -> None:
+def _check_equal(reports: list[Report], name: str, values: list[str]) -> None:
     if len(set(values)) == 1:
         return
     (common, count), *_ = Counter(values).most_common()
     if list(values).count(values[0]) == count:
-        common = values[0]  # in a draw, rank 0 is right
+        common = values[0]  # with no majority, the others are compared with rank 0
     odd = [
         f"rank {report['rank']} on {report['host']} has {value}"
         for report, value in zip(reports, values, strict=True)
@@ -103,8 +114,8 @@ def _check_equal(reports: list[dict[str, Any]], name: str, values: list[str]) ->
     raise LaunchError(f"{name} differs: {'; '.join(odd[:8])}{more}; the others have {common}")
 
 
-def _exchange(ranks: Ranks, own: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]]:
-    """Every rank's report, through the store: unlike a collective it can tell who is missing."""
+def _exchange(ranks: Ranks, own: Report, timeout_seconds: float) -> list[Report]:
+    """All ranks' reports, by rank. They go through the store, which, unlike a collective, shows which are missing."""
     store = _store("reports")
     store.set(str(ranks.rank), json.dumps(own))
     texts = _wait_for_keys(store, ranks.world_size, timeout_seconds)
@@ -119,6 +130,7 @@ def _exchange(ranks: Ranks, own: dict[str, Any], timeout_seconds: float) -> list
 
 
 def _wait_for_keys(store: dist.Store, world_size: int, timeout_seconds: float) -> list[str | None]:
+    """Values of the keys "0" to world_size - 1; None where a key was not set within the limit."""
     texts: list[str | None] = [None] * world_size
     end = time.monotonic() + timeout_seconds
     while None in texts:
@@ -132,8 +144,8 @@ def _wait_for_keys(store: dist.Store, world_size: int, timeout_seconds: float) -
     return texts
 
 
-def _try_collectives(ranks: Ranks, reports: list[dict[str, Any]], timeout_seconds: float) -> None:
-    """All-reduce and all-gather answer, with the right numbers, within the limit."""
+def _try_collectives(ranks: Ranks, reports: list[Report], timeout_seconds: float) -> None:
+    """Run one all-reduce and one all-gather; raise LaunchError if one is late or its result is wrong."""
     device = torch.device(ranks.device)
     world_size = ranks.world_size
     total = torch.tensor([float(ranks.rank + 1)], device=device)
@@ -150,8 +162,9 @@ def _try_collectives(ranks: Ranks, reports: list[dict[str, Any]], timeout_second
         )
 
 
-def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[dict[str, Any]], seconds: float) -> None:
-    store, end, trouble = _store(name), time.monotonic() + seconds, ""
+def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[Report], seconds: float) -> None:
+    """Wait for a collective; after `seconds` raise LaunchError that names the ranks that have not finished it."""
+    store, end, reason = _store(name), time.monotonic() + seconds, ""
     try:
         while not work.is_completed() and time.monotonic() < end:
             time.sleep(0.002)
@@ -159,15 +172,16 @@ def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[dict[str, An
             work.wait()
             store.set(str(ranks.rank), "done")
             return
-    except RuntimeError as error:  # a peer went away
-        trouble = f" ({str(error).splitlines()[0]})"
+    except RuntimeError as error:  # a peer's process ended
+        reason = f" ({str(error).splitlines()[0]})"
     answered = _wait_for_keys(store, ranks.world_size, timeout_seconds=1.0)
-    silent = [reports[rank] for rank, text in enumerate(answered) if text is None and rank != ranks.rank]
+    unfinished = [reports[rank] for rank, text in enumerate(answered) if text is None and rank != ranks.rank]
     named = (
-        "; ".join(f"rank {report['rank']} on {report['host']}" for report in silent[:8]) or "all but this one"
+        "; ".join(f"rank {report['rank']} on {report['host']}" for report in unfinished[:8])
+        or "all but this one"
     )
     raise LaunchError(
-        f"{name} did not answer within {seconds:g} s on rank {ranks.rank} on {ranks.host}{trouble}; "
+        f"{name} did not answer within {seconds:g} s on rank {ranks.rank} on {ranks.host}{reason}; "
         f"not done either: {named}"
     )
 
@@ -184,7 +198,7 @@ def _list_ranks(numbers: list[int]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Versions that change the arithmetic or the protocol between ranks."""
+    """Versions of Python, the packages, CUDA and NCCL: they change the arithmetic or the protocol between ranks."""
     found = {"the version of Python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -198,7 +212,7 @@ def _versions() -> dict[str, str]:
 
 
 def _code() -> dict[str, str]:
-    """The commit where the package is a checkout, and a hash of its sources: edits count as well."""
+    """The git commit, "none" outside a checkout, and a hash of the package's sources, which also covers local edits."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for source in sorted(package.rglob("*.py")):
@@ -214,7 +228,7 @@ def _code() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """As its maker calls it ("NVIDIA H100 80GB HBM3"), or "cpu"."""
+    """The GPU's product name, e.g. "NVIDIA H100 80GB HBM3", or "cpu"."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Every rank's output in the run's folder, logs/rank_00000.log and on; rank 0's on the console as well."""
+"""Each rank's stdout and stderr go to logs/rank_NNNNN.log in the run's folder; rank 0 also prints to the console."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ import time
 from pathlib import Path
 from typing import IO, TextIO
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 
-_console: TextIO | None = None  # of a rank whose stderr is its log
-_log: TextIO | None = None  # this rank's file
+_console: TextIO | None = None  # the original stderr of a rank above 0, whose stderr is now its log
+_log: TextIO | None = None  # this rank's log
 
 
 def report_end(line: str) -> None:
-    """Print what ended this rank to stderr, and to the console too where stderr is the rank's log."""
+    """Print the line that explains why this rank ended, on the console and in the rank's log."""
     if _console is not None:
         _console.write(f"{line}\n")
-    with contextlib.suppress(OSError):  # the log may be on the disk that is full
+    with contextlib.suppress(OSError):  # the log may be on the disk that failed
         print(line, file=sys.stderr, flush=True)
 
 
 def log_only(text: str) -> None:
-    """Append text to this rank's log, and to no console; without a log, do nothing."""
+    """Append text to this rank's log and to no console; without a log, do nothing."""
     if _log is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the disk may be full
             _log.write(text)
 
 
 def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
-    """From here on this rank's stdout and stderr go to its file, appended; rank 0 keeps its console too.
+    """Append this rank's stdout and stderr to its log from now on; rank 0 prints to its console as well.
 
-    Other ranks still say on the console, in one line, what ended them.
+    The other ranks print to the console only an uncaught exception, as one line.
+
+    Args:
+        folder: of the run; the log is folder/logs/rank_NNNNN.log.
 
     Returns:
         The log's path.
@@ -42,7 +45,7 @@ def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
     path = Path(folder) / "logs" / f"rank_{ranks.rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", buffering=1, errors="replace")  # noqa: SIM115 - lives as long as the process
-    global _log
+    global _console, _log
     _log = file
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(
@@ -51,19 +54,19 @@ def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
     if ranks.rank == 0:
         _replace_streams(_Tee(sys.stdout, file), _Tee(sys.stderr, file))
         return path
-    global _console
     _console = console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(file.fileno(), 1)  # what C++ libraries print comes along
+    os.dup2(file.fileno(), 1)  # file descriptors: output of C++ libraries is included
     os.dup2(file.fileno(), 2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
-    _say_the_end_on(console, ranks, path)
+    _report_exceptions_on(console, ranks, path)
     return path
 
 
-def _say_the_end_on(console: TextIO, ranks: Ranks, path: Path) -> None:
+def _report_exceptions_on(console: TextIO, ranks: Ranks, path: Path) -> None:
+    """Print an uncaught exception's first line to the console; the traceback goes to the log at `path`."""
     previous = sys.excepthook
 
     def hook(kind, error, traceback) -> None:
@@ -75,23 +78,23 @@ def _say_the_end_on(console: TextIO, ranks: Ranks, path: Path) -> None:
 
 
 def _replace_streams(out: _Tee, error: _Tee) -> None:
-    """Python's streams, and the logging handlers that already hold the old ones."""
+    """Replace sys.stdout and sys.stderr, also in logging handlers that hold the old streams."""
     replaced = {id(sys.stdout): out, id(sys.stderr): error}
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", []):
             if isinstance(getattr(type(handler), "stream", None), property):
-                continue  # logging's handler of last resort looks sys.stderr up by itself
-            held = vars(handler).get("stream")  # a handler that looks sys.stderr up by itself holds none
+                continue  # logging's handler of last resort reads sys.stderr at every record
+            held = vars(handler).get("stream")  # a handler that reads sys.stderr at every record has none
             if id(held) in replaced:
                 handler.setStream(replaced[id(held)])
     sys.stdout, sys.stderr = out, error
 
 
 class _Tee:
-    """A console stream whose finished lines are kept in a file too, as long as that can be written.
+    """A console stream that also writes every finished line to a file; errors of the file are ignored.
 
-    A progress bar redraws its line after a carriage return: only its last state is kept.
+    Of a progress bar, which redraws its line after a carriage return, the file gets the last state only.
     """
 
     def __init__(self, console: TextIO, file: IO[str]):
@@ -100,7 +103,7 @@ class _Tee:
     def write(self, text: str) -> int:
         written = self._console.write(text)
         *lines, self._line = (self._line + text).split("\n")
-        with contextlib.suppress(OSError):  # what the disk does not take is still on the console
+        with contextlib.suppress(OSError):  # disk full: the console has the line
             for line in lines:
                 self._file.write(_last_state(line) + "\n")
         self._line = _last_state(self._line) if "\r" in self._line else self._line

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from cca_ds.cluster import launch
 from cca_ds.cluster.failures import exit_code, explain_error
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.rank_logs import log_only, report_end
 
 

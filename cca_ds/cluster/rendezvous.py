@@ -1,143 +1,133 @@
-"""How ranks agree on one address and free port before torch's own rendezvous.
+"""How ranks agree on the port of torch's process group, where their launcher sets none.
 
-Under srun every rank knows the first node, but a port that is free there only the rank on it can know. Rank 0
-listens on the first free one of a few ports that follow from the job's number; the others knock at these, each
-knock carrying the job's key, and are told the port of the store. A stranger's service on one of them does not
-know the key, and a rank that never comes is named. Under mpirun the same is told through MPI.
+Under srun every rank derives one port from the Slurm job id, step and restart count. Rank 0 serves torch's TCPStore
+there; each rank writes its number into it and waits for all others, so that a rank that does not start is named.
+Rank 0 also writes a port that is free on its node, which becomes MASTER_PORT. Under mpirun, MPI broadcasts address
+and port.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import zlib
-from dataclasses import replace
+from datetime import timedelta
 
-from cca_ds.cluster.launchers import LaunchError, Ranks
-
-# below Linux's ephemeral range (32768 and up), so that no outgoing connection takes one by chance
+# below Linux's ephemeral range (32768 and up), so that no outgoing connection uses one by chance
 _FIRST_PORT, _PORTS = 20000, 12000
-_CANDIDATES, _STRIDE = 8, 97
-_KNOCK_SECONDS = 2.0
 
 
-def candidate_ports(meeting_key: str) -> list[int]:
-    """Ports of one start, the same on every rank: they follow from the job, step and restart count."""
-    start = zlib.crc32(meeting_key.encode())
-    return [_FIRST_PORT + (start + i * _STRIDE) % _PORTS for i in range(_CANDIDATES)]
+class RendezvousError(ValueError):
+    """The ranks did not find each other."""
 
 
-def meet(ranks: Ranks, seconds: float) -> Ranks:
-    """Fill in the master's address and port.
-
-    Raises:
-        LaunchError: a rank did not come within `seconds`, or none of the ports is free.
-    """
-    if ranks.master_address is not None and ranks.master_port is not None:
-        return ranks
-    if ranks.world_size == 1:
-        return replace(ranks, master_address="127.0.0.1", master_port=_any_free_port())
-    if ranks.launcher == "mpi":
-        address, port = _tell_through_mpi(ranks)
-        return replace(ranks, master_address=address, master_port=port)
-    assert ranks.master_address is not None and ranks.meeting_key
-    port = _receive(ranks, seconds) if ranks.rank == 0 else _knock(ranks, seconds)
-    return replace(ranks, master_port=port)
+def derived_port(key: str) -> int:
+    """The port of one start of a job, the same on every rank: 20000 to 31999."""
+    return _FIRST_PORT + zlib.crc32(key.encode()) % _PORTS
 
 
-def _any_free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free on this host."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
-def _listen(port: int) -> socket.socket | None:
-    listener = socket.socket()
-    # a port whose last connection is still winding down is as good as free
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("", port))
-        listener.listen(512)
-    except OSError:
-        listener.close()
-        return None
-    return listener
+def agree_through_store(address: str, key: str, rank: int, world_size: int, seconds: float):
+    """Wait until all ranks of the start `key` are there, and share a free port of rank 0's host.
 
+    Args:
+        address: host of rank 0.
+        key: the same on all ranks of one start, and on no other's.
+        seconds: limit for all ranks to arrive.
 
-def _receive(ranks: Ranks, seconds: float) -> int:
-    """Rank 0: tell every other rank the store's port."""
-    free = [listener for listener in map(_listen, candidate_ports(ranks.meeting_key)) if listener]
-    for surplus in free[2:]:
-        surplus.close()
-    if len(free) < 2:
-        raise LaunchError(
-            f"fewer than two of the ports {candidate_ports(ranks.meeting_key)} are free on {ranks.host}: "
-            "set MASTER_PORT to a free one"
-        )
-    door, store = free[:2]
-    absent = set(range(1, ranks.world_size))
+    Returns:
+        The port, and the store (torch.distributed.TCPStore). Rank 0 must hold the store until the process group is
+        up: other ranks may still read the port.
+
+    Raises:
+        RendezvousError: the derived port is in use on rank 0's host, or a rank did not arrive in time.
+    """
     end = time.monotonic() + seconds
-    with door, store:
-        port = store.getsockname()[1]
-        while absent:
-            door.settimeout(max(end - time.monotonic(), 0.01))
-            try:
-                caller, _ = door.accept()
-            except TimeoutError:
-                raise LaunchError(_absence(ranks, absent, seconds)) from None
-            with caller:
-                absent.discard(_answer(caller, ranks, port))
-    return port
-
-
-def _absence(ranks: Ranks, absent: set[int], seconds: float) -> str:
-    shown = ", ".join(map(str, sorted(absent)[:16])) + (", ..." if len(absent) > 16 else "")
-    return (
-        f"{len(absent)} of {ranks.world_size} ranks did not reach rank 0 on {ranks.host} within "
-        f"{seconds:g} s: {shown}; look at their nodes, or at a firewall between them"
-    )
-
-
-def _answer(caller: socket.socket, ranks: Ranks, port: int) -> int | None:
-    """The caller's rank, told the port; None for a stranger."""
+    store = _open_store(address, derived_port(key), rank == 0, seconds)
+    names = [f"{key}/rank {other}" for other in range(world_size)]
     try:
-        caller.settimeout(_KNOCK_SECONDS)
-        key, rank, world_size = caller.makefile().readline().split()
-        if key != ranks.meeting_key or int(world_size) != ranks.world_size:
-            return None
-        caller.sendall(f"{key} {port}\n".encode())
-        return int(rank)
-    except (OSError, ValueError):
-        return None
+        if rank == 0:
+            store.set(f"{key}/port", str(free_port()))
+        store.set(names[rank], "here")
+        while not store.check(names):
+            if time.monotonic() > end:
+                absent = [other for other, name in enumerate(names) if not store.check([name])]
+                if 0 in absent:  # another job's store has this port
+                    raise RendezvousError(f"rank {rank}: {_taken(derived_port(key), address)}")
+                raise RendezvousError(_describe_absent(absent, world_size, address, seconds))
+            time.sleep(0.05)
+        return int(store.get(f"{key}/port")), store
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RendezvousError(
+            f"rank 0 on {address} ended before all ranks arrived: see its output ({reason})"
+        ) from None
 
 
-def _knock(ranks: Ranks, seconds: float) -> int:
+def _open_store(address: str, port: int, serve: bool, seconds: float):
+    """Rank 0 serves the store; the others wait until its port answers, then connect."""
+    from torch.distributed import TCPStore
+
     end = time.monotonic() + seconds
-    trouble = "no answer"
-    while time.monotonic() < end:
-        for candidate in candidate_ports(ranks.meeting_key):
-            try:
-                port = _ask(ranks, candidate)
-            except OSError as error:
-                trouble = str(error)
-                continue
-            if port is not None:
-                return port
-        time.sleep(0.2)
-    raise LaunchError(
-        f"rank {ranks.rank} on {ranks.host} did not reach rank 0 on {ranks.master_address} within "
-        f"{seconds:g} s ({trouble}): look at that node, or at a firewall between them"
-    )
+    reason = "" if serve else _wait_for_port(address, port, end)
+    # A store answers at once. Half the time that is left: torch takes up to twice its limit, and the thread
+    # should end before the process does. It exists because torch waits without end for a service that is silent.
+    limit = timedelta(seconds=min(10.0, max((end - time.monotonic()) / 2, 0.1)))
+    outcome = []
 
-
-def _ask(ranks: Ranks, candidate: int) -> int | None:
-    with socket.create_connection((ranks.master_address, candidate), timeout=_KNOCK_SECONDS) as door:
-        door.sendall(f"{ranks.meeting_key} {ranks.rank} {ranks.world_size}\n".encode())
+    def connect() -> None:
         try:
-            key, port = door.makefile().readline().split()
-        except (ValueError, UnicodeDecodeError):
-            return None
-        return int(port) if key == ranks.meeting_key and port.isdigit() else None
+            outcome.append(TCPStore(address, port, None, serve, limit, wait_for_workers=False))
+        except RuntimeError as error:
+            outcome.append(error)
+
+    if not reason:
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(max(end - time.monotonic(), 0.1))
+        if outcome and isinstance(outcome[0], TCPStore):
+            return outcome[0]
+        reason = str(outcome[0]).splitlines()[0] if outcome else "no answer"
+    if serve:
+        cause = _taken(port, address) if "EADDRINUSE" in reason else f"no store on {address}:{port}"
+        raise RendezvousError(f"rank 0: {cause} ({reason})")
+    raise RendezvousError(
+        f"a rank on {socket.gethostname()} did not reach rank 0 on {address}:{port} within {seconds:g} s ({reason}): "
+        "look at rank 0's output, or at a firewall between the nodes"
+    )
+
+
+def _wait_for_port(address: str, port: int, end: float) -> str:
+    """Return "" once the port accepts connections, or the last error at the monotonic time `end`."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(end - time.monotonic(), 0.1)).close()
+            return ""
+        except OSError as error:
+            if time.monotonic() > end:
+                return str(error)
+            time.sleep(0.1)
+
+
+def _taken(port: int, address: str) -> str:
+    return (
+        f"port {port} on {address} is in use by another program; set MASTER_PORT to a free port for all ranks"
+    )
+
+
+def _describe_absent(absent: list[int], world_size: int, address: str, seconds: float) -> str:
+    shown = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
+    return (
+        f"{len(absent)} of {world_size} ranks did not reach rank 0 on {address} within {seconds:g} s: {shown}; "
+        "look at their nodes, or at a firewall between them"
+    )
 
 
 def mpi_world() -> tuple[int, int, int, int]:
@@ -147,16 +137,19 @@ def mpi_world() -> tuple[int, int, int, int]:
     return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, node.rank, node.size
 
 
-def _tell_through_mpi(ranks: Ranks) -> tuple[str, int]:
+def agree_through_mpi(address: str, rank: int, world_size: int) -> tuple[str, int]:
+    """Rank 0's `address` and a free port of its host, broadcast by MPI. A collective.
+
+    Raises:
+        RendezvousError: mpi4py is missing, or belongs to another MPI than this mpirun.
+    """
     world = _mpi().COMM_WORLD
-    if (world.rank, world.size) != (ranks.rank, ranks.world_size):
-        raise LaunchError(
-            f"mpirun started rank {ranks.rank} of {ranks.world_size}, but mpi4py says rank {world.rank} of "
-            f"{world.size}: mpi4py is linked to another MPI than this mpirun's"
+    if (world.rank, world.size) != (rank, world_size):
+        raise RendezvousError(
+            f"mpirun started rank {rank} of {world_size}, but mpi4py reports rank {world.rank} of {world.size}: "
+            "mpi4py is linked to another MPI than this mpirun's"
         )
-    # a lone machine's own name need not resolve
-    address = "127.0.0.1" if ranks.local_world_size == ranks.world_size else ranks.host
-    return world.bcast((address, _any_free_port()) if ranks.rank == 0 else None)
+    return world.bcast((address, free_port()) if rank == 0 else None)
 
 
 def _mpi():
@@ -164,7 +157,7 @@ def _mpi():
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise LaunchError(
+        raise RendezvousError(
             f"started by mpirun, but mpi4py does not work ({reason}): install mpi4py, or pass MASTER_ADDR "
             "and MASTER_PORT to all ranks"
         ) from None

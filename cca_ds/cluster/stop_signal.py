@@ -1,6 +1,6 @@
-"""A signal asks the run to stop; the ranks then agree on a step, save, and exit.
+"""SIGTERM, SIGUSR1 and SIGINT request a stop: the ranks agree on a step, save, and exit.
 
-stop = StopSignal()                        # early: until it stands, a signal ends the process at once
+stop = StopSignal()                        # early: before this line a signal ends the process at once
 for step in steps:
     ...
     if agree(stop.requested):              # every rank, every step
@@ -15,12 +15,12 @@ import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# DeepSpeed's launcher sends SIGTERM right after the terminal's own Ctrl-C: one wish, told twice
-ONE_WISH_SECONDS = 1.0
+# DeepSpeed's launcher sends SIGTERM right after the terminal's own Ctrl-C: within a second it is the same request
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):
-    """The ranks agreed to stop within a step, before any of them had begun to compute it.
+    """The ranks agreed to stop before any of them had begun to compute the next step.
 
     Args:
         done: number of the last finished step; 0 before the first.
@@ -32,10 +32,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers the first of SIGTERM, SIGUSR1 and SIGINT instead of ending the process.
+    """Handles SIGTERM, SIGUSR1 and SIGINT: the first sets `requested` and `name`, and the process goes on.
 
-    A second one, of whatever kind, ends the process at once with 128 + its number, for who does not want to wait
-    for the step; one that follows the first within a second is the same wish and changes nothing.
+    A second signal of any of the three ends the process at once, without a checkpoint, with exit code 128 + its
+    number. A signal within a second of the first is part of the same request and is ignored.
     """
 
     def __init__(self) -> None:
@@ -45,10 +45,11 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
+        """Whether this process has received a stop signal; the other ranks may not have."""
         return self.name is not None
 
     def restore(self) -> None:
-        """Put back what handled the signals before."""
+        """Reinstall the handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -56,6 +57,6 @@ class StopSignal:
         now = time.monotonic()
         if self.name is None:
             self.name, self._first = signal.Signals(number).name, now
-        elif now - self._first >= ONE_WISH_SECONDS:
+        elif now - self._first >= SAME_REQUEST_SECONDS:
             os.write(2, f"a second signal, {signal.Signals(number).name}: ended at once\n".encode())
             os._exit(128 + number)

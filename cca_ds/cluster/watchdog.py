@@ -1,13 +1,13 @@
-"""A rank that stops answering ends the run, with its number and host named, instead of a hang.
+"""Ends a run in which a rank no longer answers, and names that rank and its host, where NCCL or gloo would hang.
 
-Every rank has a thread that reports to a store on rank 0 that the process lives and how far its main thread is.
-Rank 0's thread reads all reports. A process that is silent for the limit (stopped, swapped out, its node gone),
-or a main thread that stays behind the others for the limit (a dead data-loader, a lost collective), is named,
-and every rank ends itself with EXIT_SILENT. A second thread on each rank watches the first: where the store does
-not answer, rank 0 is the silent one.
+A thread on every rank writes to a store on rank 0, once a tick: a counter of the thread (`life`), and a counter of
+the main thread's calls of `beat` (`progress`). Rank 0's thread reads all reports. If a rank's `life` does not change
+for the limit (process stopped, swapped out, node down), or if no rank makes progress for the limit and one is behind
+the others (dead data loader, lost collective), rank 0 writes a verdict that names it, and every rank exits with
+EXIT_SILENT. A second thread on each rank watches the first: if the store does not answer, rank 0 is named.
 
-Seconds are counted in ticks of the watching thread itself, so that a run suspended as a whole (gang scheduling,
-a paused machine) does not find everybody silent when it wakes.
+Time is counted in ticks of the watching thread, so that a run that was suspended as a whole (gang scheduling, a
+paused machine) finds no rank silent when it continues.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 
-EXIT_SILENT = 75  # EX_TEMPFAIL: starting again may well succeed
+EXIT_SILENT = 75  # EX_TEMPFAIL of sysexits.h: starting again may succeed
 
 
 @dataclass
 class Seen:
-    """What rank 0 knows of a rank; `life` grows while its process runs, `progress` with its main thread."""
+    """Rank 0's record of a rank: its last report, and the seconds since its two counters changed."""
 
-    life: int = -1
-    progress: int = -1
-    where: str = ""
+    life: int = -1  # ticks of the rank's reporting thread
+    progress: int = -1  # calls of `beat`
+    where: str = ""  # what the main thread was doing
     host: str = ""
     pid: int = 0
     life_silent: float = 0.0
     progress_silent: float = 0.0
-    gone: bool = False
+    gone: bool = False  # it left through `close`
 
 
 class Watchdog:
-    """Watches all ranks of the process group from construction to `close`.
+    """Watches all ranks of the process group from construction to `close`; with one rank it does nothing.
 
     Args:
-        ranks: this process's place; the process group is up (a collective runs in here).
-        timeout_seconds: silence after which the run ends.
+        ranks: this process's place; the process group is up, as the constructor is a collective.
+        timeout_seconds: limit after which a rank without a report, or without progress, ends the run.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float):
@@ -59,7 +59,7 @@ class Watchdog:
             return
         self._store = _open_store(ranks, timeout_seconds)
         self._post("here", 0)
-        dist.barrier()  # from here on rank 0 knows everybody's host
+        dist.barrier()  # now rank 0 has every rank's host
         self._threads = [
             threading.Thread(target=work, name=f"watchdog-{name}", daemon=True)
             for name, work in (("report", self._report), ("guard", self._guard))
@@ -68,25 +68,28 @@ class Watchdog:
             thread.start()
 
     def beat(self, step: int, doing: str = "training") -> None:
-        """The main thread got this far. Cheap; every rank calls it in the same places, equally often."""
+        """Count one unit of progress of the main thread. Cheap; all ranks call it at the same places, equally often."""
         self._where = f"{doing}, step {step}"
         self._progress += 1
 
     def close(self) -> None:
-        """Stop watching, at the end of a run that went well. A collective.
+        """Stop watching at the end of a run without errors. A collective.
 
-        After an error it is not called: the others then learn from the watchdog which rank went away.
+        After an error it is not called: the other ranks' watchdogs then name this rank.
         """
         self._closing.set()
         for thread in self._threads:
             thread.join()
         if self._threads:
-            dist.barrier()  # rank 0 keeps the store until everybody has left it
+            dist.barrier()  # rank 0 keeps the store until all ranks have stopped using it
 
     def vanished(self) -> str:
-        """Who went away, for a rank whose collective has just lost its connection: those that report no more.
+        """The ranks that no longer report, for a rank whose collective has just lost its connection.
 
-        Takes a few ticks, in which the survivors go on reporting; empty when nobody is missing.
+        Compares two readings three ticks apart, and blocks for about five ticks.
+
+        Returns:
+            "rank 3 on host (pid 17) is gone, last heard of in training, step 20; ..."; empty if all ranks report.
         """
         if not self._threads:
             return ""
@@ -100,7 +103,7 @@ class Watchdog:
             ]
         except RuntimeError:
             return f"rank 0 on {self._ranks.master_address} is gone"
-        time.sleep(1.5 * self._tick)  # the others still read in rank 0's store
+        time.sleep(1.5 * self._tick)  # rank 0's store must outlive the other ranks' readings
         gone = [
             f"rank {rank} on {now[3]} (pid {now[4]}) is gone, last heard of in {now[5]}"
             for rank, (then, now) in enumerate(zip(before, after, strict=True))
@@ -113,7 +116,7 @@ class Watchdog:
         self._store.set(f"rank {self._ranks.rank}", "\t".join(map(str, fields)))
 
     def _report(self) -> None:
-        """Tell rank 0 of this process, and end it when rank 0 has named a silent one."""
+        """Thread: write this rank's report once a tick, and end the process when rank 0 has written a verdict."""
         seen = [Seen() for _ in range(self._ranks.world_size)]
         life = 0
         try:
@@ -129,17 +132,17 @@ class Watchdog:
                 if closing:
                     return
                 self._closing.wait(self._tick)
-        except Exception as error:  # the store went away with rank 0
+        except Exception as error:  # rank 0, which serves the store, has ended
             if not self._closing.is_set():
                 self._end(f"rank 0 on {self._ranks.master_address} is gone: {str(error).splitlines()[0]}")
 
     def _guard(self) -> None:
-        """End this process when the store has not answered for the limit."""
+        """Thread: end this process when the store has not answered for the limit."""
         silent = 0.0
         while not self._closing.wait(self._tick):
             silent = 0.0 if self._answered.is_set() else silent + self._tick
             self._answered.clear()
-            # two ticks later than rank 0 judges: where it lives, its verdict comes first
+            # two ticks after rank 0 would judge: if rank 0 still runs, its verdict comes first
             if silent > self._limit + 2 * self._tick:
                 self._end(
                     f"rank 0 on {self._ranks.master_address} has not answered for {self._limit:g} s "
@@ -147,33 +150,33 @@ class Watchdog:
                 )
 
     def _look_at_all(self, seen: list[Seen]) -> None:
-        """Rank 0: read every report, and name who is silent."""
+        """Rank 0: read all reports; if a rank is silent, write the verdict and end this process."""
         for rank, report in enumerate(seen):
             if not report.gone:
                 _update(report, self._store.get(f"rank {rank}").decode(), self._tick)
         verdict = judge(seen, self._limit)
         if verdict is not None:
-            self._say(verdict)  # first: once the others leave, the main thread may fail at any moment
+            self._print(verdict)  # before the others exit, which may fail the main thread at any moment
             self._store.set("verdict", verdict)
             time.sleep(
                 2.5 * self._tick
-            )  # the others read it at their next tick; the store must live until then
+            )  # the store must live until the others have read it, at their next tick
             os._exit(EXIT_SILENT)
 
-    def _say(self, verdict: str) -> None:
+    def _print(self, verdict: str) -> None:
         sys.stderr.write(f"rank {self._ranks.rank} on {self._ranks.host} ends the run: {verdict}\n")
         sys.stderr.flush()
 
     def _end(self, verdict: str) -> None:
-        self._say(verdict)
+        self._print(verdict)
         os._exit(EXIT_SILENT)  # the main thread is inside a collective that will not return
 
 
 def judge(seen: list[Seen], limit: float) -> str | None:
-    """The line that names the silent rank, or None while all is well.
+    """The line that names the silent rank, or None.
 
-    A process that does not report is to blame before any that waits for it; among processes that all live, the
-    one whose main thread is furthest behind is, and only if all have stood still for the limit.
+    A rank that does not report is named before any that waits for it. If all report, those with the least progress
+    are named, and only if no rank made progress for `limit` seconds.
     """
     present = [(rank, report) for rank, report in enumerate(seen) if not report.gone]
     for rank, report in present:
@@ -193,6 +196,7 @@ def judge(seen: list[Seen], limit: float) -> str | None:
 
 
 def _update(report: Seen, text: str, tick: float) -> None:
+    """Take in a rank's newest report; a counter that has not changed adds a tick to its silence."""
     state, life, progress, host, pid, where = text.split("\t")
     report.gone, report.host, report.pid, report.where = state == "gone", host, int(pid), where
     report.life_silent = 0.0 if int(life) != report.life else report.life_silent + tick
@@ -201,7 +205,7 @@ def _update(report: Seen, text: str, tick: float) -> None:
 
 
 def _open_store(ranks: Ranks, timeout_seconds: float) -> dist.TCPStore:
-    """A store of its own: a thread that waits in the process group's store would block the others."""
+    """A second store, served by rank 0: a thread that waits in the process group's store would block the others."""
     timeout = timedelta(seconds=max(timeout_seconds, 30.0))
     default = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
     if ranks.rank == 0:

@@ -221,13 +221,32 @@ def _drop_retired(tree: dict[str, Any]) -> None:
 
 
 def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
+    """The tree as a RunConfig. After an error the values in error take their defaults, so that checks of the others
+    still find what is wrong with them; None where even that is not valid.
+    """
     _drop_retired(tree)
-    names = {key: tree.get(key) for key in ("name",) if key in tree}  # a name like 1e5 stays a string
+    names = {"name": tree["name"]} if "name" in tree else {}  # a name like 1e5 stays a string
+    tree = {**_number(tree), **names}
     try:
-        return RunConfig.model_validate({**_number(tree), **names})
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         problems.extend(_explain(entry) for entry in error.errors())
+        for entry in error.errors():
+            _remove(tree, entry["loc"])
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError:
         return None
+
+
+def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Delete the innermost key of a mapping on the way to a location."""
+    holder, key, node = tree, location[0], tree
+    for part in location:
+        if not isinstance(node, dict) or part not in node:
+            break
+        holder, key, node = node, part, node[part]
+    holder.pop(key, None)
 
 
 def _explain(entry: Any) -> str:

@@ -25,8 +25,10 @@ class Named(Protocol):
 Record = TypeVar("Record", bound=Named)
 
 
-class UnknownVariant(ValueError):
+class UnknownVariant(ValueError, KeyError):
     """A name that no variant bears; the message has the key, the name and the nearest known one."""
+
+    __str__ = ValueError.__str__  # KeyError shows its message in quotes
 
 
 class Registry(Mapping[str, Record]):

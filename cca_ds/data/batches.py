@@ -1,4 +1,4 @@
-"""From the table of codes to the micro-batches of one rank, read ahead by worker processes.
+"""The micro-batches of one rank, made from a table of codes and read ahead by worker processes.
 
 Letters: K pairs of a global batch, B pairs of a micro-batch, L codes per image, F forwards of a step.
 """
@@ -20,26 +20,32 @@ from cca_ds.data.pairs import PairBatch, epoch_order, make_pairs
 
 @dataclass
 class MicroBatch:
-    """What one forward of one rank sees. `weight` is 1, or 0 for a forward that only keeps ranks in step."""
+    """The input of one forward on one rank; the fields of its pairs are those of `PairBatch`.
 
-    codes_BL: Tensor  # int64
+    Attributes:
+        codes_BL: int64.
+        positions_B: int64, positions of the pairs in the global batch.
+        weight: 1; 0 for a forward whose pair belongs to another rank, run only because ZeRO-3 forwards are collective.
+    """
+
+    codes_BL: Tensor
     positive_labels_B: Tensor  # int64
     negative_labels_B: Tensor  # int64
     null_mask_B: Tensor  # bool
     positive_mask_B: Tensor  # bool
     log_lambda_B: Tensor  # float32
     sample_indices_B: Tensor  # int64
-    positions_B: Tensor  # int64, places in the global batch
+    positions_B: Tensor
     step: int = 0
     weight: float = 1.0
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on another device; the copies do not wait."""
+        """A copy on another device; the copies are asynchronous."""
         move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
         return MicroBatch(**{name: move(value) for name, value in vars(self).items()})
 
     def pin_memory(self) -> MicroBatch:
-        """Called by the loader where a GPU is used."""
+        """A copy in pinned memory; the data loader calls this when `pin_memory` is set."""
         return MicroBatch(
             **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         )
@@ -47,7 +53,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """All that decides which pairs a step trains on; ranks and micro-batches have no part in it."""
+    """What the pairs of a step depend on; the number of ranks and the micro-batch size are not among it.
+
+    Attributes:
+        global_size: pairs of a global batch, K.
+        mask_probability: of a pair's label being replaced by `null_class`.
+        contrastive: whether the loss needs a negative label for each pair.
+    """
 
     global_size: int
     seed: int
@@ -56,7 +68,7 @@ class BatchPlan:
     contrastive: bool = True
 
     def steps_per_epoch(self, images: int) -> int:
-        """Whole global batches of an epoch; the rest of the images has its turn in another epoch's order.
+        """Number of whole global batches in an epoch; the remaining images of its order are left out.
 
         Raises:
             ValueError: the data set is smaller than one batch.
@@ -70,13 +82,14 @@ class BatchPlan:
 
 
 class Steps(Dataset):
-    """Item s: the micro-batches of step s that are this rank's, as a list of F `MicroBatch`.
+    """Item s is the list of this rank's F micro-batches of step s.
 
     Args:
-        table: the codes.
-        plan: what a global batch is.
-        first: this rank's first place in the global batch.
-        sizes: pairs of each of its F forwards, 0 for a forward that only keeps ranks in step.
+        first: position of this rank's first pair in the global batch.
+        sizes: pairs of each of its F forwards; 0 for a forward of weight 0, see `MicroBatch`.
+
+    Raises:
+        ValueError: the table is smaller than one global batch.
     """
 
     def __init__(self, table: CodeTable, plan: BatchPlan, first: int, sizes: list[int]):
@@ -106,7 +119,7 @@ class Steps(Dataset):
         pairs = self.global_pairs(step)
         batches, start = [], self.first
         for size in self.sizes:
-            # a forward without pairs of its own runs on the first pair, with weight 0
+            # a forward without pairs of its own takes the first pair of the global batch, with weight 0
             rows = slice(start, start + size) if size else slice(0, 1)
             batches.append(self._micro_batch(pairs, rows, step, weight=1.0 if size else 0.0))
             start += size
@@ -130,8 +143,8 @@ class Steps(Dataset):
         )
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """A signal to stop reaches a whole process group; the steps up to the last checkpoint still need their data."""
+def _ignore_signals(_worker: int) -> None:
+    """Ignore signals that stop the trainer: they reach its whole process group, but its last steps still need data."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -139,11 +152,16 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
 def read_ahead(
     steps: Steps, order: range, workers: int, prefetch: int, pin_memory: bool = False
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, micro-batches) in order, read by `workers` processes, `prefetch` steps ahead of the trainer."""
-    # a generator of its own: a loader draws a seed from the default one, and a resumed run's dropout would differ
+    """Yield (step, micro-batches) for the steps in `order`.
+
+    Args:
+        workers: processes that read; 0 reads in this process.
+        prefetch: steps that they read ahead.
+    """
+    # a separate generator: a loader draws a seed from the default one, which would change a resumed run's dropout
     ahead = {"prefetch_factor": max(1, -(-prefetch // workers))} if workers else {}
     loader = DataLoader(
         steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer, generator=torch.Generator(), **ahead
+        worker_init_fn=_ignore_signals, generator=torch.Generator(), **ahead
     )  # fmt: skip
     yield from zip(order, loader, strict=True)

@@ -1,8 +1,8 @@
-"""Tables of codes, read: the memory-mapped Arrow files of a table as zero-copy NumPy views.
+"""Reading tables of codes: a table's memory-mapped Arrow files as zero-copy NumPy views.
 
-N images, C crops, L codes per crop, B rows asked for.
-Rows are read from the views and not through `datasets`' row access, which is thirty times slower and takes a
-second to import; `datasets.load_from_disk` opens the same folder for anyone who wants it.
+Letters: N images, C crops, L codes per crop, B rows of one call.
+Rows come from these views instead of `datasets`, whose row access is thirty times slower and whose import takes a
+second. `datasets.load_from_disk` opens the same folder.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from cca_ds.data.manifest import CodesError, Manifest, Shard, read_manifest
-from cca_ds.data.writing import check_rows, write_codes, write_digits
+from cca_ds.data.table_files import check_rows
 from cca_ds.files import file_hash
-
-__all__ = ["CodeTable", "CodesError", "Manifest", "open_codes", "write_codes"]
 
 
 class CodeTable:
-    """A table of codes, memory-mapped. Cheap to open in every rank and every worker."""
+    """A table of codes, memory-mapped; open it with `CodeTable.open`.
+
+    A pickled table holds its folder only: a data-loader worker maps the files itself.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, views: list[tuple[np.ndarray, np.ndarray]]) -> None:
         self.folder = folder
@@ -30,7 +31,11 @@ class CodeTable:
 
     @classmethod
     def open(cls, folder: str | Path) -> CodeTable:
-        """Open a table. Raises CodesError: no table, foreign files, labels outside the classes."""
+        """Map the files of the table in `folder`. Reads the labels but not the codes.
+
+        Raises:
+            CodesError: no table, an empty one, files that differ from the manifest, labels outside the classes.
+        """
         folder = Path(folder)
         manifest = read_manifest(folder)
         if not manifest.images:
@@ -48,7 +53,6 @@ class CodeTable:
         return self.manifest.images
 
     def __getstate__(self) -> Path:
-        # a worker process maps the files itself instead of receiving their contents
         return self.folder
 
     def __setstate__(self, folder: Path) -> None:
@@ -61,7 +65,7 @@ class CodeTable:
 
     @property
     def codes(self) -> np.ndarray:
-        """[N, C, L] uint16, a read-only view of the file. Tables of several files have `take` only."""
+        """[N, C, L] uint16, a read-only view of the file. Raises CodesError for a table of several files."""
         if len(self._chunks) > 1:
             raise CodesError(
                 f"{self.folder} has {len(self._chunks)} files, so no single view: read it with take()"
@@ -69,7 +73,7 @@ class CodeTable:
         return self._chunks[0]
 
     def _stored(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> np.ndarray:
-        """Codes of some rows as stored, [B, L] uint16; `crops` is a crop per row or one for all."""
+        """Codes [B, L] uint16 of the rows `indices` [B]; `crops` is one crop per row, or one for all rows."""
         rows = np.asarray(indices, dtype=np.int64)
         crops = np.broadcast_to(np.asarray(crops, dtype=np.int64), rows.shape)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
@@ -79,16 +83,19 @@ class CodeTable:
         codes_BL = np.empty((len(rows), self.manifest.sequence_length), dtype=np.uint16)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         places = zip(shards.tolist(), (rows - self._starts[shards]).tolist(), crops.tolist(), strict=True)
-        # a batch meets nearly as many files as it has rows, so that an indexed copy per file is the slower way
+        # row by row: a random batch touches nearly as many files as it has rows, and indexing per file is slower
         for number, (shard, row, crop) in enumerate(places):
             codes_BL[number] = self._chunks[shard][row, crop]
         return codes_BL
 
     def take(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [B, L] int64 and labels [B] int64 of some rows; `crops` is a crop per row or one for all.
+        """Codes [B, L] int64 and labels [B] int64 of the rows `indices` [B].
+
+        Args:
+            crops: which crop of each image, one per row or one for all rows.
 
         Raises:
-            CodesError: a code outside the vocabulary.
+            IndexError: a row outside the table. CodesError: a code outside the vocabulary.
         """
         codes_BL = self._stored(indices, crops)
         if codes_BL.size and int(codes_BL.max()) >= self.manifest.vocab_size:
@@ -100,7 +107,11 @@ class CodeTable:
         return codes_BL.astype(np.int64), self._labels[indices].astype(np.int64)
 
     def check(self) -> None:
-        """Read everything once: hashes, ranges, label histogram. CodesError at the first difference."""
+        """Read every file and compare hashes, ranges and the label histogram with the manifest.
+
+        Raises:
+            CodesError: the first difference.
+        """
         for shard, codes_NCL, start in zip(
             self.manifest.shards, self._chunks, self._starts[:-1], strict=True
         ):
@@ -118,27 +129,12 @@ class CodeTable:
             )
 
     def used_codes(self) -> int:
-        """How many different codes occur."""
+        """Number of different codes in the table; reads all of it."""
         seen_V = np.zeros(self.manifest.vocab_size, dtype=bool)
         for codes_NCL in self._chunks:
-            for start in range(
-                0, len(codes_NCL), 4096
-            ):  # a fancy index makes an index array of 8 bytes a code
+            for start in range(0, len(codes_NCL), 4096):  # the index array takes 8 bytes a code
                 seen_V[codes_NCL[start : start + 4096].ravel()] = True
         return int(seen_V.sum())
-
-
-def open_codes(spec: str | Path, cache_folder: str | Path) -> CodeTable:
-    """Open the table `spec`: a folder, or "digits", which is built once into `cache_folder`."""
-    if str(spec) != "digits":
-        return CodeTable.open(spec)
-    from cca_ds.vq import create_tokenizer
-
-    # the tokenizer's hash in the name: another definition of it never meets an old table
-    folder = Path(cache_folder) / f"digits-{create_tokenizer('digits').hash()[:12]}"
-    if not folder.exists():
-        write_digits(folder)
-    return CodeTable.open(folder)
 
 
 def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

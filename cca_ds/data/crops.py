@@ -1,12 +1,12 @@
-"""From an image's bytes to its crops, as the two original programs cut them.
+"""From an image's bytes to its crops, equal to those of the two original programs.
 
-S image size, C crops per image. Crops are uint8 arrays [C, S, S, channels]; the device scales them to [-1, 1].
+Letters: S image size, C crops per image. Crops are uint8 arrays [C, S, S, channels], not yet scaled to [-1, 1].
 
 - ten_crop: LlamaGen's extract_codes_c2i.py. For each range r: shrink and centre-crop to a square of int(r * S)
   (ADM's procedure, LlamaGen's dataset/augmentation.py), then the four corners and the centre, then the same
-  five of the mirrored square. Ranges follow one another: with [1.1, 1.05] there are twenty.
-- random: VAR's utils/data.py. Shorter side to round(r * S) by Lanczos, then crops at random places, here a
-  fixed number of them, each drawn from (seed, image, crop) and from nothing else.
+  five of the mirrored square. Ranges are concatenated: with [1.1, 1.05] there are twenty crops.
+- random: VAR's utils/data.py. Shorter side to round(r * S) by Lanczos, then crops at random positions, here a
+  fixed number of them; each position is drawn from (seed, image, crop).
 - none: one centre crop by ADM's procedure.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 CORNERS_AND_CENTRE = 5
-MOST_ELONGATED = 64  # a strip of 1 x 60,000 would be resized to gigabytes
+MOST_ELONGATED = 64  # ratio of the sides; a strip of 1 x 60,000 would be resized to gigabytes
 EIGHT_BIT_MODES = {
     "1",
     "L",
@@ -41,20 +41,31 @@ EIGHT_BIT_MODES = {
 
 
 class UnreadableImage(ValueError):
-    """One image cannot be used; the message is the reason, for the list of skipped images."""
+    """One image cannot be used; the message is the reason that the list of skipped images gives."""
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How images become crops; equal settings give equal crops. `count` is C."""
+    """How images are cropped; equal settings give equal crops.
 
-    kind: str  # "none", "ten_crop" or "random"
+    Attributes:
+        kind: "none", "ten_crop" or "random"; see the head of this file.
+        image_size: side of a crop in pixels, S.
+        ranges: r above; several for ten_crop, one for random, unused for none.
+        crops_per_image, flip, seed: of random only; `flip` mirrors half of the crops, as VAR's --hflip does.
+        mode: PIL's name of the crops' colours, "RGB" or "L".
+
+    Raises:
+        ValueError: ranges that do not fit the kind.
+    """
+
+    kind: str
     image_size: int
     ranges: tuple[float, ...] = ()
-    crops_per_image: int = 1  # random only
-    flip: bool = False  # random only: mirror half of the crops, as VAR's --hflip
-    seed: int = 0  # random only
-    mode: str = "RGB"  # PIL's name; "L" for the digits
+    crops_per_image: int = 1
+    flip: bool = False
+    seed: int = 0
+    mode: str = "RGB"
 
     def __post_init__(self) -> None:
         if self.kind == "ten_crop" and not self.ranges:
@@ -65,7 +76,7 @@ class CropSettings:
             raise ValueError(
                 f"data.crop_ranges={list(self.ranges)}: random crops take one range, e.g. [1.125]"
             )
-        if any(r < 1.0 for r in self.ranges):
+        if self.kind != "none" and any(r < 1.0 for r in self.ranges):
             raise ValueError(
                 f"data.crop_ranges={list(self.ranges)}: a range below 1 is smaller than the image"
             )
@@ -80,18 +91,21 @@ class CropSettings:
         }[self.kind]
 
     def as_dict(self) -> dict:
-        """For the manifest: what has a meaning for this kind."""
+        """The settings that this kind uses, for the manifest."""
         values = asdict(self) | {"ranges": list(self.ranges)}
         used = {"none": (), "ten_crop": ("ranges",), "random": ("ranges", "crops_per_image", "flip", "seed")}
         return {name: values[name] for name in ("kind", "image_size", "mode", *used[self.kind])}
 
 
 def decode_image(content: bytes, mode: str, max_megapixels: float) -> tuple[Image.Image, str]:
-    """Decode an image to `mode`, dropping alpha; returns it with the mode it had.
+    """Decode an image to `mode`, dropping alpha.
+
+    Returns:
+        The image, and the mode of the file.
 
     Raises:
-        UnreadableImage: no bytes, no image, truncated, too large, or more than 8 bits a channel. The size is
-            looked at before anything is decoded.
+        UnreadableImage: no bytes, no image, truncated, too large, or more than 8 bits a channel. The size is checked
+            before pixels are decoded.
     """
     if not content:
         raise UnreadableImage("zero bytes")
@@ -110,7 +124,7 @@ def decode_image(content: bytes, mode: str, max_megapixels: float) -> tuple[Imag
                     f"{image.width} x {image.height} is too elongated to crop a square from"
                 )
             if image.mode not in EIGHT_BIT_MODES:
-                raise UnreadableImage(f"mode {image.mode} has not 8 bits a channel")
+                raise UnreadableImage(f"mode {image.mode} does not have 8 bits a channel")
             return image.convert(mode), image.mode
     except UnreadableImage:
         raise
@@ -124,12 +138,15 @@ def crop_function(settings: CropSettings) -> Callable[[Image.Image, int], np.nda
 
 
 def allow_large_images() -> None:
-    """Leave the limit of pixels to `decode_image`, which states it; Pillow's is a warning, then an error."""
+    """Switch off Pillow's limit of pixels, which is lower than that of `decode_image`."""
     Image.MAX_IMAGE_PIXELS = None
 
 
 def centre_square(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop, [size, size, channels]: halve by box filter while it is twice as large, then bicubic."""
+    """ADM's centre crop, [size, size, channels] uint8.
+
+    The image is halved by a box filter while its shorter side is at least 2 * size, then resized bicubically.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     factor = size / min(image.size)
@@ -148,7 +165,7 @@ def _ten_crops(settings: CropSettings) -> Callable[[Image.Image, int], np.ndarra
 
     def five(square: np.ndarray) -> list[np.ndarray]:
         far = len(square) - size
-        middle = round(far / 2)  # to even, as torchvision's centre crop
+        middle = round(far / 2)  # rounds half to even, as torchvision's centre crop does
         corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
         return [square[top : top + size, left : left + size] for top, left in corners]
 
@@ -174,7 +191,7 @@ def _random_crops(settings: CropSettings) -> Callable[[Image.Image, int], np.nda
             draw = np.random.default_rng((settings.seed, index, number))
             flipped = settings.flip and draw.random() < 0.5
             if flipped and mirrored is None:
-                # before the resize, as the original does; afterwards may differ by a grey level
+                # mirrored before the resize, as in the original; afterwards it may differ by a grey level
                 flip = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 mirrored = _pixels(_resize_shorter_side(flip, shorter))
             pixels = mirrored if flipped else straight
@@ -186,7 +203,7 @@ def _random_crops(settings: CropSettings) -> Callable[[Image.Image, int], np.nda
 
 
 def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """torchvision's Resize(size) by Lanczos: the longer side is cut down to a whole number of pixels."""
+    """torchvision's Resize(size) by Lanczos: the longer side is rounded down to a whole number of pixels."""
     short, long = min(image.size), max(image.size)
     longer = int(size * long / short)
     target = (size, longer) if image.width <= image.height else (longer, size)
@@ -194,6 +211,6 @@ def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """[height, width, channels] uint8."""
+    """Pixels of an image, [height, width, channels] uint8."""
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

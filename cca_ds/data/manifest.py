@@ -1,4 +1,4 @@
-"""What a table of codes says about itself: `manifest.json`, the only source of its counts and settings.
+"""The manifest of a table of codes, `manifest.json`: its counts, its tokenizer, its crops, its files.
 
 Training reads images, classes, crops and sequence length from here, never from a constant or a folder's name.
 """
@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 MANIFEST_NAME = "manifest.json"
+SKIPPED_NAME = "skipped.jsonl"  # {"index", "name", "reason"} of each image that was left out
 FORMAT_VERSION = 1
 IMAGENET_IMAGES = 1_281_167  # the paper's training set
-DIGITS_IMAGES = 1_797
 
 
 class CodesError(ValueError):
-    """A table of codes, or what is to become one, cannot be used: one line with the value and the remedy."""
+    """A table of codes, or a source for one, cannot be used. The message is one line with the value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Counts, tokenizer and crops of a table. `label_histogram[c]` is the number of images of class c."""
+    """Counts, tokenizer and crops of a table.
+
+    Attributes:
+        crops: per image, C. sequence_length: codes per crop, L.
+        family: of the models that the codes are for.
+        tokenizer_hash: of the tokenizer's weights; empty for codes that were imported without their tokenizer.
+        crop_settings: `CropSettings.as_dict()`, or {"kind": "imported", "folders": [...]}.
+        label_histogram: images per class, [classes].
+        source_hash: the source's `fingerprint()`.
+        converted: number of images by the mode they were converted from, e.g. {"CMYK": 3}.
+        shards: the Arrow files, in the order of their rows.
+    """
 
     images: int
     classes: int
@@ -47,17 +58,39 @@ class Manifest:
     class_names: tuple[str, ...] = ()
     source_hash: str = ""
     skipped_images: int = 0
-    converted: dict = field(
-        default_factory=dict
-    )  # images by the mode they were converted from, e.g. {"CMYK": 3}
+    converted: dict = field(default_factory=dict)
     package_version: str = ""
     shards: tuple[Shard, ...] = ()
     format_version: int = FORMAT_VERSION
 
-    @property
-    def code_shape(self) -> tuple[int, ...]:
-        """Shape of one record's codes as stored: [L], or [crops, L] when there are several crops."""
-        return (self.sequence_length,) if self.crops == 1 else (self.crops, self.sequence_length)
+    @classmethod
+    def before_encoding(cls, tokenizer: str, family: str, vocab_size: int, tokenizer_hash: str) -> Manifest:
+        """The manifest of a table before its images are known: every count is 0."""
+        return cls(
+            images=0,
+            classes=0,
+            crops=0,
+            sequence_length=0,
+            vocab_size=vocab_size,
+            family=family,
+            tokenizer=tokenizer,
+            tokenizer_hash=tokenizer_hash,
+            package_version=package_version(),
+        )
+
+    def summary(self) -> list[str]:
+        """Lines that describe a finished table: its size, the images that were converted and those skipped."""
+        size = sum(shard.bytes for shard in self.shards) / 1e6
+        lines = [
+            f"{self.images} images of {self.classes} classes, {self.crops} crops of {self.sequence_length} codes, "
+            f"{size:.1f} MB"
+        ]
+        if self.converted:
+            modes = ", ".join(f"{count} {mode}" for mode, count in sorted(self.converted.items()))
+            lines.append(f"converted to {self.crop_settings['mode']}: {modes}")
+        if self.skipped_images:
+            lines.append(f"{self.skipped_images} images skipped, listed in {SKIPPED_NAME}")
+        return lines
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
@@ -97,10 +130,21 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def expected_images(codes: str) -> tuple[int, str]:
-    """Images of the recipe's `data.codes`, there already or not, and where the number is from. Raises CodesError."""
-    if codes == "digits":
-        return DIGITS_IMAGES, "scikit-learn's digits"
+def expected_images(codes: str, builtin_images: int | None = None) -> tuple[int, str]:
+    """Number of images of the recipe's `data.codes`, and where the number comes from.
+
+    Args:
+        codes: a folder, which may not exist yet, or the name of a table that the package builds itself.
+        builtin_images: images of that table, from its tokenizer's record; None: `codes` is a folder.
+
+    Returns:
+        The built-in number; else the manifest's; else ImageNet's, for a folder without a manifest.
+
+    Raises:
+        CodesError: a damaged manifest.
+    """
+    if builtin_images is not None:
+        return builtin_images, f"the built-in table {codes}"
     folder = Path(codes).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return read_manifest(folder).images, f"the manifest of {codes}"

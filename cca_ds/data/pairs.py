@@ -1,9 +1,9 @@
-"""Positive and negative conditions of a global batch (arXiv 2410.09347, section 4.1), on NumPy alone.
+"""Positive and negative conditions of a global batch (arXiv 2410.09347, section 4.1), in NumPy.
 
 Letters: N images of the data set, K pairs of a global batch.
 
-Everything is a function of (seed, epoch, sample index) or of the whole global batch, never of a rank or of a
-micro-batch: however a batch is cut up, its pairs, negatives, masks and crops are the same.
+Every value depends on (seed, epoch, sample index) or on the whole global batch, never on a rank or a micro-batch, so a
+partition of the batch over ranks changes no pair, negative, mask or crop.
 """
 
 from __future__ import annotations
@@ -12,36 +12,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# One stream of random numbers per purpose, so that none shifts another.
+# One stream of random numbers per purpose: drawing more from one does not change another.
 MASK_STREAM, CROP_STREAM, LAMBDA_STREAM = 1, 2, 3
 LOG_LAMBDA_RANGE = (0.0, 9.0)  # lambda from 1 to e^9, log-uniformly (Table 5)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """K pairs. A pair with `positive_mask` set has no true negative: its label is masked or met itself."""
+    """K pairs of an image with its own label and with another one's.
 
-    sample_indices_K: np.ndarray  # int64, which images
-    crops_K: np.ndarray  # int64, which crop of each
-    positive_labels_K: np.ndarray  # int64, num_classes = the null class
+    A pair with `positive_mask_K` set has no negative: its labels are masked, or both are the same.
+    """
+
+    sample_indices_K: np.ndarray  # int64, rows of the table
+    crops_K: np.ndarray  # int64, crop of each image
+    positive_labels_K: np.ndarray  # int64, the null class if masked
     negative_labels_K: np.ndarray  # int64
     null_mask_K: np.ndarray  # bool, both labels masked to the null class
     positive_mask_K: np.ndarray  # bool, null or c' == c
     log_lambda_K: np.ndarray  # float64, for lambda-conditioned models
 
     def __getitem__(self, rows: slice) -> PairBatch:
+        """The pairs at these positions."""
         return PairBatch(*(getattr(self, field)[rows] for field in self.__dataclass_fields__))
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation [N] int64 of the images in the given epoch."""
+    """Order of the images in an epoch, a permutation [N] int64 drawn from (seed, epoch)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
 
 
 def sample_uniforms(seed: int, epoch: int, sample_indices: np.ndarray, stream: int) -> np.ndarray:
-    """One number in [0, 1) per sample, float64, by hashing (seed, epoch, stream, sample index).
+    """One float64 in [0, 1) per sample, a hash of (seed, epoch, stream, sample index).
 
-    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied once per ingredient.
+    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied once to each of the four.
     """
     state = np.zeros(len(sample_indices), dtype=np.uint64)
     for word in (seed, epoch, stream, np.asarray(sample_indices)):
@@ -50,6 +54,7 @@ def sample_uniforms(seed: int, epoch: int, sample_indices: np.ndarray, stream: i
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser of uint64 values."""
     with np.errstate(over="ignore"):
         state = state + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -58,7 +63,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def negative_labels(labels_K: np.ndarray) -> np.ndarray:
-    """Each pair's c': the label of the next pair of the global batch. [K] -> [K]."""
+    """Negative label c' of each pair: the label of the next pair of the global batch, [K] -> [K]."""
     return np.roll(labels_K, -1)
 
 
@@ -73,11 +78,13 @@ def make_pairs(
     epoch: int,
     contrastive: bool = True,
 ) -> PairBatch:
-    """Pair every image of a global batch with its own label and with its neighbour's.
+    """Pair every image of a global batch with its own label and with that of the next image.
 
     Args:
-        sample_indices_K, labels_K: int64, in the epoch's random order.
-        contrastive: False for maximum likelihood, which needs no negatives.
+        sample_indices_K, labels_K: int64, in the epoch's order.
+        null_class: replaces both labels of a pair with probability `mask_probability`.
+        crops: per image in the table; one of them is drawn.
+        contrastive: whether the loss needs negatives; False allows a batch of one label.
 
     Raises:
         ValueError: every label of the batch is the same, so that no pair has a negative.

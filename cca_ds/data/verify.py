@@ -1,26 +1,35 @@
-"""Looking at a finished table: counts, ranges and histogram, and a grid of decoded images to look at."""
+"""Verifying a finished table: hashes, counts and ranges, and a grid of decoded images for a person to look at."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from cca_ds.data.codes import CodesError, CodeTable
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.image_grid import encode_png, image_grid
+from cca_ds.data.manifest import CodesError
 from cca_ds.files import write_atomic
+
+GRID_SIDE = 4  # images in a row and in a column
 
 
 def verify_table(
     table: CodeTable, tokenizer: nn.Module, device: str, png: str | Path, seed: int = 0
 ) -> list[str]:
-    """Check a whole table and write a grid of 4 x 4 random crops, decoded, to `png`. Returns lines to print.
+    """Read a whole table, compare it with its manifest, and write a grid of 4 x 4 random crops, decoded, to `png`.
+
+    Args:
+        tokenizer: has `hash`, `vocab_size` and `decode`; is moved to `device`.
+        seed: of the choice of crops.
+
+    Returns:
+        Lines that describe the table and name the grid's labels.
 
     Raises:
-        CodesError: a difference from the manifest, or a tokenizer that did not make these codes.
+        CodesError: a difference from the manifest, or a tokenizer that did not make these codes. OSError.
     """
     manifest = table.manifest
     if manifest.tokenizer_hash and manifest.tokenizer_hash != tokenizer.hash():
@@ -34,31 +43,20 @@ def verify_table(
         )
     table.check()
     draw = np.random.default_rng(seed)
-    rows = draw.integers(0, len(table), 16)
-    codes_BL, labels_B = table.take(rows, draw.integers(0, manifest.crops, 16))
+    rows = draw.integers(0, len(table), GRID_SIDE**2)
+    codes_BL, labels_B = table.take(rows, draw.integers(0, manifest.crops, GRID_SIDE**2))
     with torch.inference_mode():
         images_BCHW = tokenizer.to(device).decode(torch.from_numpy(codes_BL).to(device)).float().cpu()
-    write_atomic(png, _png_grid(images_BCHW))
+    write_atomic(png, encode_png(image_grid(images_BCHW, columns=GRID_SIDE)))
     used = table.used_codes()
     counts = np.array(manifest.label_histogram)
     lines = [
         f"{len(table)} images, {manifest.classes} classes, {manifest.crops} crops of {manifest.sequence_length} codes",
         f"labels: {counts.min()} to {counts.max()} images a class, {int((counts == 0).sum())} classes without any",
         f"codes: {used} of {manifest.vocab_size} in use, all inside the vocabulary",
-        f"hashes of {len(manifest.shards)} files agree; {manifest.skipped_images} images were skipped",
+        f"hashes of {len(manifest.shards)} files match; {manifest.skipped_images} images were skipped",
         f"grid: {png} (labels {', '.join(str(label) for label in labels_B.tolist())})",
     ]
     if not manifest.tokenizer_hash:
         lines.append("the codes were imported without their tokenizer: look at the grid")
     return lines
-
-
-def _png_grid(images_BCHW: torch.Tensor, columns: int = 4) -> bytes:
-    """PNG of images [B, C, H, W] in [-1, 1], B a multiple of `columns`, row by row."""
-    pixels_BCHW = images_BCHW.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    count, channels, height, width = pixels_BCHW.shape
-    grid = pixels_BCHW.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    grid = grid.reshape(count // columns * height, columns * width, channels).numpy()
-    content = io.BytesIO()
-    Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(content, format="PNG")
-    return content.getvalue()

@@ -139,7 +139,7 @@ INCEPTION = ScoringNetwork("inception", build=InceptionExtractor)  # its 1,008 c
 
 def network_for(tokenizer: str) -> ScoringNetwork:
     """The network that scores the images of a tokenizer: its own where one is registered, else Inception."""
-    return NETWORKS[tokenizer] if tokenizer in NETWORKS else INCEPTION  # noqa: SIM401 (a Registry raises ValueError)
+    return NETWORKS.get(tokenizer, INCEPTION)
 
 
 def digits_features(codes: np.ndarray) -> Features:

@@ -155,6 +155,10 @@ class Family:
         class_embedding: the tensor with one row per class, whose rows get one lambda's embedding on export.
         layouts: published layout -> (config, tensors by name) -> the object that `torch.save` writes.
         weights: how to recognise the family's weights files; None: they are not recognised.
+        activation_elements: config -> elements a code that one block keeps for its backward, without dropout masks;
+            0 leaves activations out of the planned memory.
+        dropout_bytes: config -> bytes a code of the dropout masks that one block keeps.
+        per_image_modules: name parts of parameters that each image uses once, not each code.
         pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
         needs_tokenizer: whether a model runs only with a tokenizer's codebook.
         tokenizer_hint: the usual file of that tokenizer, for the message when it is missing.
@@ -174,6 +178,9 @@ class Family:
     guidance_offset: float
     guidance_name: str
     class_embedding: str
+    activation_elements: Callable[[Any], int] = lambda config: 0
+    dropout_bytes: Callable[[Any], int] = lambda config: 0
+    per_image_modules: tuple[str, ...] = ()
     layouts: Mapping[str, Callable[[Any, dict[str, Tensor]], Any]] = field(default_factory=dict)
     weights: WeightsKind | None = None
     pixel_shift: float = 127.5

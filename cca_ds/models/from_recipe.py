@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import Model
 from cca_ds.models.layers import DropPath
-from cca_ds.models.registry import create_model
+from cca_ds.models.registry import create_model, family_of, model_config
 from cca_ds.models.weights import load_weights
 
 
@@ -23,6 +23,13 @@ def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
         _switch_off_dropout(module)
     module.set_activation_checkpointing(model.activation_checkpointing)
     return module
+
+
+def build_shortened(model: Model, blocks: int, tokenizer: nn.Module | None = None) -> nn.Module:
+    """The model of a recipe's `model` section with `blocks` blocks at most, otherwise of its own shape."""
+    config = model_config(model.preset, **model.overrides)
+    fields = family_of(model.preset).shortened(config, min(config.n_layer, blocks))
+    return build_module(model.model_copy(update={"overrides": {**model.overrides, **fields}}), tokenizer)
 
 
 def starting_weights(

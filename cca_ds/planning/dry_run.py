@@ -1,6 +1,6 @@
-"""What a training run would be, told without weights, ranks or a GPU: `train.py --dry_run`.
+"""`train.py --dry_run`: what a run would be, without weights, ranks or a GPU.
 
-The model is built on the meta device, which holds shapes alone; the memory is planning's arithmetic.
+The model is built on the meta device, which holds shapes alone; the memory follows from `balance.memory`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from cca_ds.balance.partition import cut
-from cca_ds.config.deepspeed_file import zero_stage
+from cca_ds.alignment.losses import LOSSES
+from cca_ds.balance.memory import Sharding
+from cca_ds.balance.partition import partition_batch
+from cca_ds.cluster.devices import GIB
 from cca_ds.config.recipes import dump_recipe
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.manifest import expected_images
-from cca_ds.models import create_model
-from cca_ds.planning.architecture import Architecture, architecture_of
-from cca_ds.planning.memory import Memory, Sharding, memory_of
+from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
+from cca_ds.planning.job import job_of, placement_of
+from cca_ds.vq import builtin_images
 
 USUAL_RANKS = 8
-MIB, GIB = 2**20, 2**30
-# of Memory's fields, in the order of the table
+MIB = 2**20
+# titles of Memory's fields, in the order of the table
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -46,20 +48,15 @@ def describe(run: RunConfig, ds: dict[str, Any]) -> str:
         ValueError: a model that cannot be built.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "0")) or USUAL_RANKS
-    module = meta_model(run)
+    module = meta_model(run.model.preset, run.model.shape)
+    model = cost_of_module(module, run.model.preset, run.model.dropout)
     parts = [
         f"# resolved recipe\n{dump_recipe(run)}",
         "\n".join(["# model", *model_lines(run, module)]),
         "\n".join(["# batch and steps", *batch_lines(run, ranks)]),
-        "\n".join(["# memory", *memory_lines(run, ds, count_parameters(module), ranks)]),
+        "\n".join(["# memory", *memory_lines(run, ds, model, ranks)]),
     ]
     return "\n\n".join(part.rstrip() for part in parts)
-
-
-def meta_model(run: RunConfig) -> torch.nn.Module:
-    """The recipe's model as shapes."""
-    with torch.device("meta"):
-        return create_model(run.model.preset, **run.model.shape)
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -83,13 +80,13 @@ def model_lines(run: RunConfig, module: torch.nn.Module) -> list[str]:
 
 
 def batch_lines(run: RunConfig, ranks: int) -> list[str]:
-    """The global batch, its cut over equal ranks, and the steps."""
-    batch, (images, origin) = run.batch, expected_images(run.data.codes)
+    """The global batch, its partition over equal ranks, and the steps."""
+    batch, (images, origin) = run.batch, expected_images(run.data.codes, builtin_images(run.data.codes))
     an_epoch = images // batch.global_size
     steps = max(1, round(batch.epochs * an_epoch))
     limited = min(steps, batch.max_steps or steps)
-    even = cut(batch.global_size, [1.0] * ranks, [batch.micro_size] * ranks)
-    sequences = batch.global_size * (1 if run.loss.name == "mle" else 2)
+    even = partition_batch(batch.global_size, [1.0] * ranks, [batch.micro_size] * ranks)
+    sequences = batch.global_size * LOSSES[run.loss.name].rows_per_pair
     lines = [
         f"batch: {batch.global_size} pairs a step, {sequences} sequences through the policy",
         f"on {ranks} equal ranks: at most {max(even.pairs)} pairs each, in {even.forwards} forwards of at most "
@@ -106,26 +103,26 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     return lines
 
 
-def memory_lines(run: RunConfig, ds: dict[str, Any], parameters: int, ranks: int) -> list[str]:
-    """A table of GiB a GPU: parts by ZeRO stage on `ranks` GPUs, then the file's stage on other numbers of them."""
-    sharding, own = Sharding.of(ds), zero_stage(ds)
-    model = architecture_of(run.model.preset, run.model.shape, run.model.dropout)
-    model = replace(model, parameters=parameters)
+def memory_lines(run: RunConfig, ds: dict[str, Any], model: ModelCost, ranks: int) -> list[str]:
+    """A table of bytes a GPU: parts by ZeRO stage on `ranks` GPUs, then the file's stage on other numbers of them."""
+    sharding = Sharding.of(ds)
     columns = [_bytes(run, model, _at_stage(sharding, stage), ranks) for stage in range(4)]
-    heads = [f"stage {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    heads = [f"stage {stage}{' *' if stage == sharding.stage else ''}" for stage in range(4)]
     unit, name = (GIB, "GiB") if columns[0]["total"] > 4 * GIB else (MIB, "MiB")
+    placement = placement_of(run)
     lines = [
-        f"{name} a GPU on {ranks} of them, reference {_placement(run)}, * is the ds_config's stage",
+        f"{name} a GPU on {ranks} of them, reference {placement.name if placement else 'none'}, "
+        "* is the ds_config's stage",
         f"{'':<30}" + "".join(f"{head:>12}" for head in heads),
     ]
     for key, title in [*PARTS.items(), ("total", "total")]:
         lines.append(f"{title:<30}" + "".join(f"{column[key] / unit:>12.2f}" for column in columns))
     totals = [f"{n}: {_bytes(run, model, sharding, n)['total'] / unit:.1f}" for n in (1, 8, 64)]
-    lines.append(f"total at stage {own} by number of GPUs: {', '.join(totals)} {name}")
+    lines.append(f"total at stage {sharding.stage} by number of GPUs: {', '.join(totals)} {name}")
     offloaded = {"optimizer": sharding.offload_optimizer, "weights": sharding.offload_weights}
     if any(offloaded.values()):
-        kept = ", ".join(what for what, on in offloaded.items() if on)
-        lines.append(f"kept in host memory, as the ds_config says: {kept}")
+        kept = ", ".join(part for part, on in offloaded.items() if on)
+        lines.append(f"kept in host memory, as the ds_config sets: {kept}")
     return lines
 
 
@@ -139,19 +136,10 @@ def _at_stage(sharding: Sharding, stage: int) -> Sharding:
     )
 
 
-def _placement(run: RunConfig) -> str:
-    return "none" if run.loss.name == "mle" else run.reference.placement
-
-
-def _bytes(run: RunConfig, model: Architecture, sharding: Sharding, ranks: int) -> dict[str, float]:
+def _bytes(run: RunConfig, model: ModelCost, sharding: Sharding, ranks: int) -> dict[str, float]:
     """Bytes by the keys of PARTS, and their total."""
-    memory: Memory = memory_of(
-        model, sharding, ranks, _placement(run), run.model.activation_checkpointing,
-        reference_offload=run.reference.offload,
-        tensor_parallel=run.reference.tensor_parallel,
-        sequences_per_pair=1 if run.loss.name == "mle" else 2,
-        element_bytes=4 if run.precision == "fp32" else 2,
-    )  # fmt: skip
+    job = job_of(run, model, sharding, images=run.batch.global_size)
+    memory = job.memory(placement_of(run), ranks, run.model.activation_checkpointing)
     share = -(-run.batch.global_size // ranks)  # pairs of a rank
     found = {field.name: getattr(memory, field.name) for field in fields(memory)}
     found["activations"] = found.pop("activations_per_pair") * min(run.batch.micro_size, share)

@@ -1,26 +1,16 @@
-"""A plan as a text for people and as a tree for programs."""
+"""A plan as text (`report`) and as JSON (`as_json`)."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cca_ds.planning.nodes import GIB, NodeGroup
-from cca_ds.planning.outcomes import Job, Outcome
-from cca_ds.planning.step_time import LINK_SHARE, rank_devices
-
-COST_MODEL = f"""\
-How this is reckoned
-  FLOPs    2 a weight and code, attention over all pairs of codes; backward = 2 forwards, 3 with checkpointing;
-           positives and negatives; the reference one forward more. Time = FLOPs / (peak x efficiency), both stated.
-  memory   2 bytes a weight in bf16, 2 or 4 of gradient, 12 of float32 master weight and Adam's moments, sharded by the
-           ZeRO stage; gathered weights at most stage3_max_live_parameters; what each block keeps for its backward; one
-           chunk of logits; 1.5 GiB and 6% of the GPU are left alone.
-  links    every forward gathers the weights twice and scatters the gradients once (stage 3), in a ring at
-           {LINK_SHARE:.0%} of the slowest stated link, hidden behind the computing as far as that lasts.
-  step     every rank runs the same number of forwards and waits at each layer for the slowest; a GPU without pairs
-           computes a dummy one. Balanced cuts are the training's own solver's (cca_ds/balance/partition.py).
-  share    of the allocation: the time all its GPUs would need for what must be computed, over the time predicted.
-  Not in it: data loading, checkpoints, evaluation, and the first step's compilation."""
+from cca_ds.cluster.devices import GIB
+from cca_ds.planning.explanation import COST_MODEL
+from cca_ds.planning.job import Job
+from cca_ds.planning.nodes import NodeGroup
+from cca_ds.planning.outcomes import Outcome
+from cca_ds.planning.step_time import rank_devices
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -36,27 +26,30 @@ def pairs_by_device(outcome: Outcome) -> dict[str, tuple[int, int]]:
     """Fewest and most pairs a step on a GPU of each kind, balanced."""
     assert outcome.balanced is not None
     ranges: dict[str, tuple[int, int]] = {}
-    for device, pairs in zip(rank_devices(outcome.trainers), outcome.balanced.cut.pairs, strict=True):
+    for device, pairs in zip(rank_devices(outcome.trainers), outcome.balanced.partition.pairs, strict=True):
         low, high = ranges.get(device.name, (pairs, pairs))
         ranges[device.name] = (min(low, pairs), max(high, pairs))
     return ranges
 
 
 def recommendation(job: Job, outcomes: Sequence[Outcome], leaner: Outcome | None = None) -> list[str]:
-    """What to ask for and to set, one sentence each; `leaner` leaves slow nodes out and is quicker."""
+    """Which nodes to request and what to set, one sentence each.
+
+    Args:
+        outcomes: of every placement.
+        leaner: the recipe's placement on fewer nodes, where that is quicker (`leaner_outcome`).
+    """
     best = best_of(outcomes)
     if best is None:
         return ["Nothing fits: use ds_configs/zero3_offload.json, more GPUs, or a smaller model."]
     assert best.balanced is not None
-    settings = [
-        f"reference.placement={best.placement}",
-        f"model.activation_checkpointing={best.checkpointing}".lower(),
-    ]
+    settings = [f"reference.placement={best.placement.name}"] if best.placement else []
+    settings.append(f"model.activation_checkpointing={best.checkpointing}".lower())
     if len({device.name for device in rank_devices(best.trainers)}) > 1:
         settings.append("balance.mode=measured")
-    if best.placement in ("cached", "streamed"):
+    if best.placement and best.placement.stored:
         settings.append("reference.cache=FOLDER")
-    settings.append(f"batch.micro_size={max(max(sizes) for sizes in best.balanced.cut.micro_sizes)}")
+    settings.append(f"batch.micro_size={max(max(sizes) for sizes in best.balanced.partition.micro_sizes)}")
     lines = [
         f"Take --set {' '.join(settings)}: {_duration(best.epoch_seconds)} an epoch, {best.gpu_hours:.3g} GPU hours."
     ]
@@ -67,7 +60,7 @@ def recommendation(job: Job, outcomes: Sequence[Outcome], leaner: Outcome | None
         )
     if best.producers:
         lines.append(f"Train on {_names(best.trainers)}; stream the reference from {_names(best.producers)}.")
-    idle = sum(1 for pairs in best.balanced.cut.pairs if not pairs)
+    idle = sum(1 for pairs in best.balanced.partition.pairs if not pairs)
     if idle:
         lines.append(
             f"{job.pairs} pairs leave {idle} GPUs without one: ask for fewer nodes, or raise batch.global_size "
@@ -88,8 +81,8 @@ def report(
     shown: Outcome,
     leaner: Outcome | None = None,
 ) -> str:
-    """The whole answer; `shown` is the recipe's own placement, whose memory and links are spelt out."""
-    flops = job.model.forward_flops() * job.sequences * (4 if job.sequences == 2 else 3) * job.images
+    """The whole plan as text; `shown` is the recipe's own placement, whose memory and links are shown part by part."""
+    flops = job.model.forward_flops() * job.rows_per_pair * job.passes * job.images
     gpus = sum(group.ranks for group in groups)
     lines = [
         f"{job.model.name}: {job.model.parameters / 1e9:.3g} B parameters, {job.model.codes} codes an image; "
@@ -112,11 +105,11 @@ def report(
     return "\n".join(lines)
 
 
-def as_tree(
+def as_json(
     job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], leaner: Outcome | None = None
-) -> dict[str, Any]:
-    """The same as plain values: bytes, seconds, FLOPs."""
-    return {
+) -> str:
+    """The whole plan as JSON: bytes, seconds, FLOPs."""
+    tree = {
         "model": asdict(job.model) | {"forward_flops": job.model.forward_flops()},
         "nodes": [asdict(group) for group in groups],
         "pairs": job.pairs,
@@ -125,11 +118,12 @@ def as_tree(
         "outcomes": [_outcome_tree(outcome) for outcome in outcomes],
         "recommendation": recommendation(job, outcomes, leaner),
     }
+    return json.dumps(tree, indent=1)
 
 
 def _outcome_tree(outcome: Outcome) -> dict[str, Any]:
     tree: dict[str, Any] = {
-        "placement": outcome.placement,
+        "placement": outcome.placement_name,
         "activation_checkpointing": outcome.checkpointing,
         "trainers": _names(outcome.trainers),
         "producers": _names(outcome.producers),
@@ -144,7 +138,7 @@ def _outcome_tree(outcome: Outcome) -> dict[str, Any]:
         step = outcome.balanced
         tree |= {
             "pairs": pairs_by_device(outcome),
-            "forwards": step.cut.forwards,
+            "forwards": step.partition.forwards,
             "step_seconds": outcome.step_seconds,
             "compute_seconds": step.compute_seconds,
             "link_seconds": step.link_seconds,
@@ -170,7 +164,7 @@ def _device_lines(groups: Sequence[NodeGroup]) -> list[str]:
 
 def _memory_lines(shown: Outcome) -> list[str]:
     mode = "with" if shown.checkpointing else "without"
-    lines = [f"Memory of a GPU, GiB: reference {shown.placement}, {mode} activation checkpointing"]
+    lines = [f"Memory of a GPU, GiB: reference {shown.placement_name}, {mode} activation checkpointing"]
     parts = ("weights", "gradients", "optimizer", "buffers", "reference", "head", "reserved")
     lines.append(
         "GPU         " + "".join(f"{part:>10}" for part in parts) + "  a pair  micro fits  micro used"
@@ -193,7 +187,7 @@ def _largest_used(outcome: Outcome) -> dict[str, int]:
     used: dict[str, int] = {}
     if outcome.balanced:
         devices = rank_devices(outcome.trainers)
-        for device, sizes in zip(devices, outcome.balanced.cut.micro_sizes, strict=True):
+        for device, sizes in zip(devices, outcome.balanced.partition.micro_sizes, strict=True):
             used[device.name] = max(used.get(device.name, 0), sizes[0])
     return used
 
@@ -203,10 +197,10 @@ def _placement_lines(outcomes: Sequence[Outcome], shown: Outcome) -> list[str]:
         "reference   checkpointing  forwards  step, s   even, s   epoch     GPU hours  share  even  pairs a GPU"
     ]
     for outcome in outcomes:
-        head = f"{outcome.placement:<11} {'on' if outcome.checkpointing else 'off':<14}"
+        head = f"{outcome.placement_name:<11} {'on' if outcome.checkpointing else 'off':<14}"
         if not outcome.balanced:
-            alone = outcome.placement == "streamed" and not outcome.producers
-            lines.append(f"{head} {'needs two nodes' if alone else 'does not fit'}")
+            one_node = outcome.placement and outcome.placement.needs_producers and not outcome.producers
+            lines.append(f"{head} {'needs two nodes' if one_node else 'does not fit'}")
             continue
         even = _seconds(outcome.even_step_seconds) if outcome.even else "no fit"
         pairs = ", ".join(
@@ -216,7 +210,7 @@ def _placement_lines(outcomes: Sequence[Outcome], shown: Outcome) -> list[str]:
         source = f"; produced by {_names(outcome.producers)}" if outcome.producers else ""
         mark = " *" if outcome is shown else ""
         lines.append(
-            f"{head} {outcome.balanced.cut.forwards:8}  {_seconds(outcome.step_seconds):>7}  {even:>8}   "
+            f"{head} {outcome.balanced.partition.forwards:8}  {_seconds(outcome.step_seconds):>7}  {even:>8}   "
             f"{_duration(outcome.epoch_seconds):<9} {outcome.gpu_hours:9.3g}  {outcome.efficiency:5.0%}  "
             f"{outcome.even_efficiency:4.0%}  {pairs}{source}{mark}"
         )
@@ -230,8 +224,8 @@ def _link_lines(shown: Outcome) -> list[str]:
     groups = shown.trainers
     network = min(groups, key=lambda group: group.device.node_link).device
     return [
-        f"Links of a step ({shown.placement}): every GPU receives {step.link_bytes / 1e9:.1f} GB over "
-        f"{step.cut.forwards} forwards; {_seconds(step.link_seconds)} s of link beside "
+        f"Links of a step ({shown.placement_name}): every GPU receives {step.link_bytes / 1e9:.1f} GB over "
+        f"{step.partition.forwards} forwards; {_seconds(step.link_seconds)} s of link beside "
         f"{_seconds(step.compute_seconds)} s of "
         f"computing; the slowest network is {network.name}'s, {network.node_link / 1e9:.0f} GB/s a node"
     ]

@@ -1,4 +1,4 @@
-"""Seconds of one step on unequal GPUs, from a batch cut, the model's operations and the links.
+"""Seconds of one step on unequal GPUs, from a batch's partition, the model's operations and the links.
 
 A step is F forwards (see `cca_ds/balance/partition.py`), each a chain of passes over the layers: reference,
 policy forward, policy backward. In a pass, layer after layer is gathered on the link while the one before is
@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cca_ds.balance.partition import BalanceError, Cut, cut, largest_micro
-from cca_ds.planning.architecture import Architecture
-from cca_ds.planning.memory import USABLE_SHARE, Memory, Sharding
-from cca_ds.planning.nodes import Device, NodeGroup
+from cca_ds.balance.memory import USABLE_SHARE, Memory, Sharding
+from cca_ds.balance.partition import BalanceError, Partition, largest_micro, partition_batch
+from cca_ds.cluster.devices import Device
+from cca_ds.models.cost import ModelCost
+from cca_ds.planning.nodes import LINK_SHARE, NodeGroup
+from cca_ds.reference.placements import Placement
 
-LINK_SHARE = 0.8  # of a link's rate that large collectives reach
 HOP_SECONDS = 5e-6  # a collective's latency, for each doubling of the ranks
 OPTIMIZER_BYTES = 28  # AdamW reads and writes weights, gradient, master weight and two moments, a parameter
 BYTES = 2  # of a gathered weight and of a reduced gradient
@@ -39,7 +40,7 @@ class Work:
 class Links:
     """Seconds that one gather or scatter of the whole model takes on the slowest link on its way.
 
-    `near` is that within groups of ranks of a node, for hierarchical partitions; equal to `far` without them.
+    `near` is the time within groups of ranks of one node, for hierarchical partitions; without them it equals `far`.
     """
 
     far: float
@@ -49,10 +50,13 @@ class Links:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A cut with its predicted time; `efficiency` is the time of a perfect split without links over
-    `seconds`."""
+    """A partition with its predicted time.
 
-    cut: Cut
+    `compute_seconds` and `link_seconds` are each resource's own time, `seconds` the step's with both overlapped;
+    `link_bytes` is what every GPU receives. `efficiency` is the time of a perfect split without links over `seconds`.
+    """
+
+    partition: Partition
     seconds: float
     compute_seconds: float
     link_seconds: float
@@ -60,10 +64,12 @@ class StepTime:
     efficiency: float
 
 
-def work_of(model: Architecture, placement: str, checkpointing: bool, sequences: int = 2) -> Work:
-    """A backward is two forwards, three with the recomputation; a reference on the trainers one more."""
-    forward = model.forward_flops() * sequences
-    reference = forward if placement in ("inference", "zero3") else 0.0
+def work_of(
+    model: ModelCost, placement: Placement | None, checkpointing: bool, rows_per_pair: int = 2
+) -> Work:
+    """A backward is two forwards, three with the recomputation; a reference on the trainers one forward more."""
+    forward = model.forward_flops() * rows_per_pair
+    reference = forward if placement and placement.on_trainers else 0.0
     return Work(reference, forward, forward * (3 if checkpointing else 2))
 
 
@@ -72,7 +78,7 @@ def rank_devices(groups: Sequence[NodeGroup]) -> list[Device]:
     return [group.device for group in groups for _ in range(group.ranks)]
 
 
-def links_of(groups: Sequence[NodeGroup], model: Architecture, sharding: Sharding) -> Links:
+def links_of(groups: Sequence[NodeGroup], model: ModelCost, sharding: Sharding) -> Links:
     """A ring over all ranks: nodes exchange over the slowest network, GPUs of a node over the slowest
     link."""
     size = model.parameters * BYTES
@@ -90,11 +96,12 @@ def links_of(groups: Sequence[NodeGroup], model: Architecture, sharding: Shardin
     return Links(far, near, size * (ranks - 1) / ranks)
 
 
-def pass_links(links: Links, sharding: Sharding, placement: str) -> tuple[float, float, float]:
+def pass_links(links: Links, sharding: Sharding, placement: Placement | None) -> tuple[float, float, float]:
     """Link seconds of the reference pass, the policy's forward and its backward, in one forward of a step."""
+    reference = links.far if placement and placement.sharded else 0.0
     if sharding.stage < 3:
-        return (links.far if placement == "zero3" else 0.0, 0.0, links.far if sharding.stage == 2 else 0.0)
-    return (links.far if placement == "zero3" else 0.0, links.far, links.near + links.far)
+        return (reference, 0.0, links.far if sharding.stage == 2 else 0.0)
+    return (reference, links.far, links.near + links.far)
 
 
 def pass_seconds(layers: int, compute: float, link: float) -> float:
@@ -115,15 +122,15 @@ def step_time(
     groups: Sequence[NodeGroup],
     caps: Sequence[int],
     pairs: int,
-    model: Architecture,
+    model: ModelCost,
     work: Work,
     sharding: Sharding,
-    placement: str,
+    placement: Placement | None,
     even: bool = False,
 ) -> StepTime | None:
-    """The predicted step of a balanced cut, or of an `even` one; None where not a pair fits.
+    """The predicted step of a balanced partition, or of an `even` one; None where not a pair fits.
 
-    An even cut gives every rank the same number of pairs, in micro-batches that fit on the smallest GPU.
+    An even partition gives every rank the same number of pairs, in micro-batches that fit on the smallest GPU.
     """
     devices = rank_devices(groups)
     speeds = {g.device.name: work.total / (g.device.peak_flops * g.device.efficiency) for g in groups}
@@ -134,11 +141,11 @@ def step_time(
     candidates = []
     try:
         if even:
-            candidates.append(cut(pairs, [1.0] * len(devices), [min(limits)] * len(devices)))
+            candidates.append(partition_batch(pairs, [1.0] * len(devices), [min(limits)] * len(devices)))
         else:
-            # The link hides behind the computing or the other way round; the better of both cuts is taken.
+            # The link hides behind the computing or the other way round; the better of both partitions is taken.
             for exposed in (sum(per_pass) / model.layers, sum(per_pass)):
-                candidates.append(cut(pairs, seconds, limits, exposed))
+                candidates.append(partition_batch(pairs, seconds, limits, exposed))
     except BalanceError:
         return None
     times = [_evaluate(one, seconds, devices, model, work, sharding, links, per_pass) for one in candidates]
@@ -146,10 +153,10 @@ def step_time(
 
 
 def _evaluate(
-    batch: Cut,
+    batch: Partition,
     seconds: Sequence[float],
     devices: Sequence[Device],
-    model: Architecture,
+    model: ModelCost,
     work: Work,
     sharding: Sharding,
     links: Links,
@@ -159,7 +166,7 @@ def _evaluate(
     kinds = set(zip(batch.micro_sizes, seconds, strict=True))
     total = compute = 0.0
     for index in range(batch.forwards):
-        # A rank without pairs runs a dummy pair, which takes it as long as a true one.
+        # A rank without pairs runs a dummy pair, which takes as long as a true one.
         slowest = max(max(sizes[index], 1) * second for sizes, second in kinds)
         compute += slowest
         for share, link in zip(shares, per_pass, strict=True):

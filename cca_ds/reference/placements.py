@@ -30,6 +30,8 @@ class Placement:
         resident_bytes: of a rank's GPU, from (bytes of all weights, bytes of the weights that ZeRO-3 gathers at a
             time, ranks, whether shards are offloaded to host memory).
         can_offload: whether `reference.offload` applies.
+        sharded: its weights are gathered over the links in every forward.
+        needs_producers: other nodes compute the log-likelihoods while training runs.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Placement:
     on_trainers: bool
     resident_bytes: Callable[[float, float, int, bool], float]
     can_offload: bool = False
+    sharded: bool = False
+    needs_producers: bool = False
 
 
 def _build_replica(inputs: ReferenceInputs) -> Reference:
@@ -92,9 +96,19 @@ PLACEMENTS.register(
             gathered + (0.0 if offload else weights / ranks)
         ),
         can_offload=True,
+        sharded=True,
     )
 )
-for _name, _build in (("cached", _build_cached), ("streamed", _build_streamed)):
-    PLACEMENTS.register(
-        Placement(_name, _build, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0)
+PLACEMENTS.register(
+    Placement("cached", _build_cached, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0)
+)
+PLACEMENTS.register(
+    Placement(
+        "streamed",
+        _build_streamed,
+        stored=True,
+        on_trainers=False,
+        resident_bytes=lambda *_: 0.0,
+        needs_producers=True,
     )
+)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.console import progress
 from cca_ds.data.batches import Steps
 from cca_ds.files import write_atomic

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cca_ds.alignment.objective import SUMS, Objective
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
 from cca_ds.reference.base import Reference

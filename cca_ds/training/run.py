@@ -21,7 +21,7 @@ from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import check_ranks
 from cca_ds.cluster.rank_logs import keep_rank_log
 from cca_ds.cluster.ranked import run_on_ranks
@@ -48,6 +48,7 @@ from cca_ds.training.reader import BatchReader
 from cca_ds.training.run_log import RunLog
 from cca_ds.training.sample_grids import SampleGrids
 from cca_ds.training.utilization import Utilization
+from cca_ds.training.workload import trained_flops, workload_of
 
 # sections whose values TensorBoard's table of runs shows
 _COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
@@ -182,7 +183,8 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     torch.manual_seed(run.seed + ranks.rank)
-    balancer = Balancer(run, ds, ranks, precision, inputs.tokenizer)
+    workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
+    balancer = Balancer(run.balance, run.batch, workload, ranks)
     metadata = {"config": compared["the configuration"], "stage": zero_stage(ds), "precision": precision}
     checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata)
     origin = checkpoints.to_resume(resume)
@@ -193,9 +195,10 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress
     )
     last_values = last_logged_values(folder / "metrics.jsonl", first_step)
+    utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
-        first_step, inputs.steps, log, last_values, run.batch.global_size,
-        Utilization(run, ranks), coordinator.device, run.logging.every_steps,
+        first_step, inputs.steps, log, last_values, run.batch.global_size, utilization, coordinator.device,
+        run.logging.every_steps,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
     return Run(

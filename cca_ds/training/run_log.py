@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cca_ds.console import say
+from cca_ds.data.image_grid import encode_png
 from cca_ds.files import write_atomic
 
 
@@ -93,15 +94,8 @@ class RunLog:
         """A picture [H, W, C] uint8: into TensorBoard and as samples/`file_name`."""
         if not self.speaking:
             return
-        import io
-
-        from PIL import Image
-
         (self.folder / "samples").mkdir(exist_ok=True)
-        picture = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
-        encoded = io.BytesIO()
-        picture.save(encoded, format="PNG")
-        write_atomic(self.folder / "samples" / file_name, encoded.getvalue())
+        write_atomic(self.folder / "samples" / file_name, encode_png(grid))
         if self.writer:
             self.writer.add_image(tag, grid, step, dataformats="HWC")
 

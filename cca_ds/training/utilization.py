@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from cca_ds.cluster.launchers import Ranks
-from cca_ds.config.schema import RunConfig
-from cca_ds.planning.architecture import architecture_of
-from cca_ds.planning.nodes import DEVICES
+from cca_ds.cluster.devices import peak_flops
+from cca_ds.models.cost import ModelCost
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations a second of a GPU by its full name, e.g. "NVIDIA H100 80GB HBM3"; None if unknown."""
-    words = device_name.lower().replace("-", " ").split()
-    return next((device.peak_flops for name, device in DEVICES.items() if name in words), None)
+def pair_flops(model: ModelCost, rows_per_pair: int, reference_on_trainers: bool) -> float:
+    """Operations that one pair costs the trainers: forward and backward of the policy, which are three forwards, and
+    the reference's forward where the trainers compute it. Activations that are computed again do not count.
+    """
+    return rows_per_pair * (3 + reference_on_trainers) * model.forward_flops()
 
 
 class Utilization:
-    """Model operations a second over the peak of all ranks' GPUs. Collective to build.
+    """Model operations a second over the sum of all ranks' peaks.
 
-    Without GPUs, or with one whose peak is not known, there is nothing to log.
+    Args:
+        flops_per_pair: see `pair_flops`.
+        device_names: every rank's device by its maker's name; with a CPU or an unknown GPU among them, nothing is
+            logged.
     """
 
-    def __init__(self, run: RunConfig, ranks: Ranks):
-        name = torch.cuda.get_device_name() if ranks.device.startswith("cuda") else ""
-        peaks: list[float | None] = [None] * ranks.world_size
-        torch.distributed.all_gather_object(peaks, peak_flops(name))
+    def __init__(self, flops_per_pair: float, device_names: Sequence[str]):
+        peaks = [peak_flops(name) for name in device_names]
+        self.flops_per_pair = flops_per_pair
         self.peak = None if None in peaks else sum(peak for peak in peaks if peak)
-        self.flops_per_pair = 0.0
-        if self.peak:
-            contrastive = run.loss.name != "mle"
-            model = architecture_of(run.model.preset, run.model.overrides)
-            # forward and backward are three forwards; recomputed activations are no work of the model's
-            passes = 3 + (contrastive and run.reference.placement in ("inference", "zero3"))
-            self.flops_per_pair = (1 + contrastive) * passes * model.forward_flops()
 
     def tags(self, pairs: int, seconds: float) -> dict[str, float]:
-        """`throughput/mfu` of a step, or nothing."""
+        """`throughput/mfu` of a step of `pairs` pairs over all ranks that took `seconds`; empty without a peak."""
         return {"throughput/mfu": pairs * self.flops_per_pair / seconds / self.peak} if self.peak else {}

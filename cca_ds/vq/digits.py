@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cca_ds.data.manifest import CodesError
-from cca_ds.data.writing import write_codes
+from cca_ds.data.table_files import write_codes
 from cca_ds.vq.tokenizer import TOKENIZERS, TokenizerSpec, checked_codes
 
 GREY_LEVELS = 17
@@ -107,5 +107,6 @@ DIGITS = TOKENIZERS.register(
         family="llamagen",
         image_mode="L",
         builtin_codes=builtin_codes,
+        builtin_images=1797,
     )
 )

@@ -28,6 +28,7 @@ class TokenizerSpec:
         image_mode: PIL's name of the images that it takes: "L" or "RGB".
         builtin_codes: (folder) -> the folder of its table of codes, written into `folder` at the first call, from
             images that need no source; None: it has none.
+        builtin_images: images of that table.
         imports_npy: whether the original program stores its codes as the .npy files that `encode --import_npy` reads.
         weights: how to recognise its weights files; None: they are not recognised.
     """
@@ -38,6 +39,7 @@ class TokenizerSpec:
     family: str
     image_mode: str = "RGB"
     builtin_codes: Callable[[Path], Path] | None = None
+    builtin_images: int | None = None
     imports_npy: bool = False
     weights: WeightsKind | None = None
 
@@ -50,6 +52,11 @@ class TokenizerSpec:
 
 
 TOKENIZERS: Registry[TokenizerSpec] = Registry("tokenizer.name")
+
+
+def builtin_images(codes: str) -> int | None:
+    """Images of the built-in table that `data.codes` names; None where it names a folder."""
+    return TOKENIZERS[codes].builtin_images if codes in TOKENIZERS else None
 
 
 def create_tokenizer(name: str, weights: str | Path | None = None, **shape: Any) -> nn.Module:

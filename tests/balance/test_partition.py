@@ -1,4 +1,4 @@
-"""The cut of a batch over unequal ranks: exact against brute force, and the loss scale that makes it
+"""The partition of a batch over unequal ranks: exact against brute force, and the loss scale that makes it
 invisible."""
 
 import itertools
@@ -8,7 +8,13 @@ import time
 import pytest
 import torch
 
-from cca_ds.balance.partition import BalanceError, cut, largest_micro, lockstep_seconds, measure_speed
+from cca_ds.balance.partition import (
+    BalanceError,
+    largest_micro,
+    lockstep_seconds,
+    measure_speed,
+    partition_batch,
+)
 
 
 def brute_force_seconds(pairs, seconds, caps, seconds_per_forward):
@@ -24,7 +30,7 @@ def brute_force_seconds(pairs, seconds, caps, seconds_per_forward):
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_no_assignment_beats_the_cut(seed):
+def test_no_assignment_beats_the_partition(seed):
     draw = random.Random(seed)
     ranks, pairs = draw.randint(1, 4), draw.randint(1, 9)
     speeds = [1.0, 1.5, 2.0, 3.0, 0.1, 0.7] if seed % 2 else [draw.uniform(0.1, 3) for _ in range(6)]
@@ -32,12 +38,12 @@ def test_no_assignment_beats_the_cut(seed):
     caps = [draw.randint(0, 4) for _ in range(ranks)]
     caps[draw.randrange(ranks)] += 1
     per_forward = draw.choice([0.0, 0.05, 0.5, 2.0])
-    result = cut(pairs, seconds, caps, per_forward)
+    result = partition_batch(pairs, seconds, caps, per_forward)
     assert result.seconds == pytest.approx(brute_force_seconds(pairs, seconds, caps, per_forward), rel=1e-12)
     assert sum(result.pairs) == pairs
     slowest = max(n * s for n, s in zip(result.pairs, seconds, strict=True))
     assert result.seconds == pytest.approx(slowest + result.forwards * per_forward, rel=1e-12)
-    assert result == cut(pairs, seconds, caps, per_forward)
+    assert result == partition_batch(pairs, seconds, caps, per_forward)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -45,7 +51,7 @@ def test_sizes_are_even_within_memory_and_as_many_on_every_rank(seed):
     draw = random.Random(1000 + seed)
     ranks = draw.randint(1, 12)
     seconds, caps = [draw.uniform(0.1, 2) for _ in range(ranks)], [draw.randint(1, 6) for _ in range(ranks)]
-    result = cut(draw.randint(1, 200), seconds, caps)
+    result = partition_batch(draw.randint(1, 200), seconds, caps)
     for sizes, cap in zip(result.micro_sizes, caps, strict=True):
         assert len(sizes) == result.forwards
         assert max(sizes) <= cap
@@ -56,23 +62,23 @@ def test_sizes_are_even_within_memory_and_as_many_on_every_rank(seed):
 
 def test_by_hand():
     """Three to one: a rank three times slower gets a quarter; memory then forces a second forward."""
-    free = cut(32, [1.0, 3.0], [32, 32])
+    free = partition_batch(32, [1.0, 3.0], [32, 32])
     assert free.pairs == (24, 8) and free.forwards == 1 and free.seconds == 24.0
-    capped = cut(32, [1.0, 3.0], [12, 32])
+    capped = partition_batch(32, [1.0, 3.0], [12, 32])
     assert capped.micro_sizes == ((12, 12), (4, 4)) and capped.seconds == 24.0
     # A forward that costs 10 s is worth avoiding: one forward of (12, 20) takes 60 + 10, two take 24 + 20.
-    assert cut(32, [1.0, 3.0], [12, 32], 10.0).forwards == 2
+    assert partition_batch(32, [1.0, 3.0], [12, 32], 10.0).forwards == 2
     # At 40 s a forward, one of (12, 20) takes 100 and two take 104.
-    assert cut(32, [1.0, 3.0], [12, 32], 40.0).micro_sizes == ((12,), (20,))
+    assert partition_batch(32, [1.0, 3.0], [12, 32], 40.0).micro_sizes == ((12,), (20,))
 
 
 def test_ties_take_the_fewest_forwards_and_the_lower_rank():
-    assert cut(3, [1.0, 1.0], [4, 4]).micro_sizes == ((2,), (1,))
-    assert cut(1, [1.0, 1.0, 1.0], [1, 1, 1]).pairs == (1, 0, 0)
+    assert partition_batch(3, [1.0, 1.0], [4, 4]).micro_sizes == ((2,), (1,))
+    assert partition_batch(1, [1.0, 1.0, 1.0], [1, 1, 1]).pairs == (1, 0, 0)
 
 
 def test_ranks_without_pairs_run_dummy_forwards_of_weight_zero():
-    result = cut(4, [1.0, 100.0, 1.0], [2, 2, 0])
+    result = partition_batch(4, [1.0, 100.0, 1.0], [2, 2, 0])
     assert result.micro_sizes == ((2, 2), (0, 0), (0, 0))
     assert result.positions(1) == [range(4, 4), range(4, 4)]
 
@@ -80,7 +86,7 @@ def test_ranks_without_pairs_run_dummy_forwards_of_weight_zero():
 def test_the_stated_loss_scale_makes_the_average_over_ranks_that_of_the_whole_batch():
     """Mean over ranks of n_r W / n times the rank's mean loss, and of its summed losses times W / n."""
     losses = torch.randn(23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    result, ranks, pairs = cut(23, [1.0, 2.5, 7.0, 900.0], [4, 3, 1, 1]), 4, 23
+    result, ranks, pairs = partition_batch(23, [1.0, 2.5, 7.0, 900.0], [4, 3, 1, 1]), 4, 23
     by_rank = by_forward = 0.0
     for rank in range(ranks):
         own = [losses[span.start : span.stop] for span in result.positions(rank)]
@@ -94,28 +100,28 @@ def test_the_stated_loss_scale_makes_the_average_over_ranks_that_of_the_whole_ba
 
 def test_lockstep_counts_the_slowest_rank_of_each_forward():
     assert lockstep_seconds([(2, 2), (1, 0)], [1.0, 3.0]) == 3.0 + 2.0
-    result = cut(5, [1.0, 3.0], [2, 2], 0.25)
+    result = partition_batch(5, [1.0, 3.0], [2, 2], 0.25)
     assert (
         result.lockstep_seconds == lockstep_seconds(result.micro_sizes, [1.0, 3.0]) + result.forwards * 0.25
     )
     assert result.lockstep_seconds >= result.seconds
 
 
-def test_thousands_of_ranks_are_cut_in_a_blink():
+def test_thousands_of_ranks_are_partitioned_within_a_second():
     seconds = [0.1] * 2048 + [0.3] * 1024 + [0.9] * 1024
     start = time.process_time()
-    result = cut(16384, seconds, [8] * 2048 + [4] * 2048)
+    result = partition_batch(16384, seconds, [8] * 2048 + [4] * 2048)
     assert time.process_time() - start < 1.0
     assert result.seconds == pytest.approx(16384 / sum(1 / s for s in seconds), rel=0.2)
 
 
 def test_description_groups_equal_ranks():
-    line = cut(7, [1.0, 1.0, 3.0], [8, 8, 8]).describe()
+    line = partition_batch(7, [1.0, 1.0, 3.0], [8, 8, 8]).describe()
     assert "rank 0-1: 3" in line and "rank 2: 1" in line and "forwards 1" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reason"),
     [
         ((0, [1.0], [1]), "0 pairs"),
         ((4, [1.0], [1, 2]), "1 speeds for 2"),
@@ -126,9 +132,9 @@ def test_description_groups_equal_ranks():
         ((4, [], []), "0 speeds"),
     ],
 )
-def test_impossible_cuts_say_why(arguments, said):
-    with pytest.raises(BalanceError, match=said):
-        cut(*arguments)
+def test_an_impossible_partition_gives_the_reason(arguments, reason):
+    with pytest.raises(BalanceError, match=reason):
+        partition_batch(*arguments)
 
 
 def test_largest_micro():
@@ -188,3 +194,12 @@ def test_speed_of_real_passes_grows_with_the_model(device):
         return lambda size: layer(torch.ones(16 * size, width, device=device)).sum().backward()
 
     assert measure_speed(step_of(1024), [8, 16], 3) > measure_speed(step_of(64), [8, 16], 3)
+
+
+def test_a_partition_at_a_fixed_number_of_forwards():
+    assert partition_batch(16, [1.0, 3.0], [4, 4]).forwards == 3
+    fixed = partition_batch(16, [1.0, 3.0], [4, 4], forwards=4)
+    assert fixed.forwards == 4 and fixed.pairs == (12, 4)
+    assert partition_batch(16, [1.0, 3.0], [4, 4], forwards=2).pairs == (8, 8)  # the caps leave no choice
+    with pytest.raises(BalanceError, match="do not fit in 1 forwards"):
+        partition_batch(16, [1.0, 3.0], [4, 4], forwards=1)

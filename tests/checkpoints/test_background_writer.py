@@ -39,12 +39,12 @@ def test_background_writer_holds_a_bounded_number_of_copies():
 
 def test_background_errors_surface_once_at_the_next_call(tmp_path):
     writer, partial = BackgroundWriter(), begin(tmp_path, 2)
-    writer.submit(publish, partial, 0, 1, files=[partial / "absent.pt"])
+    writer.submit(publish, partial, [partial / "absent.pt"])
     with pytest.raises(CheckpointError, match=r"absent\.pt"):
         writer.wait()
     writer.wait()
     partial = begin(tmp_path, 2)
     (partial / "rank_0.pt").write_bytes(b"x")
-    writer.submit(publish, partial)
+    writer.submit(publish, partial, [partial / "rank_0.pt"])
     writer.close()
     assert complete_checkpoints(tmp_path) == [tmp_path / "step_00000002"]

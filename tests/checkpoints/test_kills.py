@@ -40,7 +40,7 @@ for step in range(first, int(sys.argv[2])):
     for rank in range(3):
         file = partial / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
         file.write_bytes(b"%d-%d" % (step, rank) * 20000)
-        store.publish(partial, rank, 3, metadata={"step": step})
+        store.publish(partial, [file], rank, 3, metadata={"step": step})
     print(step, flush=True)
     store.retain(root, keep_last=2, keep_every=5)
 """

@@ -2,9 +2,7 @@
 
 import pytest
 
-from cca_ds.cluster.hostlist import expand_counts, expand_hosts
-from cca_ds.cluster.launch import find_ranks
-from cca_ds.cluster.launchers import LaunchError, slurm_master
+from cca_ds.cluster.launch import LaunchError, expand_counts, expand_hosts, find_ranks, slurm_master
 from tests.support.launcher_environments import (
     DEEPSPEED,
     HETEROGENEOUS,
@@ -55,7 +53,7 @@ def test_master_of_each_launcher():
     assert (ranks.master_address, ranks.master_port) == ("node7", 29500)
     assert find_ranks(SRUN, 0).master_address == "gpu08"
     assert find_ranks({**SRUN, "MASTER_ADDR": "ib-gpu08", "MASTER_PORT": "4711"}, 0).master_port == 4711
-    assert find_ranks(OPEN_MPI, 0).master_address is None  # told through MPI
+    assert find_ranks(OPEN_MPI, 0).master_address is None  # rank 0 broadcasts it through MPI
 
 
 def test_master_of_a_heterogeneous_job_is_not_the_first_name_of_the_list():

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from cca_ds.cluster.launch import find_ranks
-from cca_ds.cluster.launchers import LaunchError
+from cca_ds.cluster.launch import LaunchError, find_ranks
 from cca_ds.cluster.preflight import agree, compare, describe
+from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import run_ranks
 
 HOST = socket.gethostname()
@@ -42,7 +42,7 @@ def test_equal_ranks_pass_whatever_their_hosts_devices():
         ("the version of torch", 2, "2.11.0", "differs: rank 2 on a40-7 has 2.11.0; the others have 2.13.0"),
         ("the git commit", 1, "def", "differs: rank 1 on h100-1 has def; the others have abc"),
         ("the configuration", 0, "77aa", "differs: rank 0 on h100-1 has 77aa; the others have 3f1c"),
-        # between two, rank 0 is right
+        # with no majority, the others are compared with rank 0
         ("devices of the host", 1, "H100", "differs: rank 1 on h100-1 has H100; the others have H100, H100"),
         ("the data manifest", 1, "9b2e", "differs: rank 1 on h100-1 has 9b2e; the others have nothing"),
     ],
@@ -60,7 +60,7 @@ def test_two_ranks_on_one_device_are_refused():
         compare(reports(device_id=(1, "GPU-0")))
 
 
-def test_what_a_rank_reports():
+def test_contents_of_a_report():
     report = json.loads(json.dumps(describe(find_ranks({}, 0), {"the configuration": "3f1c"})))
     assert report["same"]["the configuration"] == "3f1c"
     assert report["same"]["kind of device"] == "cpu"
@@ -77,8 +77,10 @@ def test_a_lone_process_agrees_with_itself():
 
 @pytest.mark.dist
 def test_ranks_that_agree():
-    outputs = run_ranks("tests/dist/checked.py", 2, arguments=["20", "nothing"], timeout=60)
-    assert all(o.stdout.endswith("2 ranks agree; any wants to stop: True False\n") for o in outputs)
+    outputs = run_ranks(
+        "tests/dist/checked.py", 2, arguments=["20", "nothing"], timeout=60, group=ForkedRanks
+    )
+    assert all(o.stdout.endswith("2 ranks agree; any stops: True False\n") for o in outputs)
 
 
 @pytest.mark.dist
@@ -96,7 +98,15 @@ def test_ranks_that_agree():
         ),
     ],
 )
-def test_ranks_that_do_not(trouble, line):
-    outputs = run_ranks("tests/dist/checked.py", 2, arguments=["2", trouble], timeout=60, check=False)
+def test_ranks_that_do_not_agree(trouble, line):
+    outputs = run_ranks(
+        "tests/dist/checked.py",
+        2,
+        arguments=["2", trouble],
+        timeout=60,
+        grace=1.5,
+        check=False,
+        group=ForkedRanks,
+    )
     assert outputs[0].returncode == 3
     assert line in outputs[0].stdout

@@ -1,4 +1,4 @@
-"""Every rank's output is kept in the run's folder; rank 0 stays on the console; ranks say what ended them."""
+"""Each rank's output is kept in the run's folder; rank 0 stays on the console; each rank reports its error."""
 
 import pytest
 
@@ -8,7 +8,7 @@ PROGRAM = """
 import logging, os, sys
 logger = logging.getLogger("library")
 logger.addHandler(logging.StreamHandler(sys.stderr))
-logging.getLogger("other").addHandler(logging._StderrHandler())  # looks sys.stderr up at every line
+logging.getLogger("other").addHandler(logging._StderrHandler())  # reads sys.stderr at every record
 from cca_ds.cluster.launch import find_ranks
 from cca_ds.cluster.rank_logs import keep_rank_log
 ranks = find_ranks(os.environ, 0)

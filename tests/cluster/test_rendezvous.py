@@ -1,104 +1,117 @@
-"""Ranks meet on a port that they agree on, and name those who do not come."""
+"""Ranks that srun started agree on a port through torch's store, and name the ranks that do not start."""
 
 import socket
 import threading
 import time
-from dataclasses import replace
 
-from cca_ds.cluster import rendezvous
-from cca_ds.cluster.launch import find_ranks
-from cca_ds.cluster.launchers import LaunchError
-from tests.support.launcher_environments import SRUN
+import pytest
+import torch.distributed as dist
 
-
-def test_ports_follow_from_job_step_and_restart():
-    ports = [
-        rendezvous.candidate_ports(key)
-        for key in ("slurm:1.0:0", "slurm:1.0:1", "slurm:1.1:0", "slurm:2.0:0")
-    ]
-    assert rendezvous.candidate_ports("slurm:1.0:0") == ports[0]
-    assert len({tuple(p) for p in ports}) == 4
-    assert all(20000 <= port < 32000 for p in ports for port in p)
-    assert all(len(set(p)) == len(p) for p in ports)
+from cca_ds.cluster.rendezvous import RendezvousError, agree_through_store, derived_port
 
 
-def meet_together(count, key, seconds=10.0, absent=()):
-    """Results (Ranks or LaunchError) of `count` ranks that meet from threads of this process."""
-    one = replace(find_ranks(SRUN, 0), world_size=count, master_address="127.0.0.1", meeting_key=key)
-    results = {}
+def test_the_port_follows_from_job_step_and_restart():
+    keys = ["slurm:1.0:0", "slurm:1.0:1", "slurm:1.1:0", "slurm:2.0:0"]
+    ports = [derived_port(key) for key in keys]
+    assert ports == [derived_port(key) for key in keys]
+    assert len(set(ports)) == 4
+    assert all(20000 <= port < 32000 for port in ports)
+
+
+@pytest.fixture
+def key():
+    return f"slurm:{time.time_ns()}.0:0"
+
+
+def agree_together(count, key, seconds=10.0, absent=()):
+    """By rank, the port or the error of `count` ranks that run in threads of this process."""
+    results, stores = {}, []
 
     def run(rank):
         try:
-            results[rank] = rendezvous.meet(replace(one, rank=rank), seconds)
-        except LaunchError as error:
-            results[rank] = error
+            results[rank], store = agree_through_store("127.0.0.1", key, rank, count, seconds)
+            stores.append(store)
+        except RendezvousError as error:
+            results[rank] = str(error)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count) if rank not in absent]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
+    assert all("\n" not in str(result) for result in results.values())
     return results
 
 
-def test_ranks_agree_on_a_free_port_past_strangers():
-    key = f"slurm:{time.time_ns()}.0:0"
-    strangers = []
-    for port in rendezvous.candidate_ports(key)[:3]:  # three services of somebody else; one says nonsense
-        listener = socket.socket()
-        listener.bind(("", port))
+def test_all_ranks_get_one_free_port(key):
+    results = agree_together(3, key)
+    assert len(results) == 3 and len(set(results.values())) == 1
+    with socket.socket() as probe:  # free for the process group
+        probe.bind(("", results[0]))
+
+
+def test_two_jobs_at_once_do_not_meet(key):
+    both = {}
+    jobs = [
+        threading.Thread(target=lambda name=name: both.update({name: agree_together(2, name)}))
+        for name in (key, f"{key}1")
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(30)
+    assert [len(set(results.values())) for results in both.values()] == [1, 1]
+    assert both[key][0] != both[f"{key}1"][0]
+
+
+@pytest.mark.parametrize("answer", [None, b"220 mail ready\n"])
+def test_another_service_on_the_port_is_an_error_line(key, answer):
+    with socket.socket() as listener:
+        listener.bind(("", derived_port(key)))
         listener.listen()
-        strangers.append(listener)
+        calls = []
 
-    def nonsense():
-        while True:
-            try:
-                caller, _ = strangers[0].accept()
-            except OSError:
-                return
-            caller.sendall(b"220 mail ready\n")
-            caller.close()
+        def serve():
+            while True:
+                try:
+                    calls.append(listener.accept()[0])
+                except OSError:
+                    return
+                if answer is not None:
+                    calls[-1].sendall(answer)
+                    calls[-1].close()
 
-    threading.Thread(target=nonsense, daemon=True).start()
-    for listener in strangers[1:]:
-        listener.close()
-    results = meet_together(3, key)
-    strangers[0].close()
-    ports = {result.master_port for result in results.values()}
-    assert len(ports) == 1
-    assert ports <= set(rendezvous.candidate_ports(key)[1:])
-    with socket.socket() as probe:  # free for the store
-        probe.bind(("", ports.pop()))
-
-
-def test_another_restart_of_the_job_is_not_answered():
-    key = f"slurm:{time.time_ns()}.0:0"
-    one = replace(find_ranks(SRUN, 0), world_size=2, master_address="127.0.0.1", meeting_key=key)
-    outcome = {}
-    main = threading.Thread(
-        target=lambda: outcome.update(port=rendezvous.meet(replace(one, rank=0), 10).master_port)
-    )
-    main.start()
-    time.sleep(0.2)
-    door = rendezvous.candidate_ports(key)[0]
-    with socket.create_connection(("127.0.0.1", door), timeout=5) as stale:
-        stale.sendall(f"{key}9 1 2\n".encode())
-        assert stale.makefile().readline() == ""
-    assert rendezvous.meet(replace(one, rank=1), 10).master_port == rendezvous.candidate_ports(key)[1]
-    main.join(10)
-    assert outcome["port"] == rendezvous.candidate_ports(key)[1]
+        threading.Thread(target=serve, daemon=True).start()
+        start = time.monotonic()
+        results = agree_together(2, key, seconds=1.0)
+        assert time.monotonic() - start < 5
+        listener.shutdown(socket.SHUT_RDWR)
+    for call in calls:
+        call.close()
+    port = derived_port(key)
+    assert f"rank 0: port {port} on 127.0.0.1 is in use by another program; set MASTER_PORT" in results[0]
+    assert f"did not reach rank 0 on 127.0.0.1:{port} within 1 s" in results[1]
 
 
-def test_a_rank_that_never_comes_is_named_in_time():
+def test_another_jobs_store_on_the_port_is_an_error_line(key):
+    store = dist.TCPStore("127.0.0.1", derived_port(key), None, True, wait_for_workers=False)
+    store.set("slurm:1.0:0/port", "4711")
+    results = agree_together(2, key, seconds=0.5)
+    assert all("is in use by another program; set MASTER_PORT" in result for result in results.values())
+
+
+def test_a_rank_that_does_not_start_is_named_in_time(key):
     start = time.monotonic()
-    results = meet_together(4, f"slurm:{time.time_ns()}.0:0", seconds=1.0, absent=(2,))
-    assert time.monotonic() - start < 10
-    assert "1 of 4 ranks did not reach rank 0" in str(results[0])
-    assert str(results[0]).partition(" s: ")[2].startswith("2;")
-    assert results[1].master_port == results[3].master_port
+    results = agree_together(4, key, seconds=1.0, absent=(2,))
+    assert time.monotonic() - start < 5
+    named = "1 of 4 ranks did not reach rank 0 on 127.0.0.1 within 1 s: 2;"
+    assert results[0].startswith(named)
+    for rank in (1, 3):  # their limit may end after rank 0 has left
+        assert results[rank].startswith((named, "rank 0 on 127.0.0.1 ended before all ranks arrived"))
 
 
-def test_ranks_without_rank_0_name_its_node_in_time():
-    results = meet_together(2, f"slurm:{time.time_ns()}.0:0", seconds=1.0, absent=(0,))
-    assert "rank 1" in str(results[1])
-    assert "did not reach rank 0 on 127.0.0.1 within 1 s" in str(results[1])
+def test_ranks_without_rank_0_name_its_host_in_time(key):
+    start = time.monotonic()
+    results = agree_together(2, key, seconds=1.0, absent=(0,))
+    assert time.monotonic() - start < 5
+    assert "did not reach rank 0 on 127.0.0.1:" in results[1] and "within 1 s" in results[1]

@@ -1,4 +1,4 @@
-"""Signals are remembered, not obeyed at once; a second one is."""
+"""The first stop signal sets a flag; a second one ends the process at once."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def stop():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_is_remembered(stop, name):
+def test_a_signal_sets_the_flag(stop, name):
     assert not stop.requested
     os.kill(os.getpid(), getattr(signal, name))
     assert stop.requested

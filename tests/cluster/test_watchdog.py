@@ -1,4 +1,4 @@
-"""A silent rank is named, with its host, within the limit; a run that is well is left alone."""
+"""A silent rank is named, with its host, within the limit; a run without one is not disturbed."""
 
 import signal
 import socket
@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cca_ds.cluster.watchdog import EXIT_SILENT, Seen, judge
+from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import run_ranks, start_ranks
 
 HOST = socket.gethostname()
@@ -19,7 +20,7 @@ def seen(**changes):
     )
 
 
-def test_all_well():
+def test_no_verdict_while_every_rank_reports():
     assert judge([seen(), seen(life_silent=9.0, progress_silent=11.0)], 10.0) is None
 
 
@@ -31,7 +32,7 @@ def test_a_silent_process_is_named_before_those_that_wait_for_it():
     )
 
 
-def test_the_main_thread_that_is_behind_is_named_once_all_stand_still():
+def test_the_main_thread_that_is_behind_is_named_once_no_rank_makes_progress():
     ahead, behind = (
         seen(progress_silent=11.0),
         seen(progress=39, progress_silent=12.0, where="reading data, step 20"),
@@ -43,14 +44,16 @@ def test_the_main_thread_that_is_behind_is_named_once_all_stand_still():
     assert "all are at one place: rank 0 on h100" in judge([ahead, ahead], 10.0)
 
 
-def test_a_rank_that_left_is_not_missed():
+def test_a_rank_that_closed_its_watchdog_is_not_named():
     assert judge([seen(), seen(gone=True, life_silent=99.0, progress_silent=99.0)], 10.0) is None
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stopped", [0, 2])
 def test_a_stopped_rank_ends_the_run_within_the_limit(stopped):
-    with start_ranks("tests/dist/watched.py", 3, arguments=[str(LIMIT), "-1", "0"]) as ranks:
+    with start_ranks(
+        "tests/dist/watched.py", 3, arguments=[str(LIMIT), "-1", "0"], group=ForkedRanks
+    ) as ranks:
         for rank in range(3):
             ranks.wait_for("step 5\n", rank=rank, timeout=90)
         start = time.monotonic()
@@ -68,7 +71,9 @@ def test_a_stopped_rank_ends_the_run_within_the_limit(stopped):
 
 @pytest.mark.dist
 def test_a_main_thread_that_hangs_ends_the_run_with_its_place_named():
-    with start_ranks("tests/dist/watched.py", 2, arguments=[str(LIMIT), "1", "0"]) as ranks:
+    with start_ranks(
+        "tests/dist/watched.py", 2, arguments=[str(LIMIT), "1", "0"], group=ForkedRanks
+    ) as ranks:
         outputs = ranks.wait(timeout=90)
     assert outputs[1].returncode == EXIT_SILENT
     for output in outputs:
@@ -77,6 +82,8 @@ def test_a_main_thread_that_hangs_ends_the_run_with_its_place_named():
 
 
 @pytest.mark.dist
-def test_a_run_that_is_well_ends_well():
-    outputs = run_ranks("tests/dist/watched.py", 2, arguments=["1", "-1", "40"], timeout=90)
+def test_a_run_without_a_silent_rank_ends_normally():
+    outputs = run_ranks(
+        "tests/dist/watched.py", 2, arguments=["1", "-1", "40"], timeout=90, group=ForkedRanks
+    )
     assert all(output.stdout.endswith("step 40\nclosed\n") for output in outputs)

@@ -1,7 +1,8 @@
-"""Encoding from every kind of source, by one rank or several."""
+"""Encoding from every kind of source, on one rank or several."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from cca_ds.data.codes import CodeTable
-from cca_ds.data.images import open_images
+from cca_ds.data.image_sources import open_images
 from tests.support import encoded_digits
 from tests.support.encoded_digits import IMAGES, ROOT, assert_expected, contents, run
 
@@ -51,7 +52,7 @@ def test_folder_of_images(tmp_path, digits_folder, expected, device):
 
 @pytest.mark.parametrize("compression", ["", "gz", "xz"])
 def test_tar_of_images(tmp_path, digits_folder, expected, compression):
-    """Members in the folder's order, below leading folders, with a link that must not be followed."""
+    """Below leading folders, with a link that must not be followed."""
     path = tmp_path / f"images.tar{'.' if compression else ''}{compression}"
     with tarfile.open(path, f"w:{compression}") as archive:
         for image in sorted(digits_folder.rglob("*.png")):
@@ -114,6 +115,16 @@ def test_dataset_on_disk(tmp_path, dataset_folder, expected):
     assert_expected(CodeTable.open(tmp_path / "d"), expected)
 
 
+def test_no_script_in_a_dataset_is_run(tmp_path, dataset_folder, expected):
+    """A loading script named like its folder, as `datasets` used to run."""
+    folder = shutil.copytree(dataset_folder, tmp_path / "set")
+    for script in (folder / "set.py", folder / "train" / "train.py"):
+        script.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    assert run("--source", folder, "--output", tmp_path / "t") == 0
+    assert_expected(CodeTable.open(tmp_path / "t"), expected)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_tar_of_a_dataset(tmp_path, dataset_folder, expected, capsys):
     for mode in ("w", "w:gz"):
         with tarfile.open(tmp_path / f"d{mode[2:]}.tar", mode) as archive:
@@ -128,7 +139,7 @@ def test_tar_of_a_dataset(tmp_path, dataset_folder, expected, capsys):
 
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_share_the_shards(tmp_path, digits_folder, monkeypatch, world_size, capsys):
-    """Every rank makes its part, the last to finish publishes; the files are those of one rank."""
+    """Each rank makes its shards and the last one publishes; the files equal those of one rank."""
     settings = ["--source", digits_folder, "--images_per_shard", 7]
     assert run(*settings, "--output", tmp_path / "alone") == 0
     for name, value in {"WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
@@ -140,7 +151,7 @@ def test_ranks_share_the_shards(tmp_path, digits_folder, monkeypatch, world_size
         assert run(*settings, "--output", tmp_path / "t") == 0
     assert contents(tmp_path / "t") == contents(tmp_path / "alone")
     assert "rank 0 has finished its shards" in capsys.readouterr().err
-    assert run(*settings, "--output", tmp_path / "t") == 0  # a rank that comes late, or a requeued job
+    assert run(*settings, "--output", tmp_path / "t") == 0  # a rank that starts late, or a requeued job
     assert "finished already" in capsys.readouterr().err
 
 

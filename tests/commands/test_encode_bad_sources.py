@@ -1,8 +1,9 @@
-"""Encoding of images that cannot be read, of sources that are none, and over tables that are there already."""
+"""Encoding unreadable images, unusable sources, and into folders that hold a table already."""
 
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def expected():
     return encoded_digits.digits_codes()
 
 
-def spoil(folder, names):
+def add_unusable(folder, names):
     """Put unusable images into the folder; returns how many."""
     bad = {
         "zero.png": b"",
@@ -41,13 +42,11 @@ def spoil(folder, names):
 
 @pytest.fixture
 def own_folder(tmp_path, digits_folder):
-    import shutil
-
     return Path(shutil.copytree(digits_folder, tmp_path / "images"))
 
 
 def test_unreadable_images_are_listed_and_skipped(tmp_path, own_folder, expected, capsys):
-    bad = spoil(own_folder, ["zero.png", "text.jpeg", "half.png", "huge.png"])
+    bad = add_unusable(own_folder, ["zero.png", "text.jpeg", "half.png", "huge.png"])
     settings = ["--source", own_folder, "--output", tmp_path / "t", "--images_per_shard", 5]
     assert run(*settings, "--max_unreadable", bad / (IMAGES + bad)) == 0
     table = CodeTable.open(tmp_path / "t")
@@ -60,12 +59,12 @@ def test_unreadable_images_are_listed_and_skipped(tmp_path, own_folder, expected
     assert "4 images skipped, listed in" in capsys.readouterr().err
 
 
-def test_too_many_unreadable_images_are_an_error_that_can_be_lifted(tmp_path, own_folder, expected, capsys):
-    spoil(own_folder, ["zero.png", "text.jpeg"])
+def test_too_many_unreadable_images_are_an_error_unless_allowed(tmp_path, own_folder, expected, capsys):
+    add_unusable(own_folder, ["zero.png", "text.jpeg"])
     settings = ["--source", own_folder, "--output", tmp_path / "t", "--images_per_shard", 5]
     assert run(*settings, "--max_unreadable", 0.02) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"2 of 62 images cannot be used.*zero.png: zero bytes.*allow more", line)
+    assert re.search(r"2 of 62 images cannot be used.*zero.png: zero bytes.*raise --max_unreadable", line)
     assert not (tmp_path / "t").exists()
     assert run(*settings, "--max_unreadable", 0.1) == 0
     assert_expected(CodeTable.open(tmp_path / "t"), expected)
@@ -126,6 +125,25 @@ def make_broken_dataset(tmp_path, images):
     return images
 
 
+def make_truncated_dataset(tmp_path, images):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    content = (images / "class1" / "0001.png").read_bytes()
+    rows = [{"image": {"bytes": content, "path": None}, "label": 0}] * 50
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    [path] = (tmp_path / "set").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:2000])
+    return tmp_path / "set"
+
+
+def make_tar_of_truncated_dataset(tmp_path, images):
+    folder = make_truncated_dataset(tmp_path, images)
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(folder, arcname="set")
+    return tmp_path / "set.tar"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -137,17 +155,21 @@ def make_broken_dataset(tmp_path, images):
         (make_truncated_gz, "nor a readable tar"),
         (make_text_file, "nor a readable tar"),
         (make_broken_dataset, "not a readable dataset"),
+        (make_truncated_dataset, "not a readable dataset"),
+        (make_tar_of_truncated_dataset, "not a readable dataset"),
     ],
 )
-def test_unusable_sources_give_one_line_and_leave_nothing(tmp_path, own_folder, make, message, capsys):
-    assert run("--source", make(tmp_path, own_folder), "--output", tmp_path / "t") == 2
+def test_unusable_sources_give_one_line_and_leave_no_file(tmp_path, own_folder, make, message, capsys):
+    source = make(tmp_path, own_folder)
+    capsys.readouterr()  # datasets' own progress bar
+    assert run("--source", source, "--output", tmp_path / "t") == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and re.search(message, errors[0])
     assert not list(tmp_path.glob("t*"))
 
 
 def test_other_settings_do_not_continue_a_begun_table(tmp_path, own_folder, capsys):
-    spoil(own_folder, ["zero.png"])
+    add_unusable(own_folder, ["zero.png"])
     settings = ["--source", own_folder, "--output", tmp_path / "t"]
     assert run(*settings, "--images_per_shard", 5, "--max_unreadable", 0) == 2
     assert run(*settings, "--images_per_shard", 9, "--max_unreadable", 1) == 2
@@ -163,5 +185,5 @@ def test_a_finished_table_is_never_overwritten(tmp_path, own_folder, capsys):
     before = contents(tmp_path / "t")
     (own_folder / "class3" / "new.png").write_bytes((own_folder / "class1" / "0001.png").read_bytes())
     assert run(*settings) == 2
-    assert "there already, with other contents" in capsys.readouterr().err
+    assert "exists already, with other contents" in capsys.readouterr().err
     assert contents(tmp_path / "t") == before

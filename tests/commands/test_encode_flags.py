@@ -1,4 +1,4 @@
-"""The encoder's command line, and what it verifies of a finished table."""
+"""The encode command's flags, and --verify."""
 
 import json
 import os
@@ -32,14 +32,14 @@ def test_verify_decodes_a_grid(tmp_path, digits_folder, expected, capsys):
     assert f"{IMAGES} images, 10 classes" in lines and "17 of 17 in use" in lines
     labels = [int(label) for label in re.search(r"labels ([\d, ]+)\)", lines)[1].split(",")]
     grid = np.asarray(Image.open(tmp_path / "t" / "verify.png"))
-    assert grid.shape == (32, 32)
-    tiles = grid.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
+    assert grid.shape == (4 * 34, 4 * 34)  # 8 pixels enlarged to 32, and a gap of 2
+    tiles = grid.reshape(4, 34, 4, 34)[:, :32:4, :, :32:4].swapaxes(1, 2).reshape(16, 64)
     for tile, label in zip(tiles, labels, strict=True):
         found = (np.round(tile * (16 / 255)).astype(int) == expected[0]).all(axis=1)
         assert label in expected[1][found]
 
 
-def test_verify_finds_a_changed_table_and_another_tokenizer(tmp_path, digits_folder, capsys):
+def test_verify_refuses_a_changed_table_and_another_tokenizer(tmp_path, digits_folder, capsys):
     assert run("--source", digits_folder, "--output", tmp_path / "t") == 0
     path = tmp_path / "t" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -75,7 +75,7 @@ def test_command_lines_that_cannot_work(tmp_path, monkeypatch, digits_folder, ar
 
 
 def test_help_answers_at_once_and_as_a_script():
-    """In processor seconds, which a busy machine does not stretch."""
+    """Measured in processor seconds, which do not depend on other processes."""
     for program in (["-m", "cca_ds.encode"], ["cca_ds/encode.py"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -86,7 +86,7 @@ def test_help_answers_at_once_and_as_a_script():
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-def test_deepspeeds_argument_is_taken(tmp_path, digits_folder):
+def test_deepspeeds_argument_is_accepted(tmp_path, digits_folder):
     assert run("--local_rank=0", "--source", digits_folder, "--output", tmp_path / "t") == 0
 
 

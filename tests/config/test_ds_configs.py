@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cca_ds.balance.memory import Sharding, memory_of
 from cca_ds.config.deepspeed_file import conflicts, fill_ds_config, read_ds_config
 from cca_ds.config.recipes import load_recipe, recipe_names
 from cca_ds.models import LlamaGenConfig, create_model
-from cca_ds.planning.architecture import architecture_of
-from cca_ds.planning.memory import Sharding, memory_of
+from cca_ds.models.cost import model_cost
 from tests.dist.ranks import run_ranks
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -88,7 +88,7 @@ def plain_losses():
 def test_each_trains_on_two_ranks_like_plain_pytorch_and_holds_what_was_planned(tmp_path, precision):
     run_ranks("tests/dist/ds_configs.py", 2, arguments=[tmp_path, precision, *FILES], timeout=300)
     expected = plain_losses()
-    architecture = architecture_of("llamagen-b", SHAPE)
+    model = model_cost("llamagen-b", SHAPE)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert list(found) == [file.stem for file in FILES]
@@ -99,7 +99,7 @@ def test_each_trains_on_two_ranks_like_plain_pytorch_and_holds_what_was_planned(
             )
             if precision == "bf16":  # hierarchical partitions and offload move bytes elsewhere, not these
                 planned = memory_of(
-                    architecture, Sharding(one["stage"], False, False, 0, 0, 1, 4), 2, "none", False
+                    model, Sharding(one["stage"], False, False, 0, 0, 1, 4), 2, False, reference_bytes=0.0
                 )
                 assert one["held"] == {"weights": planned.weights, "optimizer": planned.optimizer}, file.stem
     assert max(expected) - min(expected) > 1e-3  # the steps did something

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from cca_ds.config.original_names import KEYS
 from cca_ds.config.recipes import (
-    ORIGINAL_NAMES,
     ConfigError,
     add_recipe_arguments,
     config_hash,
     load_recipe,
     recipe_from_arguments,
 )
+from cca_ds.training.checks import recipe_problems
 
 REPOSITORY = Path(__file__).parents[2]
+
 ENTRIES = ("train", "encode", "sample", "evaluate", "export", "plan")
 
 
@@ -28,7 +30,7 @@ def from_flags(*flags: str):
 
 def problems(*overrides: str, recipe: str = "digits") -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_recipe(recipe, list(overrides))
+        load_recipe(recipe, list(overrides), recipe_problems)
     told = str(caught.value).splitlines()
     assert len(told) == len(caught.value.problems)  # one line each
     return caught.value.problems
@@ -70,13 +72,13 @@ def test_set_wins_over_the_originals_flags_and_takes_their_names():
     assert load_recipe("digits", ["loss.lambda_=5"]) == load_recipe("digits", ["loss.lambda=5"])
 
 
-@pytest.mark.parametrize("name", ORIGINAL_NAMES)
+@pytest.mark.parametrize("name", KEYS)
 def test_every_such_name_leads_to_a_key(name):
     values = {"loss_type": "dpo", "keep_dropout": "true", "code_path": "x", "data_path": "x", "ref_ckpt": "x",
               "uncond_ratio": "0.5"}  # fmt: skip
     value = values.get(name, "32")
     run = from_flags("--recipe", "llamagen-b", f"--{name}", value)
-    section, _, key = ORIGINAL_NAMES[name].rpartition(".")
+    section, _, key = KEYS[name].rpartition(".")
     holder = getattr(run, section) if section else run
     assert str(getattr(holder, key.replace("lambda", "lambda_"))).lower().removesuffix(".0") == value
 
@@ -105,7 +107,7 @@ def test_all_errors_at_once():
         ("optimizer.learning_rat=1", "did you mean learning_rate?"),
         ("optimiser.lr=1", "did you mean optimizer?"),
         ("batch.globl_size=4", "did you mean global_size?"),
-        ("loss.qqq=1", "known: name, beta, lambda, condition_mask_probability"),
+        ("loss.qqq=1", "known: name, beta, lambda, condition_mask_probability, options"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override, near):
@@ -121,9 +123,9 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_contradictions_name_both_values():
     found = problems("reference.placement=cached", "reference.dropout=true", "batch.micro_size=64")
     assert len(found) == 3
-    assert "reference.dropout=true with reference.placement=cached" in found[0]
-    assert "reference.cache=FOLDER" in found[1]
-    assert "batch.micro_size=64" in found[2] and "batch.global_size=32" in found[2]
+    assert "batch.micro_size=64" in found[0] and "batch.global_size=32" in found[0]
+    assert "reference.dropout=true with reference.placement=cached" in found[1]
+    assert "reference.cache=FOLDER" in found[2]
     assert "placement=zero3" in problems("reference.offload=true")[0]
     assert "loss.name=cca" in problems("model.lambda_conditioning=true", "loss.name=dpo")[0]
     assert "balance.speeds" in problems("balance.mode=given")[0]
@@ -197,3 +199,27 @@ def test_help_answers_at_once(entry):
         assert (word, slow) == ("used", [])
         seconds.append(float(used))
     assert min(seconds) < 1.0
+
+
+def test_a_config_of_an_older_version_is_read_where_retired_keys_change_nothing(tmp_path):
+    new, old = tmp_path / "new.yaml", tmp_path / "old.yaml"
+    new.write_text("seed: 3\n")
+    old.write_text(
+        "seed: 3\nreference: {tensor_parallel: 1}\nbalance: {slowdown: {}, slowdown_seconds: null}\n"
+    )
+    assert load_recipe(str(old)) == load_recipe(str(new))
+    (tmp_path / "config.yaml").write_text("reference: {tensor_parallel: 2}\n")
+    assert "tensor_parallel: unknown key" in problems(recipe=str(tmp_path / "config.yaml"))[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("loss.name=cac", "loss.name=cac: no such name; did you mean cca?"),
+        ("reference.placement=zero", "did you mean zero3?"),
+        ("tokenizer.name=digit", "did you mean digits?"),
+        ("loss.options.margin=1", "loss.name=cca has no such option"),
+    ],
+)
+def test_names_that_are_not_registered(override, part):
+    assert part in problems(override)[0]

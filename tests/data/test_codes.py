@@ -1,4 +1,4 @@
-"""Tables of codes: what is written is what is read, by views and by `datasets`, and whole or not at all."""
+"""Tables of codes: rows read, by views and by `datasets`, are the rows written; damaged tables are refused."""
 
 import errno
 import json
@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from cca_ds.data import manifest as manifest_module
-from cca_ds.data import writing
-from cca_ds.data.codes import CodesError, CodeTable, open_codes, write_codes
+from cca_ds.data import table_files
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.manifest import CodesError, expected_images
+from cca_ds.data.table_files import write_codes
 
 FIELDS = {
     "vocab_size": 100,
@@ -24,7 +25,7 @@ FIELDS = {
 
 
 def rows(images=11, crops=3, length=7, seed=0):
-    """Codes [N, C, L] and labels [N] that differ everywhere."""
+    """Random codes [N, C, L] and labels [N]."""
     generator = np.random.default_rng(seed)
     codes_NCL = generator.integers(0, FIELDS["vocab_size"], (images, crops, length))
     return codes_NCL, generator.integers(0, FIELDS["classes"], images)
@@ -32,7 +33,7 @@ def rows(images=11, crops=3, length=7, seed=0):
 
 @pytest.mark.parametrize("crops", [1, 3])
 @pytest.mark.parametrize("images_per_shard", [None, 4])
-def test_what_is_written_is_read(tmp_path, crops, images_per_shard):
+def test_rows_read_are_the_rows_written(tmp_path, crops, images_per_shard):
     codes_NCL, labels_N = rows(crops=crops)
     write_codes(tmp_path / "t", codes_NCL, labels_N, images_per_shard=images_per_shard, **FIELDS)
     table = CodeTable.open(tmp_path / "t")
@@ -61,7 +62,17 @@ def test_datasets_reads_the_same_folder(tmp_path, crops):
     np.testing.assert_array_equal(loaded["label"], labels_N)
 
 
-def test_view_is_of_the_file_itself(tmp_path):
+def test_state_has_the_keys_that_datasets_writes(tmp_path):
+    import datasets
+
+    write_codes(tmp_path / "t", *rows(), **FIELDS)
+    datasets.load_from_disk(str(tmp_path / "t")).save_to_disk(str(tmp_path / "library"))
+    own, library = (json.loads((tmp_path / name / "state.json").read_text()) for name in ("t", "library"))
+    assert own.keys() == library.keys()
+    assert own["_data_files"] == library["_data_files"]
+
+
+def test_codes_are_a_view_of_the_file(tmp_path):
     codes_NCL, labels_N = rows()
     write_codes(tmp_path / "t", codes_NCL, labels_N, **FIELDS)
     table = CodeTable.open(tmp_path / "t")
@@ -76,7 +87,7 @@ def test_table_of_several_files_has_no_single_view(tmp_path):
         _ = CodeTable.open(tmp_path / "t").codes
 
 
-def test_worker_gets_the_folder_not_the_contents(tmp_path):
+def test_a_pickled_table_holds_its_folder_only(tmp_path):
     codes_NCL, labels_N = rows(images=2000)
     write_codes(tmp_path / "t", codes_NCL, labels_N, **FIELDS)
     sent = pickle.dumps(CodeTable.open(tmp_path / "t"))
@@ -86,7 +97,7 @@ def test_worker_gets_the_folder_not_the_contents(tmp_path):
 
 def test_opening_imports_neither_datasets_nor_torch(tmp_path):
     write_codes(tmp_path / "t", *rows(), **FIELDS)
-    code = "import sys; from cca_ds.data.codes import open_codes; open_codes(sys.argv[1], '');"
+    code = "import sys; from cca_ds.data.codes import CodeTable; CodeTable.open(sys.argv[1]);"
     code += "print('datasets' in sys.modules, 'torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True, check=True
@@ -105,7 +116,7 @@ def test_opening_imports_neither_datasets_nor_torch(tmp_path):
         (lambda c, y: (c, y[:-1]), "not \\[N, crops, L\\]"),
     ],
 )
-def test_wrong_rows_are_refused_and_nothing_stays(tmp_path, spoil, message):
+def test_wrong_rows_are_refused_and_no_file_is_left(tmp_path, spoil, message):
     with pytest.raises(CodesError, match=message):
         write_codes(tmp_path / "t", *spoil(*rows()), **FIELDS)
     assert os.listdir(tmp_path) == []
@@ -114,16 +125,16 @@ def test_wrong_rows_are_refused_and_nothing_stays(tmp_path, spoil, message):
 def test_an_existing_table_is_not_overwritten(tmp_path):
     write_codes(tmp_path / "t", *rows(), **FIELDS)
     before = (tmp_path / "t" / "manifest.json").read_bytes()
-    with pytest.raises(CodesError, match="there already"):
+    with pytest.raises(CodesError, match="exists already"):
         write_codes(tmp_path / "t", *rows(seed=1), **FIELDS)
     assert (tmp_path / "t" / "manifest.json").read_bytes() == before
 
 
-def test_a_full_disk_is_one_line_and_nothing_stays(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_no_file_is_left(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing.os, "fsync", full)
+    monkeypatch.setattr(table_files.os, "fsync", full)
     with pytest.raises(CodesError, match="no space left") as caught:
         write_codes(tmp_path / "t", *rows(), **FIELDS)
     assert "\n" not in str(caught.value)
@@ -218,38 +229,25 @@ def test_check_finds_one_changed_bit(tmp_path):
         CodeTable.open(tmp_path / "t").check()
 
 
-def test_digits_are_the_images_of_scikit_learn(tmp_path):
-    from sklearn.datasets import load_digits
+def test_a_table_that_another_process_publishes_first_is_kept(tmp_path, monkeypatch):
+    """The other table appears between the check for the folder and the rename."""
+    rename = os.rename
 
-    digits = load_digits()
-    table = open_codes("digits", tmp_path)
-    assert len(table) == 1797 and table.manifest.crops == 1 and table.manifest.vocab_size == 17
-    np.testing.assert_array_equal(table.codes[:, 0], digits.images.reshape(1797, 64).astype(int))
-    np.testing.assert_array_equal(table.labels, digits.target)
-    written = {path: path.stat().st_mtime_ns for path in table.folder.iterdir()}
-    open_codes("digits", tmp_path)
-    assert written == {path: path.stat().st_mtime_ns for path in table.folder.iterdir()}
-
-
-@pytest.mark.dist
-def test_two_ranks_may_build_the_digits_at_once(tmp_path):
-    code = "import sys; from cca_ds.data.codes import open_codes; open_codes('digits', sys.argv[1]).check()"
-    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    assert len(os.listdir(tmp_path)) == 1
-
-
-def test_losing_the_race_keeps_the_winners_table(tmp_path, monkeypatch):
-    """Another rank publishes its table between our look and our rename."""
-    rename = manifest_module.os.rename
-
-    def beaten(source, target):
-        write = np.zeros((2, 1, 4), int), np.zeros(2, int)
-        monkeypatch.setattr(writing.os, "rename", rename)
-        write_codes(target, *write, **FIELDS)
+    def publish_first(source, target):
+        monkeypatch.setattr(table_files.os, "rename", rename)
+        write_codes(target, np.zeros((2, 1, 4), int), np.zeros(2, int), **FIELDS)
         return rename(source, target)
 
-    monkeypatch.setattr(writing.os, "rename", beaten)
-    writing.write_digits(tmp_path / "d")
-    assert len(CodeTable.open(tmp_path / "d")) == 2
-    assert os.listdir(tmp_path) == ["d"]
+    monkeypatch.setattr(table_files.os, "rename", publish_first)
+    with pytest.raises(CodesError, match="exists already"):
+        write_codes(tmp_path / "t", *rows(), **FIELDS)
+    assert len(CodeTable.open(tmp_path / "t")) == 2
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_expected_images(tmp_path):
+    """A table's own number, ImageNet's for a folder that does not exist yet, and a given one for a built-in table."""
+    write_codes(tmp_path / "t", *rows(images=11), **FIELDS)
+    assert expected_images(str(tmp_path / "t")) == (11, f"the manifest of {tmp_path / 't'}")
+    assert expected_images(str(tmp_path / "later"))[0] == 1_281_167
+    assert expected_images("some-name", builtin_images=42)[0] == 42

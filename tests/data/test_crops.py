@@ -1,4 +1,4 @@
-"""Crops equal an independent rewrite of the two original programs', and bad images give one clear reason."""
+"""Crops equal those of an independent rewrite of the two original programs; each bad image gives one reason."""
 
 import io
 
@@ -12,7 +12,7 @@ SIZES = [(500, 375), (375, 500), (64, 64), (70, 301), (333, 334), (2000, 1200), 
 
 
 def picture(width, height, mode="RGB", seed=0):
-    """A smooth random picture with detail, so that a shifted or mirrored crop is another one."""
+    """A smooth random picture with noise, so that a shifted or mirrored crop differs."""
     draw = np.random.default_rng(seed)
     coarse = draw.integers(0, 256, (9, 7, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -69,7 +69,7 @@ def torchvision_resize(image, size):
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("size", [64, 96])
-def test_ten_crops_are_llamagens(shape, size):
+def test_ten_crops_equal_llamagens(shape, size):
     image = picture(*shape)
     crops = crop_function(CropSettings("ten_crop", size, (1.1, 1.05)))(image, 0)
     assert crops.dtype == np.uint8 and crops.shape == (20, size, size, 3)
@@ -110,7 +110,7 @@ def test_random_crops_are_windows_of_vars_resize(shape):
     np.testing.assert_array_equal(crops[:2], crop_function(fewer)(image, 17))
 
 
-def test_random_crops_reach_every_place_equally():
+def test_random_crops_are_uniform_over_positions():
     image = picture(64, 64)  # resized to 72: 9 x 9 places
     settings = CropSettings("random", 64, (1.125,), crops_per_image=4000, seed=1)
     crops = crop_function(settings)(image, 0)
@@ -195,7 +195,7 @@ def test_a_hundred_megapixels_are_refused_before_they_are_decoded(hundred_megapi
         decode_image(hundred_megapixels, "RGB", 90)
 
 
-def test_a_hundred_megapixels_are_taken_when_allowed(hundred_megapixels):
+def test_a_hundred_megapixels_are_decoded_when_allowed(hundred_megapixels):
     allow_large_images()
     image, _ = decode_image(hundred_megapixels, "L", 101)
     assert crop_function(CropSettings("none", 64, mode="L"))(image, 0).shape == (1, 64, 64, 1)
@@ -209,6 +209,6 @@ def test_a_hundred_megapixels_are_taken_when_allowed(hundred_megapixels):
         (("ten_crop", 64, (0.9,)), "below 1"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(arguments, message):
+def test_settings_that_do_not_fit_the_kind_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CropSettings(*arguments)

@@ -1,11 +1,11 @@
-"""Pairs are a function of seed, epoch and sample, whoever computes them and however the batch is cut."""
+"""Pairs depend on seed, epoch and sample, and not on the partition of the batch."""
 
 import numpy as np
 import pytest
 
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import open_codes
 from cca_ds.data.pairs import LAMBDA_STREAM, MASK_STREAM, epoch_order, make_pairs, sample_uniforms
+from tests.support.digits_table import digits_table
 
 
 def pairs_of(indices, labels, **changes):
@@ -17,7 +17,12 @@ def test_negatives_are_the_global_batch_rolled_by_one():
     pairs = pairs_of([7, 8, 9, 5], [3, 1, 1, 2])
     assert pairs.positive_labels_K.tolist() == [3, 1, 1, 2]
     assert pairs.negative_labels_K.tolist() == [1, 1, 2, 3]
-    assert pairs.positive_mask_K.tolist() == [False, True, False, False]  # 1 met itself
+    assert pairs.positive_mask_K.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]  # pair 1 and its negative share a label
     assert not pairs.null_mask_K.any()
 
 
@@ -48,7 +53,7 @@ def test_the_hash_is_splitmix64():
     assert sample_uniforms(3, 5, np.array([1234567]), MASK_STREAM)[0] == (expected >> 11) / 2**53
 
 
-def test_streams_are_uniform_and_unrelated():
+def test_streams_are_uniform_and_uncorrelated():
     indices = np.arange(20000)
     mask, lam = (sample_uniforms(0, 0, indices, stream) for stream in (MASK_STREAM, LAMBDA_STREAM))
     for draw in (mask, lam):
@@ -62,7 +67,7 @@ def test_crops_and_lambda_cover_their_ranges():
     assert 0 <= pairs.log_lambda_K.min() < 0.1 and 8.9 < pairs.log_lambda_K.max() < 9
 
 
-def test_a_batch_of_one_label_is_refused_unless_nothing_is_contrasted():
+def test_a_batch_of_one_label_is_refused_unless_the_loss_needs_no_negatives():
     with pytest.raises(ValueError, match=r"all 4 labels of the batch are 3.*loss\.name=mle"):
         pairs_of([1, 2, 3, 4], [3, 3, 3, 3])
     assert pairs_of([1, 2], [3, 3], contrastive=False).positive_mask_K.all()
@@ -75,13 +80,15 @@ def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():
     assert (order != epoch_order(1000, 0, 1)).any() and (order != epoch_order(1000, 1, 0)).any()
 
 
-@pytest.mark.parametrize("cuts", [[[32]], [[8] * 4], [[16], [16]], [[5, 6], [11, 10]], [[0, 1], [16, 15]]])
-def test_however_a_batch_is_cut_its_pairs_are_the_same(tmp_path, cuts):
-    table = open_codes("digits", tmp_path)
+@pytest.mark.parametrize(
+    "sizes_per_rank", [[[32]], [[8] * 4], [[16], [16]], [[5, 6], [11, 10]], [[0, 1], [16, 15]]]
+)
+def test_every_partition_of_a_batch_has_the_same_pairs(tmp_path, sizes_per_rank):
+    table = digits_table(tmp_path)
     plan = BatchPlan(global_size=32, seed=3, mask_probability=0.1, null_class=10)
     whole = Steps(table, plan, 0, [32])[60][0]  # in the second epoch
     seen, first = [], 0
-    for sizes in cuts:
+    for sizes in sizes_per_rank:
         seen += [batch for batch in Steps(table, plan, first, sizes)[60] if batch.weight]
         first += sum(sizes)
     for name in (
@@ -98,7 +105,7 @@ def test_however_a_batch_is_cut_its_pairs_are_the_same(tmp_path, cuts):
 
 def test_a_forward_without_pairs_has_weight_zero(tmp_path):
     plan = BatchPlan(global_size=32, seed=0, mask_probability=0.1, null_class=10)
-    dummy, real = Steps(open_codes("digits", tmp_path), plan, 4, [0, 3])[0]
+    dummy, real = Steps(digits_table(tmp_path), plan, 4, [0, 3])[0]
     assert (dummy.weight, len(dummy.codes_BL)) == (0.0, 1)
     assert real.positions_B.tolist() == [4, 5, 6]
 
@@ -106,4 +113,4 @@ def test_a_forward_without_pairs_has_weight_zero(tmp_path):
 def test_fewer_images_than_a_batch_is_an_error(tmp_path):
     plan = BatchPlan(global_size=2000, seed=0, mask_probability=0.1, null_class=10)
     with pytest.raises(ValueError, match=r"1797 images, fewer than batch.global_size=2000"):
-        Steps(open_codes("digits", tmp_path), plan, 0, [2000])
+        Steps(digits_table(tmp_path), plan, 0, [2000])

@@ -25,10 +25,10 @@ if ranks.rank == 1:
 try:
     reports = preflight.check_ranks(ranks, limit, run)
     print(
-        f"{len(reports)} ranks agree; any wants to stop: {preflight.agree(ranks.rank == 1)} {preflight.agree(False)}"
+        f"{len(reports)} ranks agree; any stops: {preflight.agree(ranks.rank == 1)} {preflight.agree(False)}"
     )
 except ValueError as error:
     print(f"refused: {error}", flush=True)
-    time.sleep(1.0)  # until every rank has said its line
+    time.sleep(1.0)  # until every rank has printed its line
     os._exit(3)
 shutdown()

@@ -12,13 +12,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from cca_ds.config.recipes import load_recipe
-from cca_ds.config.deepspeed_file import fill_ds_config, read_ds_config
 from cca_ds.cluster.launch import find_ranks, initialize, shutdown
+from cca_ds.config.deepspeed_file import fill_ds_config, read_ds_config
+from cca_ds.config.recipes import load_recipe
 from cca_ds.models import LlamaGenConfig, create_model
 
 output, precision, files = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-ranks = initialize(find_ranks(os.environ), timeout_seconds=120, meeting_seconds=60)
+ranks = initialize(find_ranks(os.environ), timeout_seconds=120, rendezvous_seconds=60)
 run = load_recipe("digits", ["optimizer.learning_rate=1e-2", "batch.global_size=8", "batch.micro_size=2"])
 SHAPE = LlamaGenConfig(
     n_layer=2, n_head=2, dim=64, vocab_size=17, sequence_length=64, num_classes=10, token_dropout=0.0,

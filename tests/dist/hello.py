@@ -1,4 +1,4 @@
-"""A rank that says who it is and what an all-reduce over all ranks gave, as one line of JSON."""
+"""A rank that prints its place and the result of an all-reduce over all ranks, as one line of JSON."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import torch
 
 from cca_ds.cluster.launch import find_ranks, initialize, shutdown
 
-ranks = initialize(find_ranks(os.environ), timeout_seconds=60, meeting_seconds=60)
+ranks = initialize(find_ranks(os.environ), timeout_seconds=60, rendezvous_seconds=60)
 total = torch.tensor([2.0**ranks.rank], device=ranks.device)
 torch.distributed.all_reduce(total)
 line = json.dumps({**dataclasses.asdict(ranks), "total": total.item()})

@@ -1,4 +1,4 @@
-"""What ranks of tests/dist/hello.py say, read back."""
+"""Reads the output of ranks that run tests/dist/hello.py."""
 
 import json
 

@@ -49,8 +49,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without any launcher's variables, plus `extra`."""
+def clean_environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """This process's environment without any launcher's variables, plus `extra`, in which None removes a variable."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -62,7 +62,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment["PYTHONUNBUFFERED"] = "1"
     environment.update(extra or {})
-    return environment
+    return {name: value for name, value in environment.items() if value is not None}
 
 
 def python_command(target: str | Path, arguments: Sequence[str] = ()) -> list[str]:
@@ -129,7 +129,7 @@ class RankGroup:
             process.wait()
 
     def wait_for(self, text: str, rank: int = 0, timeout: float = 60) -> None:
-        """Return when `text` stands in the rank's stdout or stderr."""
+        """Return once the rank's stdout or stderr contains `text`."""
         end = time.monotonic() + timeout
         while True:
             output = self.output(rank)
@@ -175,8 +175,10 @@ def start_ranks(
     arguments: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
+    group: type[RankGroup] = RankGroup,
 ) -> RankGroup:
-    return RankGroup(python_command(target, arguments), n, env, cwd)
+    """Running ranks; `group` is `ForkedRanks` where the ranks may skip their imports."""
+    return group(python_command(target, arguments), n, env, cwd)
 
 
 def run_ranks(
@@ -187,11 +189,13 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
     timeout: float = 120,
+    grace: float | None = 20,
     check: bool = True,
+    group: type[RankGroup] = RankGroup,
 ) -> list[RankOutput]:
     """Run `n` ranks to their end; with `check`, a rank that exits non-zero raises RanksFailed."""
-    with start_ranks(target, n, arguments=arguments, env=env, cwd=cwd) as ranks:
-        outputs = ranks.wait(timeout)
+    with start_ranks(target, n, arguments=arguments, env=env, cwd=cwd, group=group) as ranks:
+        outputs = ranks.wait(timeout, grace)
         if check and any(output.returncode for output in outputs):
             raise RanksFailed(f"a rank failed\n{ranks.tails()}")
         return outputs

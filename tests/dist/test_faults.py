@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cca_ds.data.codes import open_codes
 from cca_ds.data.pairs import epoch_order, make_pairs
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified
 from tests.dist.fork_server import CPU_ONLY
 from tests.dist.ranks import REPOSITORY, clean_environment
 from tests.dist.runs import PATIENCE, command, losses, metrics, scratch, start_training, tiny_weights, train
+from tests.support.digits_table import digits_table
 
 pytestmark = pytest.mark.dist
 
@@ -121,7 +121,7 @@ def test_ctrl_c_through_the_deepspeed_launcher(tmp_path):
 
 
 def pairs_of_step(step: int, global_size: int = 32):
-    table = open_codes("digits", scratch() / "data")
+    table = digits_table(scratch() / "data")
     indices = epoch_order(len(table), 0, 0)[step * global_size : (step + 1) * global_size]
     return make_pairs(
         indices, table.labels[indices], null_class=10, mask_probability=0.1, crops=1, seed=0, epoch=0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.fork_server import ForkedRanks
 from tests.dist.hellos import hellos
 from tests.dist.ranks import REPOSITORY, RanksFailed, clean_environment, free_port, run_ranks
 
@@ -34,8 +35,8 @@ def test_started_by_torchrun():
         "--nproc-per-node=2",
         f"--master-port={free_port()}",
     ]
-    said = started([*torchrun, "tests/dist/hello.py"])
-    assert [(h["launcher"], h["rank"], h["local_rank"], h["total"]) for h in said] == [
+    printed = started([*torchrun, "tests/dist/hello.py"])
+    assert [(h["launcher"], h["rank"], h["local_rank"], h["total"]) for h in printed] == [
         ("torchrun", 0, 0, 3.0),
         ("torchrun", 1, 1, 3.0),
     ]
@@ -43,8 +44,8 @@ def test_started_by_torchrun():
 
 def test_started_by_deepspeed():
     flags = ["--num_gpus=2", f"--master_port={free_port()}"]
-    said = started([beside_python("deepspeed"), *flags, "tests/dist/hello.py"])
-    assert [(h["launcher"], h["rank"], h["local_world_size"], h["total"]) for h in said] == [
+    printed = started([beside_python("deepspeed"), *flags, "tests/dist/hello.py"])
+    assert [(h["launcher"], h["rank"], h["local_world_size"], h["total"]) for h in printed] == [
         ("deepspeed", 0, 2, 3.0),
         ("deepspeed", 1, 2, 3.0),
     ]
@@ -57,18 +58,20 @@ def test_started_by_mpirun():
     pytest.importorskip("mpi4py")
     flags = ["--oversubscribe", "-n", "2"]
     variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    said = started([mpirun, *flags, sys.executable, "tests/dist/hello.py"], **variables)
-    assert [(h["launcher"], h["rank"], h["world_size"], h["total"]) for h in said] == [
+    printed = started([mpirun, *flags, sys.executable, "tests/dist/hello.py"], **variables)
+    assert [(h["launcher"], h["rank"], h["world_size"], h["total"]) for h in printed] == [
         ("mpi", 0, 2, 3.0),
         ("mpi", 1, 2, 3.0),
     ]
 
 
 def test_started_alone():
-    (hello,) = started([sys.executable, "tests/dist/hello.py"])
+    nothing = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    (output,) = run_ranks("tests/dist/hello.py", 1, env=nothing, timeout=60, group=ForkedRanks)
+    (hello,) = hellos(output.stdout)
     assert (hello["launcher"], hello["world_size"], hello["total"]) == ("alone", 1, 1.0)
 
 
 def test_a_rank_number_missing_from_the_environment_ends_the_start():
     with pytest.raises(RanksFailed, match="LaunchError: LOCAL_RANK, WORLD_SIZE"):
-        run_ranks("tests/dist/hello.py", 1, env={"RANK": ""}, timeout=60)
+        run_ranks("tests/dist/hello.py", 1, env={"RANK": ""}, timeout=60, group=ForkedRanks)

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import open_codes
 from cca_ds.models import create_model, load_weights
 from tests.dist.runs import (
     REPOSITORY,
@@ -23,6 +22,7 @@ from tests.dist.runs import (
     tiny_weights,
     train,
 )
+from tests.support.digits_table import digits_table
 
 pytestmark = pytest.mark.dist
 
@@ -45,7 +45,7 @@ def plain_run() -> tuple[list[float], list[float]]:
     ]
     adamw = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
     plan = BatchPlan(global_size=32, seed=0, mask_probability=0.1, null_class=10)
-    steps = Steps(open_codes("digits", scratch() / "data"), plan, 0, [32])
+    steps = Steps(digits_table(scratch() / "data"), plan, 0, [32])
     found, norms = [], []
     for step in range(STEPS):
         (batch,) = steps[step]

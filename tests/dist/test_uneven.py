@@ -1,10 +1,11 @@
-"""Unequal ranks: whatever the cut, the trajectory is that of one rank, to rounding."""
+"""Unequal ranks: whatever the partition, the trajectory is that of one rank, to rounding."""
 
 import json
 
 import pytest
 
 from tests.dist.ranks import run_ranks
+from tests.support.slowed_train import VARIABLE
 
 pytestmark = pytest.mark.dist
 
@@ -15,12 +16,13 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def trained(folder, ranks, *settings):
-    """(metrics by step, rank 0's console) of a run on so many ranks."""
-    arguments = ["--ds_config", "ds_configs/zero3.json", "--output", str(folder)]
-    outputs = run_ranks(
-        "cca_ds/train.py", ranks, arguments=[*arguments, "--set", *SETTINGS, *settings], timeout=400
-    )
+def trained(folder, ranks, *settings, row_seconds=None):
+    """(metrics by step, rank 0's console) of a run on so many ranks; `row_seconds` is what each sleeps a row."""
+    arguments = ["--ds_config", "ds_configs/zero3.json", "--output", str(folder), "--set", *SETTINGS, *settings]
+    program, environment = "cca_ds/train.py", {}
+    if row_seconds is not None:
+        program, environment = "tests/support/slowed_train.py", {VARIABLE: row_seconds}
+    outputs = run_ranks(program, ranks, arguments=arguments, env=environment, timeout=400)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return lines, outputs[0].stderr
@@ -55,12 +57,9 @@ def test_given_speeds_with_caps_and_a_rank_without_pairs_in_some_forwards(tmp_pa
 
 
 def test_measured_speeds_of_a_slowed_rank_and_measuring_again(tmp_path, alone):
-    """Both ranks sleep, one and three parts a pair: what else the machine does hardly matters then."""
-    lines, console = trained(
-        tmp_path / "run", 2, "balance.mode=measured", "balance.remeasure_every=3", "balance.slowdown={0: 2, 1: 4}",
-        "balance.slowdown_seconds=0.05", "baseline.check=false",
-    )  # fmt: skip
-    assert "SLOWS RANKS ON PURPOSE" in console
+    """Both ranks sleep, 0.05 and 0.15 s a pair of two rows: other load on the machine then hardly matters."""
+    settings = ["balance.mode=measured", "balance.remeasure_every=3", "baseline.check=false"]
+    lines, console = trained(tmp_path / "run", 2, *settings, row_seconds="0.025,0.075")
     first, again = (line for line in console.splitlines() if "pairs of rank 0:" in line)
     assert "balance after step 3" in again and "ms a pair" in again
     for line in (first, again):
@@ -71,12 +70,12 @@ def test_measured_speeds_of_a_slowed_rank_and_measuring_again(tmp_path, alone):
     assert_same_trajectory(lines, alone)
 
 
-def test_a_rank_of_which_the_recipe_says_nothing_is_named(tmp_path):
+def test_a_rank_without_a_given_speed_is_named(tmp_path):
     arguments = ["--ds_config", "ds_configs/zero3.json", "--output", str(tmp_path / "run")]
     given = ["balance.mode=given", "balance.speeds={H100: 3}"]
     output = run_ranks(
         "cca_ds/train.py", 1, arguments=[*arguments, "--set", *SETTINGS, *given], timeout=200, check=False
     )[0]
     assert output.returncode == 1
-    told = [line for line in output.stderr.splitlines() if "balance.speeds" in line]
-    assert len(told) == 1 and "rank 0 on" in told[0] and "(cpu)" in told[0] and "H100" in told[0]
+    (line,) = [line for line in output.stderr.splitlines() if "balance.speeds" in line]
+    assert "rank 0 on" in line and "(cpu)" in line and "H100" in line

@@ -17,7 +17,7 @@ from cca_ds.checkpoints.run_weights import recipe_of_run
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.config.recipes import load_recipe
 from cca_ds.models import create_model, load_weights
-from cca_ds.training.policy import starting_weights
+from cca_ds.models.from_recipe import starting_weights
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import metrics
 from tests.support.var_run import BASE, DECAY, SHAPE, tokenizer, var_run

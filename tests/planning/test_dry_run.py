@@ -1,7 +1,10 @@
 """`--dry_run` for every recipe, without weights: its numbers against the golden ones and arithmetic by hand."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,8 @@ from cca_ds import train
 from cca_ds.config.deepspeed_file import read_ds_config
 from cca_ds.config.recipes import load_recipe, recipe_names
 from cca_ds.data.manifest import MANIFEST_NAME, Manifest, Shard, expected_images
-from cca_ds.planning.dry_run import describe, memory_lines, meta_model
+from cca_ds.models.cost import meta_model, model_cost
+from cca_ds.planning.dry_run import describe, memory_lines
 
 ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 NINE = [name for name in recipe_names() if name.startswith(("llamagen", "var")) and not name.endswith("-cfg")]
@@ -39,8 +43,18 @@ def test_parameters_are_the_originals(name, golden):
     found = next(values for key, values in recorded.items() if key.lower() == original.lower())
     text = describe(load_recipe(name), {})
     assert f"{found['params']:,} parameters" in text
-    assert meta_model(load_recipe(name)).state_dict().keys() and all(
-        parameter.is_meta for parameter in meta_model(load_recipe(name)).parameters()
+    parameters = list(meta_model(load_recipe(name).model.preset).parameters())
+    assert parameters and all(parameter.is_meta for parameter in parameters)
+
+
+def test_a_dry_run_imports_no_deepspeed():
+    program = (
+        "import sys; from cca_ds.train import main; main(sys.argv[1:]); assert 'deepspeed' not in sys.modules"
+    )
+    arguments = ["--ds_config", str(ZERO3), "--dry_run"]
+    environment = os.environ | {"PYTHONPATH": str(ZERO3.parents[1])}
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
     )
 
 
@@ -53,10 +67,16 @@ def table(lines: list[str]) -> dict[str, list[float]]:
     return found
 
 
+def memory_table(recipe, ds_config, parameters, ranks):
+    """The dry run's memory of a recipe's model, as if it had this many parameters."""
+    run, ds = load_recipe(recipe), read_ds_config(ZERO3.with_name(f"{ds_config}.json"))
+    model = replace(model_cost(run.model.preset), parameters=parameters)
+    return table(memory_lines(run, ds, model, ranks))
+
+
 def test_memory_by_stage_by_hand():
     """1 B parameters on 4 GPUs: 2 bytes of weights, 4 of gradients, 12 of optimizer, divided where sharded."""
-    run, ds, size = load_recipe("llamagen-3b"), read_ds_config(ZERO3), 2**30
-    rows = table(memory_lines(run, ds, size, ranks=4))
+    rows = memory_table("llamagen-3b", "zero3", 2**30, ranks=4)
     assert rows["weights"] == [2.0, 2.0, 2.0, 0.5]
     assert rows["gradients"] == [4.0, 4.0, 1.0, 1.0]
     assert rows["optimizer and master weights"] == [12.0, 3.0, 3.0, 3.0]
@@ -68,14 +88,13 @@ def test_memory_by_stage_by_hand():
 
 
 def test_offload_counts_at_the_stages_that_have_it():
-    ds = read_ds_config(ZERO3.with_name("zero3_offload.json"))
-    rows = table(memory_lines(load_recipe("llamagen-3b"), ds, 2**30, ranks=4))
+    rows = memory_table("llamagen-3b", "zero3_offload", 2**30, ranks=4)
     assert rows["weights"] == [2.0, 2.0, 2.0, 0.0]
     assert rows["optimizer and master weights"] == [12.0, 0.0, 0.0, 0.0]
 
 
 def test_no_reference_for_maximum_likelihood():
-    rows = table(memory_lines(load_recipe("digits_pretrain"), read_ds_config(ZERO3), 10**6, ranks=1))
+    rows = memory_table("digits_pretrain", "zero3", 10**6, ranks=1)
     assert rows["reference"] == [0.0] * 4
 
 
@@ -100,12 +119,12 @@ def test_batch_on_the_ranks_of_the_launcher(monkeypatch):
 def test_from_the_command_line(capsys):
     arguments = ["--ds_config", str(ZERO3), "--recipe", "GPT-B", "--set", "loss.beta=0.5", "--dry_run"]
     assert train.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "beta: 0.5" in told and "110,888,448 parameters" in told and "stage 3 *" in told
+    shown = capsys.readouterr().out
+    assert "beta: 0.5" in shown and "110,888,448 parameters" in shown and "stage 3 *" in shown
 
 
-def test_a_model_that_cannot_be_is_one_line(capsys):
+def test_a_model_that_cannot_be_built_is_one_line(capsys):
     arguments = ["--ds_config", str(ZERO3), "--set", "model.overrides.dim=130", "--dry_run"]
     assert train.main(arguments) == 2
-    told = capsys.readouterr().err.strip()
-    assert len(told.splitlines()) == 1 and "130" in told
+    shown = capsys.readouterr().err.strip()
+    assert len(shown.splitlines()) == 1 and "130" in shown

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cca_ds.planning.architecture import architecture_of
-from cca_ds.planning.memory import Sharding, memory_of
-from cca_ds.planning.nodes import DEVICES, parse_nodes
-from cca_ds.planning.outcomes import Job, _first_nodes, _trained, leaner_outcome, outcome, reference_seconds
+from cca_ds.balance.memory import Sharding
+from cca_ds.cluster.devices import DEVICES
+from cca_ds.models.cost import model_cost
+from cca_ds.planning.job import Job
+from cca_ds.planning.nodes import parse_nodes
+from cca_ds.planning.outcomes import _first_nodes, _trained, leaner_outcome, outcome, reference_seconds
 from cca_ds.planning.step_time import links_of, micro_caps, pass_seconds, rank_devices, step_time, work_of
+from cca_ds.reference.placements import PLACEMENTS
 
 ROOT = Path(__file__).parents[2]
 ZERO3 = Sharding.of(json.loads((ROOT / "ds_configs" / "zero3.json").read_text()))
@@ -17,7 +20,7 @@ MIXED = "4xh100:8,2xa100:8,4xa40:8"
 
 
 def job_of(preset="llamagen-3b", pairs=256, sharding=ZERO3, **rest):
-    return Job(architecture_of(preset), sharding, pairs, 1_281_167, **rest)
+    return Job(model_cost(preset), sharding, pairs, 1_281_167, **rest)
 
 
 def simulated_pass(layers, computes, gather):
@@ -51,29 +54,30 @@ def test_a_step_takes_what_its_simulated_schedule_takes(nodes, placement):
     optimizer."""
     job, groups = job_of("llamagen-xl", pairs=48), parse_nodes(nodes)
     devices = rank_devices(groups)
-    memory = memory_of(job.model, ZERO3, len(devices), placement, True)
+    record = PLACEMENTS[placement]
+    memory = job.memory(record, len(devices), True)
     caps = [min(cap, 5) for cap in micro_caps(groups, [memory] * len(groups), job.pairs)]  # several forwards
-    work = work_of(job.model, placement, True)
-    step = step_time(groups, caps, job.pairs, job.model, work, ZERO3, placement)
+    work = work_of(job.model, record, True)
+    step = step_time(groups, caps, job.pairs, job.model, work, ZERO3, record)
     gather = links_of(groups, job.model, ZERO3).far / job.model.layers
     gathers = {"reference": gather * (placement == "zero3"), "forward": gather, "backward": 2 * gather}
     total = 0.0
-    for forward in range(step.cut.forwards):
+    for forward in range(step.partition.forwards):
         for name, seconds in gathers.items():
             flops = getattr(work, name) / job.model.layers
             computes = [
                 max(sizes[forward], 1) * flops / (device.peak_flops * device.efficiency)
-                for sizes, device in zip(step.cut.micro_sizes, devices, strict=True)
+                for sizes, device in zip(step.partition.micro_sizes, devices, strict=True)
             ]
             total += simulated_pass(job.model.layers, computes, seconds)
-    assert step.cut.forwards > 1
+    assert step.partition.forwards > 1
     assert step.seconds == pytest.approx(total, rel=0.02)
 
 
 def test_one_gpu_by_hand():
     """No link: FLOPs over the stated rate, and 28 bytes a parameter through the memory once a step."""
     job, groups = job_of("llamagen-b"), parse_nodes("1xh100:1")
-    found = outcome(job, groups, "cached", False)
+    found = outcome(job, groups, PLACEMENTS["cached"], False)
     flops = 6 * job.model.forward_flops() * job.pairs
     h100 = DEVICES["h100"]
     update = 28 * job.model.parameters / h100.memory_bandwidth
@@ -95,32 +99,32 @@ def test_links_by_hand():
     assert links.far == pytest.approx(
         max(size / 2, size * 7 / 8) / (0.8 * 25e9), rel=3e-3
     )  # PCIe is the slower here
-    found = outcome(job, groups, "inference", True).balanced
-    assert found.link_bytes == pytest.approx(3 * found.cut.forwards * size * 7 / 8, rel=1e-9)
-    four = outcome(job, groups, "zero3", True).balanced
-    assert four.link_bytes == pytest.approx(4 * four.cut.forwards * size * 7 / 8, rel=1e-9)
+    found = outcome(job, groups, PLACEMENTS["inference"], True).balanced
+    assert found.link_bytes == pytest.approx(3 * found.partition.forwards * size * 7 / 8, rel=1e-9)
+    four = outcome(job, groups, PLACEMENTS["zero3"], True).balanced
+    assert four.link_bytes == pytest.approx(4 * four.partition.forwards * size * 7 / 8, rel=1e-9)
     hierarchical = Sharding.of({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
     slow = parse_nodes("2xa100:4", networks="a100=5")
     assert (
-        outcome(job_of(sharding=hierarchical), slow, "cached", True).balanced.seconds
-        < outcome(job_of(), slow, "cached", True).balanced.seconds
+        outcome(job_of(sharding=hierarchical), slow, PLACEMENTS["cached"], True).balanced.seconds
+        < outcome(job_of(), slow, PLACEMENTS["cached"], True).balanced.seconds
     )
 
 
-def test_balanced_cuts_beat_even_ones_on_mixed_nodes_and_equal_them_on_equal_ones():
-    mixed = outcome(job_of(), parse_nodes("2xh100:8,2xa40:8"), "inference", True)
+def test_balanced_partitions_beat_even_ones_on_mixed_nodes_and_equal_them_on_equal_ones():
+    mixed = outcome(job_of(), parse_nodes("2xh100:8,2xa40:8"), PLACEMENTS["inference"], True)
     assert mixed.balanced.seconds < 0.5 * mixed.even.seconds
     assert mixed.efficiency > 2 * mixed.even_efficiency
-    equal = outcome(job_of(), parse_nodes("2xh100:8"), "inference", True)
+    equal = outcome(job_of(), parse_nodes("2xh100:8"), PLACEMENTS["inference"], True)
     assert equal.balanced.seconds == equal.even.seconds
 
 
 def test_streamed_takes_the_best_of_all_splits():
     job, groups = job_of(), parse_nodes("3xh100:8,3xa100:8,4xa40:8")
-    found = outcome(job, groups, "streamed", True)
+    found = outcome(job, groups, PLACEMENTS["streamed"], True)
     best = min(
         max(
-            _trained(job, trainers, "streamed", True, even=False).balanced.seconds,
+            _trained(job, trainers, PLACEMENTS["streamed"], True, even=False).balanced.seconds,
             job.pairs * reference_seconds(job, producers),
         )
         for trainers, producers in (_first_nodes(groups, count) for count in range(1, 10))
@@ -131,9 +135,9 @@ def test_streamed_takes_the_best_of_all_splits():
 
 def test_leaving_slow_nodes_out_is_noticed():
     job, groups = job_of(), parse_nodes(MIXED, networks="a40=2")
-    own = outcome(job, groups, "inference", True)
+    own = outcome(job, groups, PLACEMENTS["inference"], True)
     leaner = leaner_outcome(job, groups, own)
     assert leaner.epoch_seconds < own.epoch_seconds
     assert "a40" not in {group.device.name for group in leaner.trainers}
     equal = parse_nodes("4xh100:8")
-    assert leaner_outcome(job, equal, outcome(job, equal, "inference", True)) is None
+    assert leaner_outcome(job, equal, outcome(job, equal, PLACEMENTS["inference"], True)) is None

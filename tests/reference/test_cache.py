@@ -13,16 +13,15 @@ import torch
 
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
-from cca_ds.data.codes import open_codes
+from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.cache import (
     CachedReference,
     ReferenceCache,
     ReferenceCacheError,
     Shard,
     cache_key,
-    state_hash,
 )
-from cca_ds.training.inputs import batch_plan
+from tests.support.digits_table import digits_table
 
 KEY = {"reference": "abc", "seed": 0, "global_size": 4, "shard_steps": 2}
 
@@ -106,7 +105,7 @@ def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path
         asked.append((step, missing, late))
         return missing, late
 
-    reference = CachedReference(cache, 0.5, speaks=True, agree=alone)
+    reference = CachedReference(cache, 0.5, reports=True, agree=alone)
     started = time.monotonic()
     with pytest.raises(
         ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"
@@ -146,11 +145,11 @@ def test_no_rank_goes_on_before_all_see_the_shard(tmp_path):
 
 
 def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_path):
-    table = open_codes("digits", tmp_path)
+    table = digits_table(tmp_path)
     weights = {"a": torch.ones(2, 3), "b": torch.zeros(1)}
 
     def key(*overrides, weights=weights, precision="fp32"):
-        return cache_key(load_recipe("digits", list(overrides)), table, weights, precision)
+        return cache_key(load_recipe("digits", list(overrides)), table, state_hash(weights), precision)
 
     usual = key()
     for override in (
@@ -165,7 +164,7 @@ def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_pat
                  key("reference.shard_steps=3"), key("model.overrides={n_layer: 1}"), key(precision="bf16"),
                  key(weights={"a": torch.ones(2, 3), "b": torch.ones(1)})]  # fmt: skip
     assert all(other != usual for other in different)
-    assert batch_plan(load_recipe("digits"), table).global_size == usual["global_size"]
+    assert usual["global_size"] == 32
 
 
 def test_the_hash_of_weights_sees_names_shapes_and_values_not_order_or_dtype():

@@ -5,7 +5,7 @@
         state = cluster.wait(job, seconds=60)
 
 Each node has its own network, host name, processes and shared memory (Linux namespaces), so that killing its first
-process is a power cut: no process says goodbye, no connection is closed. The files are shared, as on a cluster.
+process is a power cut: no process ends cleanly, no connection is closed. The files are shared, as on a cluster.
 Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2.
 """
 

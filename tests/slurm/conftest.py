@@ -26,5 +26,5 @@ def undisturbed(cluster, tmp_path_factory):
     """A run over two nodes that nothing happened to."""
     run = Run(cluster, tmp_path_factory.mktemp("undisturbed"))
     run.submit("--nodes=2", *ONE_RANK)
-    assert run.end() == {"COMPLETED"}, run.said()
+    assert run.end() == {"COMPLETED"}, run.output()
     return run

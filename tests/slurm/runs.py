@@ -52,7 +52,7 @@ class Run:
             self.cluster.wait_for(lambda: condition() or over(), START, what, self.job)
             assert condition(), f"the job ended before {what}"
         except AssertionError as error:
-            raise AssertionError(f"{self.said()}\n{error}") from None
+            raise AssertionError(f"{self.output()}\n{error}") from None
 
     def go_on(self) -> None:
         for rank in self.frozen:
@@ -62,11 +62,11 @@ class Run:
         try:
             return self.cluster.wait(self.job, START)
         except AssertionError as error:
-            raise AssertionError(f"{self.said()}\n{error}") from None
+            raise AssertionError(f"{self.output()}\n{error}") from None
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else "no log"
 
     def final_loss(self) -> float:
-        assert (self.folder / "COMPLETED").exists(), self.said()
+        assert (self.folder / "COMPLETED").exists(), self.output()
         return json.loads((self.folder / "summary.json").read_text())["final"]["loss"]

@@ -26,8 +26,8 @@ def test_heterogeneous_job_with_streamed_reference(run, undisturbed):
     run.until(lambda: run.cluster.ranks_of(job, "--produce_reference"), "the producer")
     for producer in run.cluster.ranks_of(job, "--produce_reference"):
         os.kill(producer, signal.SIGKILL)  # before it wrote anything: another takes its place
-    assert run.end() == {"COMPLETED"}, run.said()
-    assert "the producers ended with status 137; starting them again" in run.said()
+    assert run.end() == {"COMPLETED"}, run.output()
+    assert "the producers ended with status 137; starting them again" in run.output()
     assert run.steps() == list(range(1, STEPS + 1))
     assert json.loads((run.folder / "summary.json").read_text())["ranks"] == 2
     assert run.final_loss() == pytest.approx(undisturbed.final_loss(), abs=1e-5)
@@ -51,8 +51,8 @@ def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, 
         *two, script="slurm/encode.sh", CCA_DATA=str(digits_as_images(tmp_path / "images")), CCA_SET=""
     )
     for job in (cache, sampled, encoded):
-        assert job.end() == {"COMPLETED"}, job.said()
-        assert "done: " in job.said()
+        assert job.end() == {"COMPLETED"}, job.output()
+        assert "done: " in job.output()
     assert json.loads((cache.folder / "COMPLETED").read_text()) == {"steps": STEPS}
     assert json.loads((sampled.folder / "scores.json").read_text())
     assert json.loads((encoded.folder / "manifest.json").read_text())["images"] == 40
@@ -79,13 +79,13 @@ def test_only_the_mark_is_an_end(cluster, tmp_path):
         at_second = f'[ "$SLURM_RESTART_COUNT" != 1 ] || touch {run.folder}/COMPLETED'
         run.submit(*flags, script=script, CCA_PYTHON=program(tmp_path / script.replace("/", "-"), at_second))
     for run in (unmarked, mixed):
-        assert run.end() == {"COMPLETED"}, run.said()
+        assert run.end() == {"COMPLETED"}, run.output()
         assert cluster.job(run.job)["Restarts"] == "1"
-        assert "ended with status 0 but without" in run.said()
-    assert faulty.end() == {"FAILED"}, faulty.said()
+        assert "ended with status 0 but without" in run.output()
+    assert faulty.end() == {"FAILED"}, faulty.output()
     assert cluster.job(faulty.job)["Restarts"] == "1"
-    assert "ended with status 7 but without" in faulty.said()
-    assert "giving up: 2 attempts without a new checkpoint, the last with status 7" in faulty.said()
+    assert "ended with status 7 but without" in faulty.output()
+    assert "giving up: 2 attempts without a new checkpoint, the last with status 7" in faulty.output()
 
 
 STEPS_OF_ALL_COMPONENTS = """#!/bin/bash
@@ -103,18 +103,20 @@ def test_ranks_of_a_heterogeneous_step(run, tmp_path):
     components = [["--nodes=1", f"--ntasks={n}", "--mem=1000", "-w", node, ":"] for node, n in tasks.items()]
     run.submit(*[flag for component in components for flag in component][:-1], script=str(script))
     run.end()
-    plain, _, pmix = run.said().partition("PMIX\n")
+    plain, _, pmix = run.output().partition("PMIX\n")
     for text in (plain, pmix):
         if "can not load PMIx" in text:
             pytest.skip("plain srun works, but Slurm cannot load PMIx: apt-get install libpmix-dev")
-        said = hellos(text)
-        assert [(h["host"], h["rank"], h["local_rank"], h["local_world_size"]) for h in said] == [
+        printed = hellos(text)
+        assert [(h["host"], h["rank"], h["local_rank"], h["local_world_size"]) for h in printed] == [
             ("h100", 0, 0, 1),
             ("a100", 1, 0, 2),
             ("a100", 2, 1, 2),
             ("a40", 3, 0, 1),
-        ], run.said()
-        assert {(h["launcher"], h["master_address"], h["total"]) for h in said} == {("slurm", "h100", 15.0)}
+        ], run.output()
+        assert {(h["launcher"], h["master_address"], h["total"]) for h in printed} == {
+            ("slurm", "h100", 15.0)
+        }
 
 
 def digits_as_images(folder: Path) -> Path:

@@ -89,24 +89,27 @@ def test_array_tasks_take_their_word_and_a_folder_of_their_own():
         "SLURM_ARRAY_JOB_ID": "40",
         "SLURM_ARRAY_TASK_ID": "1",
     }
-    said = dry_run("cca_3b.sh", {**sweep, "CCA_SET": "loss.beta=0.1"})
-    assert " --output runs/cca-3b-40/loss.lambda=100 " in said
-    assert said.endswith(" --set loss.lambda=100 loss.beta=0.1 \n")
-    said = dry_run("cca_3b.sh", {**sweep, "SLURM_ARRAY_TASK_ID": "2"}, check=False)
-    assert "array task 2, but CCA_SWEEP has 2 words: use --array=0-1" in said
+    printed = dry_run("cca_3b.sh", {**sweep, "CCA_SET": "loss.beta=0.1"})
+    assert " --output runs/cca-3b-40/loss.lambda=100 " in printed
+    assert printed.endswith(" --set loss.lambda=100 loss.beta=0.1 \n")
+    printed = dry_run("cca_3b.sh", {**sweep, "SLURM_ARRAY_TASK_ID": "2"}, check=False)
+    assert "array task 2, but CCA_SWEEP has 2 words: use --array=0-1" in printed
 
 
 def test_a_script_outside_the_repository_says_what_to_do():
-    said = dry_run("cca_3b.sh", {"CCA_HOME": "tests"}, check=False)
-    assert "tests/slurm/common.sh: No such file" in said
-    said = subprocess.run(
+    printed = dry_run("cca_3b.sh", {"CCA_HOME": "tests"}, check=False)
+    assert "tests/slurm/common.sh: No such file" in printed
+    printed = subprocess.run(
         ["bash", "-c", ". slurm/common.sh; CCA_HOME=tests; begin a b"],
         cwd=REPOSITORY,
         env=ALWAYS,
         capture_output=True,
         text=True,
     )
-    assert (said.returncode, "call sbatch in the repository's root, or set CCA_HOME" in said.stderr) == (
+    assert (
+        printed.returncode,
+        "call sbatch in the repository's root, or set CCA_HOME" in printed.stderr,
+    ) == (
         2,
         True,
     )

@@ -1,4 +1,4 @@
-"""The first digits as a folder of images, the command that encodes them, and the codes it must give."""
+"""The first digits as a folder of images, the command that encodes them, and the expected codes."""
 
 import functools
 from pathlib import Path
@@ -34,10 +34,12 @@ def digits_codes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(*arguments, device="cpu"):
+    """Run the encode command with the digits recipe; returns its exit code."""
     return encode.main(["--recipe", "digits", "--device", device, "--threads", "2", *map(str, arguments)])
 
 
 def assert_expected(table, expected):
+    """Compare a whole table with (codes, labels)."""
     codes_BL, labels_B = table.take(np.arange(len(table)))
     np.testing.assert_array_equal(codes_BL, expected[0])
     np.testing.assert_array_equal(labels_B, expected[1])
@@ -46,4 +48,5 @@ def assert_expected(table, expected):
 
 
 def contents(folder):
+    """Name -> bytes of the files in a folder."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

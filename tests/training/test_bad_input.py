@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cca_ds import train as entry
 from cca_ds.config.recipes import dump_recipe, load_recipe
-from cca_ds.data.writing import write_codes
+from cca_ds.data.table_files import write_codes
 from cca_ds.vq import create_tokenizer
 from tests.dist.ranks import REPOSITORY
 from tests.dist.runs import tiny_weights, train

@@ -25,7 +25,7 @@ def problem(folder, run, resume="auto"):
 def checkpoint(folder, step):
     partial = store.begin(folder / "checkpoints", step)
     (partial / "weights.pt").write_bytes(b"1" * step)
-    return store.publish(partial)
+    return store.publish(partial, [partial / "weights.pt"])
 
 
 def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cca_ds.checkpoints.load_model import Source, load_model
-from cca_ds.cluster.launchers import Ranks
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Model, Tokenizer
-from cca_ds.data.codes import CodeTable, write_codes
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.table_files import write_codes
 from cca_ds.models import WeightsError, create_model, save_weights
 from cca_ds.sampling.drawing import decode
 from cca_ds.vq import TOKENIZERS, create_tokenizer

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cca_ds.models.base import Family
+from cca_ds.models.llamagen import cost
 from cca_ds.models.llamagen.decode import sample_raster
 from cca_ds.models.llamagen.model import LlamaGen, LlamaGenConfig
 from cca_ds.models.registry import FAMILIES
@@ -62,6 +63,9 @@ FAMILY = FAMILIES.register(
         guidance_offset=1.0,  # logits = u + g (c - u) with g = s + 1
         guidance_name="LlamaGen's cfg-scale",
         class_embedding=_CLASSES,
+        activation_elements=cost.activation_elements,
+        dropout_bytes=cost.dropout_bytes,
+        per_image_modules=cost.PER_IMAGE_MODULES,
         layouts={LlamaGen.family: _published},
         weights=KINDS.register(
             WeightsKind(

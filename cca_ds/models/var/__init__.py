@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cca_ds.models.base import Family
 from cca_ds.models.registry import FAMILIES
+from cca_ds.models.var import cost
 from cca_ds.models.var.decode import sample_next_scale
 from cca_ds.models.var.model import VAR, VARConfig
 from cca_ds.models.weight_files import KINDS, WeightsKind
@@ -62,6 +63,9 @@ FAMILY = FAMILIES.register(
         guidance_offset=0.0,
         guidance_name="VAR's cfg",
         class_embedding=_CLASSES,
+        activation_elements=cost.activation_elements,
+        dropout_bytes=cost.dropout_bytes,
+        per_image_modules=cost.PER_IMAGE_MODULES,
         layouts={VAR.family: _published},
         weights=KINDS.register(
             WeightsKind(

@@ -1,31 +1,45 @@
-"""The original program's folders of codes, one .npy file per image, as a source of codes for a table.
+"""Importing the codes that LlamaGen's own program stored, one .npy file per image.
 
-LlamaGen's extract_codes_c2i.py writes `imagenet<S>_codes/<i>.npy`, [1, C, L] or [1, L], and
-`imagenet<S>_labels/<i>.npy`, [1]. Several such folders (its crop ranges 1.1 and 1.05) are joined along the crops.
+Its extract_codes_c2i.py writes `imagenet<S>_codes/<i>.npy`, [1, C, L] or [1, L], and `imagenet<S>_labels/<i>.npy`,
+[1]. Several such folders (for its crop ranges 1.1 and 1.05) are joined along the crops.
+
+Letters: N images, C crops, L codes per crop.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cca_ds.data.building import ShardContent
-from cca_ds.data.manifest import CodesError
+from cca_ds.console import progress, say
+from cca_ds.data.manifest import CodesError, Manifest
+from cca_ds.data.table_builder import ShardContent, TablePlan
 
-LONGEST_PADDING = 4096  # more ranks than any run of the original had
+LONGEST_PADDING = 4096  # more than the ranks of any run of the original
 
 
 class NpyFolders:
-    """The codes of N images in one or several folders of .npy files.
+    """A `Producer` of the codes of N images in one or several folders of .npy files.
+
+    Args:
+        show: write progress, and the number of files left out, to the console.
+
+    Attributes:
+        files: in each folder; the last `files - images` repeat the first ones and are left out.
+        images, crops, sequence_length: N, C over all folders, L.
+        names: of the folders.
 
     Raises:
-        CodesError: no such files, numbers missing, different shapes in the first files, labels that disagree.
+        CodesError: no such files, missing numbers, files of different shapes, labels that differ between folders.
     """
 
-    def __init__(self, folders: list[str | Path]) -> None:
+    def __init__(self, folders: Sequence[str | Path], show: bool = False) -> None:
+        self.show = show
+        self.names = [Path(folder).name for folder in folders]
         self._pairs = [_codes_and_labels(Path(folder).expanduser()) for folder in folders]
         counts = {_count(part) for pair in self._pairs for part in pair}
         if len(counts) != 1:
@@ -37,8 +51,37 @@ class NpyFolders:
         self.crops = sum(self._crops)
         self.images = self.files - self._padding()
 
+    def plan(self, table: Manifest, images_per_shard: int) -> TablePlan:
+        """The plan of the table of all N images; reads all labels.
+
+        Args:
+            table: from `Manifest.before_encoding`.
+
+        Raises:
+            CodesError: a label that cannot be read.
+        """
+        if self.show and self.images < self.files:
+            say(
+                f"the last {self.files - self.images} files repeat the first ones (the original's sampler pads to its "
+                "number of ranks) and are left out"
+            )
+        labels_N = self.labels()
+        table = replace(
+            table,
+            classes=int(labels_N.max()) + 1,
+            crops=self.crops,
+            sequence_length=self.sequence_length,
+            crop_settings={"kind": "imported", "folders": self.names},
+            source_hash=self.fingerprint(labels_N),
+        )
+        return TablePlan(table, self.images, images_per_shard, {})
+
     def __call__(self, rows: range, advance: Callable[[], object]) -> ShardContent:
-        """Codes and labels of a range; a damaged file is an error, for codes cannot be made again from it."""
+        """Codes and labels of the images `rows`; `advance` is called after each image.
+
+        Raises:
+            CodesError: a damaged file; it is not skipped, since its image cannot be encoded again from here.
+        """
         codes_NCL = np.empty((len(rows), self.crops, self.sequence_length), dtype=np.int64)
         labels_N = np.empty(len(rows), dtype=np.int64)
         for place, index in enumerate(rows):
@@ -47,7 +90,7 @@ class NpyFolders:
         return ShardContent(codes_NCL, labels_N, [])
 
     def record(self, index: int) -> tuple[np.ndarray, int]:
-        """Codes [C, L] int64 and label of one image."""
+        """Codes [C, L] int64 and label of one image. Raises CodesError."""
         parts, labels = [], set()
         for (codes, label), crops in zip(self._pairs, self._crops, strict=True):
             codes_CL = self._codes_of(codes, index)
@@ -62,30 +105,27 @@ class NpyFolders:
             raise CodesError(f"--import_npy: image {index} has the labels {sorted(labels)} in the folders")
         return np.concatenate(parts), labels.pop()
 
-    def labels(self, advance: Callable[[], object]) -> np.ndarray:
-        """All labels, [N] int64."""
-        labels_N = np.empty(self.images, dtype=np.int64)
-        for index in range(self.images):
-            labels_N[index] = _label(self._pairs[0][1] / f"{index}.npy")
-            advance()
-        return labels_N
+    def labels(self) -> np.ndarray:
+        """All labels, [N] int64, read from the first folder."""
+        numbers = progress(range(self.images), "labels", self.images, self.show)
+        return np.array([_label(self._pairs[0][1] / f"{index}.npy") for index in numbers], dtype=np.int64)
 
     def fingerprint(self, labels_N: np.ndarray) -> str:
-        """Sha256 over the labels and the first and last codes: a run is only resumed on the same files."""
+        """SHA-256 over the labels and the first and last codes; a table is only continued on the same files."""
         digest = hashlib.sha256(labels_N.tobytes())
         for index in (0, self.images - 1):
             digest.update(self.record(index)[0].tobytes())
         return digest.hexdigest()
 
     def _padding(self) -> int:
-        """Files at the end that repeat those at the beginning.
+        """Number of files at the end that repeat those at the beginning.
 
         The original's DistributedSampler pads the images to a multiple of its ranks, and the padding is stored.
         """
         label = _label(self._pairs[0][1] / "0.npy")
         for padding in range(1, min(LONGEST_PADDING, self.files // 2) + 1):
             start = self.files - padding
-            if _label(self._pairs[0][1] / f"{start}.npy") != label:  # a label is read sooner than codes
+            if _label(self._pairs[0][1] / f"{start}.npy") != label:  # a label is faster to read than codes
                 continue
             if all(self._same(number, start + number) for number in range(padding)):
                 return padding
@@ -97,7 +137,7 @@ class NpyFolders:
 
     @staticmethod
     def _codes_of(folder: Path, index: int) -> np.ndarray:
-        """[C, L] int64."""
+        """Codes [C, L] int64 of `<folder>/<index>.npy`. Raises CodesError."""
         codes = _load(folder / f"{index}.npy")
         if codes.ndim not in (2, 3) or codes.shape[0] != 1 or not codes.size:
             raise CodesError(f"{folder / f'{index}.npy'} is {list(codes.shape)}, not [1, crops, L] or [1, L]")
@@ -105,7 +145,7 @@ class NpyFolders:
 
 
 def _codes_and_labels(folder: Path) -> tuple[Path, Path]:
-    """The folders `*_codes` and `*_labels` in a folder."""
+    """The folders `*_codes` and `*_labels` in `folder`. Raises CodesError unless there is one of each."""
     found = [
         sorted(path for path in folder.glob(f"*_{part}") if path.is_dir()) for part in ("codes", "labels")
     ]
@@ -118,6 +158,7 @@ def _codes_and_labels(folder: Path) -> tuple[Path, Path]:
 
 
 def _count(folder: Path) -> int:
+    """Number of .npy files in `folder`. Raises CodesError unless they are numbered 0, 1, 2, ..."""
     numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit())
     if not numbers:
         raise CodesError(f"--import_npy {folder}: holds no .npy files")
@@ -128,6 +169,7 @@ def _count(folder: Path) -> int:
 
 
 def _label(path: Path) -> int:
+    """The label in a .npy file of one integer. Raises CodesError."""
     label = _load(path)
     if label.size != 1:
         raise CodesError(f"{path} is {list(label.shape)}, not [1]")
@@ -135,7 +177,7 @@ def _label(path: Path) -> int:
 
 
 def _load(path: Path) -> np.ndarray:
-    """One .npy file of integers; never a pickle."""
+    """The integers of one .npy file, which is never unpickled. Raises CodesError."""
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -1,7 +1,7 @@
-"""Where images come from: an image folder, a Hugging Face dataset on disk, or a tar of either.
+"""Sources of images: an image folder, a Hugging Face dataset on disk, or a tar of either.
 
-A source has a fixed order, a label for every image, and `read(index) -> bytes`. Nothing is decoded here and
-nothing is extracted: members of a tar are read from the archive in place.
+A source has a fixed order, a label for every image, and `read(index) -> bytes`. It decodes no image and extracts no
+archive: the members of a tar are read in place.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 class ImageSource(ABC):
-    """N images in a fixed order. `read` may be called from several threads.
+    """N images in a fixed order; `read` may be called from several threads.
 
-    labels_N: [N] int64. class_names: one per class. in_order: reading backwards is slow (compressed tars).
+    Attributes:
+        labels_N: [N] int64.
+        class_names: one per class.
+        in_order: whether images should be read by increasing index, as in a compressed tar.
     """
 
     labels_N: np.ndarray
@@ -36,14 +39,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
+        """The image's name in messages and in the list of skipped images."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The image file's content. Raises OSError."""
+        """Content of the image file, still encoded. Raises OSError."""
 
     def fingerprint(self) -> str:
-        """Sha256 over names and labels in order: a run is only resumed on the same images."""
+        """SHA-256 over names and labels in order; a table is only continued on the same images."""
         digest = hashlib.sha256(repr((self.class_names, len(self))).encode())
         for index, label in enumerate(self.labels_N.tolist()):
             digest.update(f"{self.name(index)}\0{label}\n".encode("utf-8", "surrogateescape"))
@@ -51,17 +54,20 @@ class ImageSource(ABC):
 
 
 def open_images(path: str | Path, split: str = "train") -> ImageSource:
-    """Open images for reading; the kind is found by looking.
+    """Open a folder, a dataset on disk or a tar, whichever `path` is.
+
+    Args:
+        split: to open, of a dataset with several.
 
     Raises:
         CodesError: nothing there, no images, an empty class, a split that does not exist.
     """
-    from cca_ds.data import arrow_images  # it needs pyarrow, a folder of images does not
+    from cca_ds.data import dataset_images  # imports pyarrow, which a folder of images does not need
 
     path = Path(path).expanduser()
     if path.is_dir():
-        if arrow_images.is_dataset(path):
-            return arrow_images.open_dataset(path, split)
+        if dataset_images.is_dataset(path):
+            return dataset_images.open_dataset(path, split)
         return ImageFolder(path)
     if not path.exists():
         raise CodesError(f"--source {path}: no such file or folder")
@@ -71,12 +77,19 @@ def open_images(path: str | Path, split: str = "train") -> ImageSource:
         reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line per compression it tried
         raise CodesError(f"--source {path}: neither a folder nor a readable tar ({reason})") from error
     if any(PurePosixPath(member.name).name == "state.json" for member in members):
-        return arrow_images.open_dataset_in_tar(path, members, split)
+        return dataset_images.open_dataset_in_tar(path, members, split)
     return TarOfImages(path, members)
 
 
 def _labels_by_class(source: Path, classes: list[str], found: set[str]) -> dict[str, int]:
-    """Class name -> label in sorted order, as torchvision's ImageFolder numbers them."""
+    """Class name -> label in sorted order, as torchvision's ImageFolder numbers them.
+
+    Args:
+        classes: names of all class folders. found: names of those that hold images.
+
+    Raises:
+        CodesError: no class, or one without images.
+    """
     empty = sorted(set(classes) - found)
     if not classes:
         raise CodesError(
@@ -118,7 +131,11 @@ class ImageFolder(ImageSource):
 
 @dataclass(frozen=True)
 class TarMember:
-    """One file inside a tar, or inside a tar within it: where its bytes lie in the (uncompressed) archive."""
+    """One file inside a tar, or inside a tar within it.
+
+    Attributes:
+        offset: of its first byte in the (uncompressed) outer archive.
+    """
 
     name: str
     offset: int
@@ -127,10 +144,13 @@ class TarMember:
 
 
 def index_tar(path: Path) -> list[TarMember]:
-    """Names and places of a tar's files, headers only, in the archive's order.
+    """Names and offsets of a tar's files, in the archive's order; only headers are read.
 
-    Tars inside it are looked into as well (ImageNet's own archive holds one per class), their names becoming
-    folders. Links, devices and hidden files are left out: nothing outside the archive is ever opened.
+    A tar inside it counts as a folder of its name (ImageNet's own archive holds one per class). Links, devices and
+    hidden files are left out, so that no file outside the archive is opened.
+
+    Raises:
+        tarfile.TarError, OSError, EOFError: not a tar, or a truncated one.
     """
     with tarfile.open(path, "r:*") as archive:
         return _members(archive, 0, "")
@@ -153,9 +173,12 @@ def _members(archive: tarfile.TarFile, start: int, prefix: str) -> list[TarMembe
 
 
 class TarOfImages(ImageSource):
-    """A tar of ImageNet's layout below any number of leading folders.
+    """A tar of ImageNet's layout, below any number of leading folders.
 
-    The order is that of the same files in a folder; in a compressed tar it is the archive's own.
+    The order is that of the same files in a folder; in a compressed tar, the archive's.
+
+    Raises:
+        CodesError: no class folder, or one without images.
     """
 
     def __init__(self, path: Path, members: list[TarMember]) -> None:
@@ -167,7 +190,9 @@ class TarOfImages(ImageSource):
             folders = {_class_below(root, f"{m.name}/") for m in members if m.is_folder} - {""}
         else:  # a single class
             named, folders = [(PurePosixPath(root).name, m) for m in images], set()
-        named = [(name, m) for name, m in named if name]  # beside the class folders: no class, as in a folder
+        named = [
+            (name, m) for name, m in named if name
+        ]  # files beside the class folders have no class, as in `ImageFolder`
         label = _labels_by_class(path, sorted(folders | {n for n, _ in named}), {n for n, _ in named})
         self._archive = open_archive(path)
         self.in_order = self._archive.in_order
@@ -192,12 +217,12 @@ def _class_below(root: str, name: str) -> str:
 
 
 class PlainArchive:
-    """Ranges of an uncompressed archive, from any thread in any order."""
+    """Reads ranges of an uncompressed archive, from any thread, in any order."""
 
     in_order = False
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - it lives as long as the source
+        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the source
 
     def read(self, offset: int, size: int) -> bytes:
         content = os.pread(self._file.fileno(), size, offset)
@@ -207,12 +232,12 @@ class PlainArchive:
 
 
 class CompressedArchive:
-    """Ranges of a compressed archive: decompressed forwards, once, as long as the ranges are asked in order."""
+    """Reads ranges of a compressed archive; decompresses it once if the ranges come in increasing order."""
 
     in_order = True
 
     def __init__(self, path: Path) -> None:
-        self._file = tarfile.open(path, "r:*").fileobj  # noqa: SIM115 - it lives as long as the source
+        self._file = tarfile.open(path, "r:*").fileobj  # noqa: SIM115 - open as long as the source
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
@@ -228,7 +253,7 @@ class CompressedArchive:
 
 
 def open_archive(path: Path) -> PlainArchive | CompressedArchive:
-    """A tar's bytes by range, whether it is compressed or not."""
+    """A reader of byte ranges of a tar, compressed or not."""
     try:
         with tarfile.open(path, "r:"):
             return PlainArchive(path)

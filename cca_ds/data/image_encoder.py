@@ -1,6 +1,6 @@
-"""Images to codes: reading and cropping in threads, the tokenizer on the device, batched across images.
+"""From images to codes: threads read and crop, the tokenizer runs on the device in batches across images.
 
-n images of a range, C crops of each, S image size, L codes per crop.
+Letters: n images of a range, C crops of each, S image size, K channels, L codes per crop.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from cca_ds.data.building import ShardContent
 from cca_ds.data.crops import CropSettings, UnreadableImage, allow_large_images, crop_function, decode_image
-from cca_ds.data.images import ImageSource
+from cca_ds.data.image_sources import ImageSource
+from cca_ds.data.manifest import Manifest
+from cca_ds.data.table_builder import ShardContent, TablePlan
 
 
 class ImageEncoder:
-    """Makes the codes of ranges of a source's images.
+    """A `Producer` of the codes of a source's images.
 
     Args:
+        settings: how an image is cropped.
+        tokenizer: has `encode`, `sequence_length` and `vocab_size`; is moved to `device`.
         batch_size: crops in one forward of the tokenizer, taken across images.
-        threads: that read, decode and crop.
-        precision: "fp32", "tf32" (as the original programs; fp32 on a CPU) or "bf16".
+        threads: number of threads that read, decode and crop.
+        precision: of the tokenizer: "fp32", "tf32" (as the original programs; fp32 on a CPU) or "bf16".
+        max_megapixels: larger images are skipped.
     """
 
     def __init__(
@@ -47,8 +52,29 @@ class ImageEncoder:
         self._crop = crop_function(settings)
         allow_large_images()
 
+    def plan(self, table: Manifest, images_per_shard: int) -> TablePlan:
+        """The plan of the table of all the source's images.
+
+        Args:
+            table: from `Manifest.before_encoding`.
+
+        Raises:
+            ValueError: the tokenizer does not take images of this size.
+        """
+        table = replace(
+            table,
+            classes=len(self.source.class_names),
+            class_names=self.source.class_names,
+            crops=self.settings.count,
+            sequence_length=self.tokenizer.sequence_length(self.settings.image_size),
+            crop_settings=self.settings.as_dict(),
+            source_hash=self.source.fingerprint(),
+        )
+        encoding = {"precision": self.precision, "max_megapixels": self.max_megapixels}
+        return TablePlan(table, len(self.source), images_per_shard, encoding)
+
     def __call__(self, rows: range, advance: Callable[[], object]) -> ShardContent:
-        """Codes, labels and skipped images of a range."""
+        """Codes and labels of the images `rows`, and those skipped; `advance` is called after each image."""
         length = self.tokenizer.sequence_length(self.settings.image_size)
         codes_NCL = np.empty((len(rows), self.settings.count, length), dtype=np.uint16)
         kept: list[int] = []
@@ -80,7 +106,7 @@ class ImageEncoder:
         return ShardContent(codes_NCL[:done], labels_N, skipped, {m: n for m, n in modes.items() if n})
 
     def _cropped(self, rows: range) -> Iterator[tuple[int, tuple[np.ndarray, str] | str]]:
-        """Each image's crops and former mode, or the reason why there are none, in order, read ahead."""
+        """(index, (crops [C, S, S, K], mode of the file)), or (index, why it is skipped), in order, read ahead."""
         ahead = 2 * self.threads + -(-self.batch_size // self.settings.count)
         queue: deque[tuple[int, Future]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
@@ -98,12 +124,14 @@ class ImageEncoder:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, index: int) -> bytes | str:
+        """The image file's content, or why it cannot be read."""
         try:
             return self.source.read(index)
         except OSError as error:
             return " ".join(str(error).split())
 
     def _load(self, index: int, content: bytes | str | None) -> tuple[np.ndarray, str] | str:
+        """An image's crops and mode, or why it is skipped; without `content` it is read first."""
         content = self._read(index) if content is None else content
         if isinstance(content, str):
             return content
@@ -115,7 +143,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def _encode(self, crops_NCSSK: np.ndarray) -> np.ndarray:
-        """Codes [n, C, L] uint16 of crops [n, C, S, S, channels] uint8."""
+        """Codes [n, C, L] uint16 of crops [n, C, S, S, K] uint8, scaled to [-1, 1]."""
         pixels_BSSK = torch.from_numpy(crops_NCSSK).flatten(0, 1)
         if self.device.type == "cuda":
             pixels_BSSK = pixels_BSSK.pin_memory()
@@ -131,7 +159,7 @@ class ImageEncoder:
 
 @contextmanager
 def _precision(name: str, device: torch.device) -> Iterator[None]:
-    """TF32 allowed or not, or bfloat16 autocast, for the time of one batch."""
+    """Allow TF32 or not in this block, with bfloat16 autocast for "bf16"; "fp32" allows neither."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16) if name == "bf16" else nullcontext()

@@ -1,7 +1,12 @@
-"""Writing tables of codes: Arrow files as Hugging Face `datasets` lays them out, plus the manifest.
+"""The files of a table of codes: Arrow files that `datasets.load_from_disk` opens, and the manifest.
 
-N images, C crops, L codes per crop. A folder appears whole or not at all.
-`datasets` is imported when something is written only: it takes a second, and opening needs none of it.
+    data-00000-of-00002.arrow, ...    shards, written by `datasets`, each as one record batch
+    dataset_info.json                 the columns, written by `datasets`
+    state.json                        the list of shards, for `datasets.load_from_disk`
+    manifest.json                     everything else, written last
+
+Letters: N images, C crops, L codes per crop. A folder appears whole or not at all. `datasets` takes a second to
+import and is imported only to write.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -25,16 +31,15 @@ from cca_ds.data.manifest import (
     Manifest,
     Shard,
     histogram,
-    package_version,
     read_manifest,
 )
-from cca_ds.files import file_hash, partial_name, sync_folder, write_atomic, write_streamed
+from cca_ds.files import FORBIDDEN, FULL, file_hash, partial_name, sync_folder, write_atomic, write_streamed
 
 SHARD_BYTES = 512 * 2**20  # datasets' own default size of a shard
 
 
-def _datasets():
-    """Hugging Face `datasets`, kept off the network."""
+def offline_datasets() -> ModuleType:
+    """Hugging Face `datasets`, imported so that it opens no connection."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     import datasets
@@ -44,7 +49,8 @@ def _datasets():
 
 
 def _features(crops: int, sequence_length: int):
-    datasets = _datasets()
+    """Columns of a shard: codes uint16 [L], or [crops, L] with several crops, and label int32."""
+    datasets = offline_datasets()
     codes = datasets.Sequence(datasets.Value("uint16"), length=sequence_length)
     if crops > 1:
         codes = datasets.Sequence(codes, length=crops)
@@ -75,13 +81,16 @@ def check_rows(
 
 
 def write_shard(path: str | Path, codes_NCL: np.ndarray, labels_N: np.ndarray) -> Shard:
-    """Write one Arrow file whole or not at all, as one record batch, so that a single view covers it.
+    """Write one Arrow file as one record batch, so that a single NumPy view covers it; whole or not at all.
 
     Args:
-        codes_NCL: [N, C, L], any integer dtype inside uint16; labels_N: [N], inside int32.
+        codes_NCL: [N, C, L] integers inside uint16. labels_N: [N] integers inside int32.
+
+    Returns:
+        Name, size and hash of the file, for the manifest.
 
     Raises:
-        OSError: the disk is full or the folder not writable; no partial file stays.
+        OSError: the disk is full or the folder not writable; no partial file is left.
     """
     import pyarrow
 
@@ -95,7 +104,7 @@ def write_shard(path: str | Path, codes_NCL: np.ndarray, labels_N: np.ndarray) -
     table = pyarrow.Table.from_arrays([column, labels], schema=features.arrow_schema)
 
     def write(stream: BinaryIO) -> None:
-        writer = _datasets().arrow_writer.ArrowWriter(
+        writer = offline_datasets().arrow_writer.ArrowWriter(
             stream=stream, features=features, writer_batch_size=images
         )
         writer.write_table(table, writer_batch_size=images)
@@ -106,10 +115,13 @@ def write_shard(path: str | Path, codes_NCL: np.ndarray, labels_N: np.ndarray) -
 
 
 def write_descriptions(folder: str | Path, manifest: Manifest) -> None:
-    """Write what `datasets.load_from_disk` reads beside the Arrow files, and the manifest last."""
+    """Write `dataset_info.json` and `state.json` beside the Arrow files, and the manifest last.
+
+    `datasets` writes state.json only in `save_to_disk`, which would write all shards again in batches of its own.
+    """
     folder = Path(folder)
     features = _features(manifest.crops, manifest.sequence_length)
-    _datasets().DatasetInfo(features=features).write_to_directory(str(folder))
+    offline_datasets().DatasetInfo(features=features).write_to_directory(str(folder))
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()[:16]
     state = {
         "_data_files": [{"filename": shard.file} for shard in manifest.shards],
@@ -127,15 +139,15 @@ def write_descriptions(folder: str | Path, manifest: Manifest) -> None:
 
 @contextmanager
 def one_line_errors(target: str | Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into one CodesError naming the folder and the remedy."""
+    """In this block, an OSError of a full disk or an unwritable folder becomes a CodesError that names `target`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise CodesError(
                 f"no space left while writing {target}: free some and run again, or choose another disk"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST):
             raise CodesError(
                 f"{target} cannot be written ({error.strerror}): choose another output folder"
             ) from error
@@ -143,13 +155,13 @@ def one_line_errors(target: str | Path) -> Iterator[None]:
 
 
 def publish_folder(partial: Path, folder: Path) -> None:
-    """Rename a finished folder to its name. Raises FileExistsError when another process was first."""
+    """Rename a finished folder to its name. Raises FileExistsError where another process has done so already."""
     sync_folder(partial)
     try:
         os.rename(partial, folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(errno.EEXIST, "is there already", str(folder)) from error
+            raise FileExistsError(errno.EEXIST, "exists already", str(folder)) from error
         raise
     sync_folder(folder.parent)
 
@@ -172,20 +184,29 @@ def write_codes(
 
     Args:
         codes_NCL: [N, C, L] integers inside 0..vocab_size-1. labels_N: [N] inside 0..classes-1.
-        images_per_shard: images in one Arrow file; None: as many as make half a GiB.
+        family: of the models that the codes are for. tokenizer, tokenizer_hash: name, and hash of its weights.
+        images_per_shard: images in one Arrow file; None: as many as fit into half a GiB.
+
+    Returns:
+        The manifest as written.
 
     Raises:
-        CodesError: wrong shapes or ranges, no images, the folder is there already, the disk is full.
+        CodesError: wrong shapes or ranges, no images, the folder exists already, the disk is full.
     """
     folder = Path(folder)
     codes_NCL, labels_N = np.asarray(codes_NCL), np.asarray(labels_N)
     check_rows(codes_NCL, labels_N, vocab_size, classes, str(folder))
     images, crops, length = codes_NCL.shape
-    described = {"class_names": class_names, "package_version": package_version()}
-    described |= {"label_histogram": histogram(labels_N, classes), "crop_settings": crop_settings or {}}
-    manifest = Manifest(
-        images, classes, crops, length, vocab_size, family, tokenizer, tokenizer_hash, **described
-    )  # fmt: skip
+    manifest = replace(
+        Manifest.before_encoding(tokenizer, family, vocab_size, tokenizer_hash),
+        images=images,
+        classes=classes,
+        crops=crops,
+        sequence_length=length,
+        crop_settings=crop_settings or {},
+        label_histogram=histogram(labels_N, classes),
+        class_names=class_names,
+    )
     _write_table(folder, manifest, codes_NCL, labels_N, images_per_shard)
     return read_manifest(folder)
 
@@ -204,7 +225,7 @@ def _write_table(
     partial = partial_name(folder)
     with one_line_errors(folder):
         if folder.exists():
-            raise CodesError(f"{folder} is there already: choose another output folder or remove it")
+            raise CodesError(f"{folder} exists already: choose another output folder or remove it")
         try:
             partial.mkdir(parents=True)
             shards = []
@@ -216,27 +237,3 @@ def _write_table(
             publish_folder(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_digits(folder: str | Path) -> None:
-    """Build the table of scikit-learn's 1,797 digits; when another process is first, its table stays."""
-    from cca_ds.vq import create_tokenizer
-    from cca_ds.vq.digits import load_digit_images
-
-    tokenizer = create_tokenizer("digits")
-    images_BCHW, labels_B = load_digit_images()
-    try:
-        write_codes(
-            folder,
-            tokenizer.encode(images_BCHW)[:, None].numpy(),
-            labels_B.numpy(),
-            vocab_size=tokenizer.vocab_size,
-            classes=10,
-            family="llamagen",
-            tokenizer="digits",
-            tokenizer_hash=tokenizer.hash(),
-            class_names=tuple(str(digit) for digit in range(10)),
-        )
-    except CodesError:
-        if not Path(folder).exists():
-            raise

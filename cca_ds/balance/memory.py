@@ -1,4 +1,4 @@
-"""Bytes on one GPU, part by part.
+"""Bytes on one GPU, part by part: the one memory model, for planning a run and for limiting a rank's micro-batch.
 
 Per parameter: 2 bytes of bf16 weights, 2 or 4 of gradients, 12 of float32 master weights and Adam's two
 moments, each divided by the W ranks where the ZeRO stage shards it (optimizer from 1, gradients from 2,
@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cca_ds.planning.architecture import Architecture
+from cca_ds.models.cost import ModelCost
 
 RESERVED_BYTES = 1.5 * 2**30  # CUDA context, NCCL's buffers, library workspaces
-USABLE_SHARE = 0.94  # the rest goes to fragmentation
+USABLE_SHARE = 0.94  # the rest is left to fragmentation
 LOGIT_CHUNK = 2**24  # logits alive at once in the fused head, whatever the vocabulary
 LOGIT_BYTES = 4
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own default, in elements
@@ -36,11 +36,19 @@ class Memory:
         """All but the activations."""
         return sum(getattr(self, field.name) for field in fields(self)) - self.activations_per_pair
 
+    @property
+    def allocated(self) -> float:
+        """What the run itself allocates beside the activations: `fixed` without `reserved`."""
+        return self.fixed - self.reserved
+
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a ds_config says that planning needs: the ZeRO stage, offload, buckets, hierarchical
-    partitions."""
+    """What a ds_config sets of memory and links.
+
+    `stage` is ZeRO's; `reduce_bucket` and `live_weights` (stage3_max_live_parameters) are in elements;
+    `hierarchical` is hpZ's partition size, 1 without hpZ; `gradient_bytes` is of an accumulated gradient in bf16.
+    """
 
     stage: int
     offload_optimizer: bool
@@ -52,7 +60,7 @@ class Sharding:
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any]) -> "Sharding":
-        """Read from DeepSpeed's JSON, with DeepSpeed's defaults for what it leaves out or says "auto" of."""
+        """Read from DeepSpeed's JSON, with DeepSpeed's defaults for keys that are absent or "auto"."""
         zero = {k: v for k, v in ds_config.get("zero_optimization", {}).items() if v != "auto"}
         accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
@@ -67,52 +75,54 @@ class Sharding:
 
 
 def memory_of(
-    model: Architecture,
+    model: ModelCost,
     sharding: Sharding,
     ranks: int,
-    placement: str,
     checkpointing: bool,
     *,
-    reference_offload: bool = False,
-    tensor_parallel: int = 1,
-    sequences_per_pair: int = 2,
+    reference_bytes: float,
+    rows_per_pair: int = 2,
     element_bytes: int = 2,
 ) -> Memory:
     """Bytes of each part on each of `ranks` GPUs.
 
     Args:
-        placement: "inference", "zero3", "cached", "streamed", or "none".
-        sequences_per_pair: 2 where positives and negatives are both computed, 1 for `mle`.
+        checkpointing: blocks are computed again in the backward (`model.activation_checkpointing`).
+        reference_bytes: what the reference's placement keeps on each GPU (`Placement.resident_bytes`); 0 without one.
+        rows_per_pair: sequences of a pair through the policy (`LossSpec.rows_per_pair`).
         element_bytes: of weights and activations, 2 for bf16.
     """
     size, stage = model.parameters, sharding.stage
     shard = [size / ranks if stage >= needed else size for needed in (1, 2, 3)]
-    live = min(size, sharding.live_weights) * element_bytes
     weights = 0.0 if sharding.offload_weights else shard[2] * element_bytes
     if sharding.hierarchical > 1:
         weights += size * element_bytes / sharding.hierarchical  # the second copy, within a node
-    buffers = min(size, sharding.reduce_bucket) * element_bytes + (live if stage == 3 else 0)
-    reference = {"inference": size * element_bytes / tensor_parallel, "zero3": live}.get(placement, 0.0)
-    if placement == "zero3" and not reference_offload:
-        reference += size * element_bytes / ranks
-    tokens = model.codes * sequences_per_pair
+    gathered = gathered_bytes(model, sharding, element_bytes) if stage == 3 else 0
     return Memory(
         weights=weights,
-        gradients=shard[1] * sharding.gradient_bytes,
+        # in fp32 DeepSpeed's file sets no accumulation type, and gradients have the weights' own
+        gradients=shard[1] * max(sharding.gradient_bytes, element_bytes),
         optimizer=0.0 if sharding.offload_optimizer else shard[0] * 12,
-        buffers=buffers,
-        reference=reference,
+        buffers=min(size, sharding.reduce_bucket) * element_bytes + gathered,
+        reference=reference_bytes,
         head=LOGIT_CHUNK * (LOGIT_BYTES + element_bytes) + 4 * model.vocabulary * model.width,
         reserved=RESERVED_BYTES,
-        activations_per_pair=tokens * activation_bytes(model, checkpointing, element_bytes),
+        activations_per_pair=model.codes
+        * rows_per_pair
+        * activation_bytes(model, checkpointing, element_bytes),
     )
 
 
-def activation_bytes(model: Architecture, checkpointing: bool, element_bytes: int = 2) -> float:
+def gathered_bytes(model: ModelCost, sharding: Sharding, element_bytes: int = 2) -> float:
+    """Most bytes of a ZeRO-3 model's weights that are gathered on a GPU at a time."""
+    return min(model.parameters, sharding.live_weights) * element_bytes
+
+
+def activation_bytes(model: ModelCost, checkpointing: bool, element_bytes: int = 2) -> float:
     """Peak bytes a code of one sequence, at the start of the backward.
 
     Every block keeps what its backward needs; with checkpointing only its input, and one block's whole set at
-    a time. Beside them stand the stream, its norm and their gradients at the head, and one block's gradients.
+    a time. Added to these are the stream, its norm and their gradients at the head, and one block's gradients.
     """
     block = model.block_token_elements * element_bytes + model.block_dropout_bytes
     passing = 8 * model.width * element_bytes

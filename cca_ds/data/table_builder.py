@@ -1,9 +1,14 @@
-"""A table of codes built shard by shard, by several ranks, through any number of kills.
+"""Building a table of codes shard by shard, on several ranks, resumable after a kill at any moment.
 
-Beside the table to come stands `<table>.partial`. It holds the plan (what is encoded, and how), a finished
-Arrow file per shard and, written after it, that shard's record: a shard is finished when its record is there.
-Shards are dealt out by number; finished ones are skipped, whoever made them, so the number of ranks may change.
-The rank that finds all records writes the manifest and renames the folder: the table appears whole.
+Until the table is finished its files are in `<table>.partial`:
+
+    plan.json             what is encoded and how; a later start with another plan is refused
+    data-*.arrow          finished shards
+    records/00003.json    written after shard 3: a shard is finished when its record exists
+    rank0.lock            held by the process that works as rank 0
+
+Rank r of W makes the shards r, r + W, ... that have no record, so the number of ranks may change between starts. The
+rank that finds all records writes the manifest and renames the folder, so the table appears whole.
 """
 
 from __future__ import annotations
@@ -18,33 +23,52 @@ from pathlib import Path
 
 import numpy as np
 
-from cca_ds.data.manifest import CodesError, Manifest, Shard, histogram, read_manifest
-from cca_ds.data.writing import check_rows, publish_folder, write_descriptions, write_shard
+from cca_ds.console import say
+from cca_ds.data.manifest import SKIPPED_NAME, CodesError, Manifest, Shard, histogram, read_manifest
+from cca_ds.data.table_files import (
+    check_rows,
+    one_line_errors,
+    publish_folder,
+    write_descriptions,
+    write_shard,
+)
 from cca_ds.files import write_atomic
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """What one shard yields: codes [n, C, L], labels [n], and the images that could not be used."""
+    """Codes and labels of the n usable images of a shard, and a list of the others.
+
+    Attributes:
+        codes_NCL: [n, C, L] integers. labels_N: [n] integers.
+        skipped: {"index", "name", "reason"} of each image that cannot be used.
+        converted: number of images by the mode they were converted from.
+    """
 
     codes_NCL: np.ndarray
     labels_N: np.ndarray
-    skipped: list[dict]  # {"index", "name", "reason"}
-    converted: dict[str, int] = field(default_factory=dict)  # images by the mode they were converted from
+    skipped: list[dict]
+    converted: dict[str, int] = field(default_factory=dict)
 
 
-# (images of a shard, called once per image for a progress bar) -> content; equal ranges give equal contents
+# (indices of a shard's images, a function to call after each image) -> content; equal ranges give equal contents
 Producer = Callable[[range, Callable[[], object]], ShardContent]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is encoded: equal plans give equal tables. `table` has everything but counts and shards."""
+class TablePlan:
+    """What is encoded and how; equal plans give equal tables.
+
+    Attributes:
+        table: the manifest without the counts and shards, which are filled in at the end.
+        images: of the source, usable or not.
+        settings: of the encoding that the manifest does not record, e.g. {"precision": "tf32"}.
+    """
 
     table: Manifest
     images: int
     images_per_shard: int
-    settings: dict  # of the encoding, e.g. its precision
+    settings: dict
 
     @property
     def shards(self) -> int:
@@ -52,35 +76,38 @@ class Plan:
         return -(-self.images // self.images_per_shard)
 
     def rows(self, shard: int) -> range:
-        """The images of a shard."""
+        """Indices of a shard's images."""
         start = shard * self.images_per_shard
         return range(start, min(start + self.images_per_shard, self.images))
 
     def to_json(self) -> str:
-        """For `plan.json`."""
+        """The text of `plan.json`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 class TableBuilder:
-    """Builds one table. Every rank makes one of these with the same plan."""
+    """The files of one table while it is built. Every rank creates one with the same folder and plan."""
 
-    def __init__(self, folder: str | Path, plan: Plan) -> None:
+    def __init__(self, folder: str | Path, plan: TablePlan) -> None:
         self.folder = Path(folder)
         self.plan = plan
         self.work = self.folder.with_name(f"{self.folder.name}.partial")
 
     def begin(self) -> Manifest | None:
-        """Make the working folder, or join the one that is there; returns the table if it is finished already.
+        """Create the partial folder, or check that an existing one has the same plan.
+
+        Returns:
+            The manifest, if the table is finished already; else None.
 
         Raises:
-            CodesError: something else is in the table's place, or the working folder was begun with another plan.
+            CodesError: the folder holds something else, or the partial folder was begun with another plan.
         """
         if self.folder.exists():
             return self._finished()
         (self.work / "records").mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
         if not path.exists():
-            write_atomic(path, self.plan.to_json())  # ranks that meet here write the same text
+            write_atomic(path, self.plan.to_json())  # several ranks may write it, all the same text
         try:
             begun = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -90,7 +117,7 @@ class TableBuilder:
         if different:
             raise CodesError(
                 f"{self.work} was begun with another {', '.join(different)}: "
-                "give the same settings to go on, or remove it to begin anew"
+                "repeat those settings to continue, or remove the folder to start again"
             )
         return None
 
@@ -101,13 +128,17 @@ class TableBuilder:
             manifest = None
         counts = {"images": 0, "label_histogram": (), "shards": (), "skipped_images": 0, "converted": {}}
         if manifest is None or replace(manifest, **counts) != replace(self.plan.table, **counts):
-            raise CodesError(f"{self.folder} is there already, with other contents: choose another --output")
-        self._clean()  # a kill may have come between its publication and this
+            raise CodesError(f"{self.folder} exists already, with other contents: choose another --output")
+        self._clean()  # the process that published it may have been killed before this
         return manifest
 
     @contextmanager
     def as_rank(self, rank: int) -> Iterator[None]:
-        """Hold this rank's place: a second process in it is refused; a killed one leaves it free."""
+        """Hold the lock of this rank, which the system releases when the process dies.
+
+        Raises:
+            CodesError: another process works as this rank.
+        """
         with open(self.work / f"rank{rank}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +151,7 @@ class TableBuilder:
             yield
 
     def pending(self, rank: int, world_size: int) -> list[int]:
-        """This rank's unfinished shards."""
+        """Numbers of this rank's unfinished shards."""
         return [
             number
             for number in range(rank, self.plan.shards, world_size)
@@ -128,7 +159,7 @@ class TableBuilder:
         ]
 
     def work_of(self, rank: int, world_size: int) -> tuple[int, int]:
-        """How many images are this rank's, and how many of them are still to do."""
+        """Number of images in this rank's shards, and in those of them that are unfinished."""
         mine = range(rank, self.plan.shards, world_size)
         share, todo = (
             sum(len(self.plan.rows(n)) for n in part) for part in (mine, self.pending(rank, world_size))
@@ -136,7 +167,11 @@ class TableBuilder:
         return share, todo
 
     def add(self, number: int, content: ShardContent) -> None:
-        """Write one shard and then its record. Raises OSError, e.g. on a full disk, with nothing half-written."""
+        """Write one shard, then its record.
+
+        Raises:
+            CodesError: a code or label out of range. OSError: e.g. a full disk; no partial file is left.
+        """
         assert len(content.labels_N) + len(content.skipped) == len(self.plan.rows(number))
         record: dict = {"skipped": content.skipped, "converted": content.converted, "shard": None}
         if len(content.labels_N):
@@ -150,26 +185,29 @@ class TableBuilder:
         write_atomic(self._record(number), json.dumps(record))
 
     def check_skipped(self, allowed_share: float) -> list[dict]:
-        """All images skipped so far. Raises CodesError when they are more than a share of all images."""
+        """All images skipped so far, by any rank. Raises CodesError for more than `allowed_share` of all images."""
         skipped = [entry for record in self._records() for entry in record["skipped"]]
         if len(skipped) > allowed_share * self.plan.images:
             first = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
             raise CodesError(
                 f"{len(skipped)} of {self.plan.images} images cannot be used, more than --max_unreadable "
-                f"{allowed_share:g} allows ({first}): mend them, or allow more to go on"
+                f"{allowed_share:g} allows ({first}): fix these files, or raise --max_unreadable"
             )
         return skipped
 
     def discard_if_empty(self) -> None:
-        """Remove the working folder unless a shard is finished in it."""
+        """Remove the partial folder unless it holds a finished shard."""
         if not any((self.work / "records").glob("*.json")):
             shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, allowed_share: float) -> Manifest | None:
-        """Publish the table when all shards are there; None while other ranks are still at work.
+        """Publish the table if all shards are finished.
+
+        Returns:
+            The manifest; None if other ranks are still working, or another rank has published the table.
 
         Raises:
-            CodesError: too many images were skipped, or none is left.
+            CodesError: too many images were skipped, or all.
         """
         try:
             if any(not self._record(number).exists() for number in range(self.plan.shards)):
@@ -177,18 +215,18 @@ class TableBuilder:
             skipped = self.check_skipped(allowed_share)
             manifest = self._manifest(len(skipped))
             lines = "".join(json.dumps(entry) + "\n" for entry in skipped)
-            write_atomic(self.work / "skipped.jsonl", lines)
+            write_atomic(self.work / SKIPPED_NAME, lines)
             write_descriptions(self.work, manifest)
             publish_folder(self.work, self.folder)
         except FileNotFoundError:
             if not self.folder.exists():
                 raise
-            return None  # another rank published it meanwhile
+            return None  # another rank has published it
         self._clean()
         return manifest
 
     def _clean(self) -> None:
-        """Remove from the finished table what was of use while it was built."""
+        """Remove the files that were needed only to build the table."""
         leftovers = (
             *self.folder.glob("rank*.lock"),
             *self.folder.glob(".*.partial"),
@@ -201,7 +239,7 @@ class TableBuilder:
     def _manifest(self, skipped: int) -> Manifest:
         records = [record for record in self._records() if record["shard"]]
         if not records:
-            raise CodesError(f"{self.folder}: no image could be used, the data set is empty")
+            raise CodesError(f"{self.folder}: none of the images can be used, the data set is empty")
         shards = tuple(Shard(**record["shard"]) for record in records)
         converted: dict[str, int] = {}
         for record in records:
@@ -225,7 +263,49 @@ class TableBuilder:
         return [json.loads(self._record(number).read_text()) for number in numbers]
 
 
-def build(
+def build_table(
+    folder: Path, plan: TablePlan, produce: Producer, allowed_share: float, rank: int, world_size: int
+) -> Manifest | None:
+    """Build the table `folder`, or continue it, with a progress bar on rank 0 and a summary on the console.
+
+    Args:
+        produce: makes the codes of a range of images.
+        allowed_share: of all images that may be skipped.
+
+    Returns:
+        The manifest of the finished table; None if other ranks are still working.
+
+    Raises:
+        CodesError: see `TableBuilder.begin` and `build_shards`; a full disk or an unwritable folder.
+    """
+    from tqdm import tqdm
+
+    builder = TableBuilder(folder, plan)
+    with one_line_errors(folder):
+        try:
+            manifest = builder.begin()
+            if manifest is not None:
+                say(f"{folder} is finished already: {manifest.images} images")
+                return manifest
+            share, unfinished = builder.work_of(rank, world_size)
+            with tqdm(total=share, initial=share - unfinished, desc="images", unit="image",
+                      disable=rank != 0, dynamic_ncols=True) as bar:  # fmt: skip
+                manifest = build_shards(builder, produce, rank, world_size, allowed_share, bar.update)
+        except BaseException as error:
+            if world_size == 1:
+                builder.discard_if_empty()
+            if isinstance(error, KeyboardInterrupt):
+                say("finished shards are kept; the same command continues")
+            raise
+    if manifest is None:
+        say(f"rank {rank} has finished its shards; other ranks are still working")
+    else:
+        for line in manifest.summary():
+            say(f"{folder}: {line}")
+    return manifest
+
+
+def build_shards(
     builder: TableBuilder,
     produce: Producer,
     rank: int,
@@ -233,20 +313,33 @@ def build(
     allowed_share: float,
     advance: Callable[[], object] = lambda: None,
 ) -> Manifest | None:
-    """Make all of this rank's unfinished shards, then publish the table if they were the last."""
+    """Make this rank's unfinished shards one by one, then publish the table if no shard is missing.
+
+    Args:
+        allowed_share: of all images that may be skipped.
+        advance: called after each image.
+
+    Returns:
+        The manifest; None if other ranks are still working.
+
+    Raises:
+        CodesError: too many skipped images, codes out of range, another process with this rank.
+    """
     skipped = 0
     with builder.as_rank(rank):
         for number in builder.pending(rank, world_size):
             content = produce(builder.plan.rows(number), advance)
             builder.add(number, content)
             skipped += len(content.skipped)
-            if skipped > allowed_share * builder.plan.images:  # the others' count at the end only
+            if (
+                skipped > allowed_share * builder.plan.images
+            ):  # this rank's; all ranks' are counted at the end
                 builder.check_skipped(allowed_share)
         return builder.finish(allowed_share)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
-    """Nested keys joined by dots, for naming what differs."""
+    """The values of a nested dict by their keys joined with dots, e.g. "table.source_hash"."""
     flat: dict = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,16 +1,19 @@
-"""How images reach the tokenizer, and how ranks keep out of each other's way."""
+"""Batches and pixel values that the tokenizer gets, and the lock that each rank holds."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cca_ds.data.codes import CodesError
-from cca_ds.data.images import open_images
+from cca_ds.data.crops import CropSettings
+from cca_ds.data.image_encoder import ImageEncoder
+from cca_ds.data.image_sources import open_images
+from cca_ds.data.manifest import CodesError, Manifest
+from cca_ds.data.table_builder import TableBuilder, TablePlan
 
 
 class Counting(torch.nn.Module):
-    """A tokenizer that shows how it is called: the code is the mean grey level."""
+    """A tokenizer that records the size of each batch; an image's code is its mean grey level."""
 
     vocab_size = 256
 
@@ -28,9 +31,6 @@ class Counting(torch.nn.Module):
 
 
 def test_forwards_are_batched_across_images(tmp_path, device):
-    from cca_ds.data.crops import CropSettings
-    from cca_ds.data.encoding import ImageEncoder
-
     for number in range(9):
         (tmp_path / "i" / "c").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (number * 20,) * 3).save(tmp_path / "i" / "c" / f"{number}.png")
@@ -43,10 +43,8 @@ def test_forwards_are_batched_across_images(tmp_path, device):
     assert content.codes_NCL.tolist() == [[[number * 20]] * 10 for number in range(1, 9)]
 
 
-def test_pixels_are_scaled_as_the_originals_do(device):
-    """ToTensor and Normalize(0.5, 0.5), and VAR's x + x - 1, to the last bit."""
-    from cca_ds.data.crops import CropSettings
-    from cca_ds.data.encoding import ImageEncoder
+def test_pixels_are_scaled_as_in_the_originals(tmp_path, device):
+    """ToTensor and Normalize(0.5, 0.5), and VAR's x + x - 1, bit for bit."""
 
     class Recording(Counting):
         def encode(self, images_BCHW):
@@ -54,19 +52,18 @@ def test_pixels_are_scaled_as_the_originals_do(device):
             return super().encode(images_BCHW)
 
     tokenizer = Recording()
-    encoder = ImageEncoder([], CropSettings("none", 16), tokenizer, device)
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    encoder._encode(np.stack([pixels, pixels.T, 255 - pixels], axis=-1)[None, None])
+    (tmp_path / "i" / "c").mkdir(parents=True)
+    Image.fromarray(np.stack([pixels, pixels.T, 255 - pixels], axis=-1)).save(tmp_path / "i" / "c" / "0.png")
+    encoder = ImageEncoder(open_images(tmp_path / "i"), CropSettings("none", 16), tokenizer, device)
+    encoder(range(1), lambda: None)
     unit = torch.from_numpy(pixels).float().div(255)
     torch.testing.assert_close(tokenizer.images_BCHW[0, 0], (unit - 0.5) / 0.5, rtol=0, atol=0)
     torch.testing.assert_close(tokenizer.images_BCHW[0, 1], unit.T.add(unit.T).add(-1), rtol=0, atol=0)
 
 
-def test_one_place_per_rank(tmp_path):
-    from cca_ds.data.building import Plan, TableBuilder
-    from cca_ds.data.manifest import Manifest
-
-    builder = TableBuilder(tmp_path / "t", Plan(Manifest(0, 1, 1, 1, 2, "llamagen", "x", ""), 4, 2, {}))
+def test_a_second_process_of_the_same_rank_is_refused(tmp_path):
+    builder = TableBuilder(tmp_path / "t", TablePlan(Manifest(0, 1, 1, 1, 2, "llamagen", "x", ""), 4, 2, {}))
     builder.begin()
     with builder.as_rank(0):
         with pytest.raises(CodesError, match="as rank 0: wait for it"), builder.as_rank(0):

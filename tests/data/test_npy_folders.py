@@ -1,4 +1,4 @@
-"""The original program's folders of .npy files become a table, and what is wrong with them is said in one line."""
+"""Importing the original program's folders of .npy files; damaged ones give one line."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_one_crop_without_its_axis(tmp_path):
 
 
 def test_both_crop_ranges_are_joined(tmp_path):
-    """What the original finds by replacing `ten_crop/` in the path with `ten_crop_105/` is said by name here."""
+    """The original finds the second folder by replacing `ten_crop/` in the path; here both are named."""
     codes_NCL, labels_N = rows(9, 20)
     for name, part in {"ten_crop": codes_NCL[:, :10], "ten_crop_105": codes_NCL[:, 10:]}.items():
         write_folder(tmp_path / name, part, labels_N)
@@ -94,7 +94,7 @@ def test_hash_of_the_tokenizer_is_kept_when_its_weights_are_given(tmp_path, gold
     assert len(CodeTable.open(tmp_path / "t").manifest.tokenizer_hash) == 64
 
 
-def test_import_goes_on_where_it_stopped(tmp_path, capsys):
+def test_import_continues_where_it_stopped(tmp_path, capsys):
     codes_NCL, labels_N = rows(23, 4)
     source = write_folder(tmp_path / "s", codes_NCL, labels_N)
     damaged = source / "imagenet384_codes" / "17.npy"
@@ -115,79 +115,79 @@ class Malicious:
         return (pytest.fail, ("a pickle was executed",))
 
 
-def spoil_pickle(folder):
+def damage_pickle(folder):
     np.save(folder / "imagenet384_codes" / "3.npy", np.array([Malicious()], dtype=object))
 
 
-def spoil_missing(folder):
+def damage_missing(folder):
     (folder / "imagenet384_codes" / "3.npy").unlink()
     (folder / "imagenet384_labels" / "3.npy").unlink()
 
 
-def spoil_count(folder):
+def damage_count(folder):
     (folder / "imagenet384_labels" / "8.npy").unlink()
 
 
-def spoil_shape(folder):
+def damage_shape(folder):
     np.save(folder / "imagenet384_codes" / "3.npy", np.zeros((1, 2, LENGTH + 1), dtype=np.int64))
 
 
-def spoil_axes(folder):
+def damage_axes(folder):
     np.save(folder / "imagenet384_codes" / "0.npy", np.zeros(LENGTH, dtype=np.int64))
 
 
-def spoil_floats(folder):
+def damage_floats(folder):
     np.save(folder / "imagenet384_codes" / "3.npy", np.zeros((1, 2, LENGTH)))
 
 
-def spoil_vocabulary(folder):
+def damage_vocabulary(folder):
     np.save(folder / "imagenet384_codes" / "3.npy", np.full((1, 2, LENGTH), VOCABULARY))
 
 
-def spoil_label(folder):
+def damage_label(folder):
     np.save(folder / "imagenet384_labels" / "3.npy", np.array([1, 2]))
 
 
-def spoil_negative_label(folder):
+def damage_negative_label(folder):
     np.save(folder / "imagenet384_labels" / "3.npy", np.array([-1]))
 
 
-def spoil_folders(folder):
+def damage_folders(folder):
     shutil.rmtree(folder / "imagenet384_labels")
 
 
-def spoil_everything(folder):
+def damage_no_files(folder):
     for part in ("codes", "labels"):
         for path in (folder / f"imagenet384_{part}").iterdir():
             path.unlink()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (spoil_pickle, "3.npy is not a readable .npy file"),
-        (spoil_missing, "3.npy is missing of 0 to 8"),
-        (spoil_count, r"different numbers of files \[8, 9\]"),
-        (spoil_shape, r"3.npy is \[1, 2, 7\], the first file is \[1, 2, 6\]"),
-        (spoil_axes, r"0.npy is \[6\], not \[1, crops, L\]"),
-        (spoil_floats, "3.npy holds float64, not integers"),
-        (spoil_vocabulary, r"has the code 64, outside 0\.\.63"),
-        (spoil_label, r"3.npy is \[2\], not \[1\]"),
-        (spoil_negative_label, "has the label -1"),
-        (spoil_folders, "needs one \\*_codes and one \\*_labels folder"),
-        (spoil_everything, "holds no .npy files"),
+        (damage_pickle, "3.npy is not a readable .npy file"),
+        (damage_missing, "3.npy is missing of 0 to 8"),
+        (damage_count, r"different numbers of files \[8, 9\]"),
+        (damage_shape, r"3.npy is \[1, 2, 7\], the first file is \[1, 2, 6\]"),
+        (damage_axes, r"0.npy is \[6\], not \[1, crops, L\]"),
+        (damage_floats, "3.npy holds float64, not integers"),
+        (damage_vocabulary, r"has the code 64, outside 0\.\.63"),
+        (damage_label, r"3.npy is \[2\], not \[1\]"),
+        (damage_negative_label, "has the label -1"),
+        (damage_folders, "needs one \\*_codes and one \\*_labels folder"),
+        (damage_no_files, "holds no .npy files"),
     ],
 )
-def test_damaged_folders_give_one_line_and_leave_nothing(tmp_path, capsys, spoil, message):
+def test_damaged_folders_give_one_line_and_leave_no_file(tmp_path, capsys, damage, message):
     source = write_folder(tmp_path / "s", *rows(9, 2))
-    spoil(source)
+    damage(source)
     assert run("--import_npy", source, "--output", tmp_path / "t") == 2
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "encode:" in line]
     assert len(lines) == 1 and re.search(message, lines[0]), lines
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_labels_that_disagree_between_the_folders(tmp_path, capsys):
+def test_labels_that_differ_between_the_folders(tmp_path, capsys):
     codes_NCL, labels_N = rows(6, 2)
     other = labels_N.copy()
     other[4] += 1

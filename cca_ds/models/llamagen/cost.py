@@ -1,0 +1,22 @@
+"""What LlamaGen's modules do not show of its cost: the activations that a block keeps for its backward."""
+
+from cca_ds.models.llamagen.model import LlamaGenConfig
+
+# name parts of parameters that each image uses once, not each code
+PER_IMAGE_MODULES = ("lambda_embedding",)
+
+
+def activation_elements(config: LlamaGenConfig) -> int:
+    """Elements for each code that one block keeps for its backward, dropout masks apart.
+
+    D is the width and F the feed-forward's hidden width: the input of each half 2 D, the norms' outputs 2 D, queries,
+    keys and values 3 D, queries and keys after rope 2 D, attention's output D; gate, value and their product 3 F.
+    """
+    return 10 * config.dim + 3 * config.hidden_dim
+
+
+def dropout_bytes(config: LlamaGenConfig) -> int:
+    """Bytes for each code of the dropout masks that one block keeps: one byte an element, after attention and after
+    the feed-forward.
+    """
+    return config.dim * ((config.resid_dropout > 0) + (config.ffn_dropout > 0))

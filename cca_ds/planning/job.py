@@ -1,0 +1,91 @@
+"""What is to be trained, as far as memory and time depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cca_ds.alignment.losses import LOSSES
+from cca_ds.balance.memory import Memory, Sharding, gathered_bytes, memory_of
+from cca_ds.config.schema import RunConfig
+from cca_ds.models.cost import ModelCost
+from cca_ds.reference.placements import PLACEMENTS, Placement
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, how it is sharded, `pairs` a step and `images` an epoch.
+
+    `rows_per_pair` and `needs_reference` are the loss's (`LossSpec`), `reference_offload` is `reference.offload`,
+    `element_bytes` are those of a weight.
+    """
+
+    model: ModelCost
+    sharding: Sharding
+    pairs: int
+    images: int
+    rows_per_pair: int = 2
+    needs_reference: bool = True
+    reference_offload: bool = False
+    element_bytes: int = 2
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch; the last, incomplete batch is left out."""
+        return max(1, self.images // self.pairs)
+
+    @property
+    def passes(self) -> int:
+        """Forwards of every sequence that must be computed: three for policy forward and backward, one for the
+        reference.
+        """
+        return 3 + self.needs_reference
+
+    @property
+    def placements(self) -> list[Placement | None]:
+        """The placements to compare; None alone where the loss needs no reference."""
+        return list(PLACEMENTS.values()) if self.needs_reference else [None]
+
+    def memory(self, placement: Placement | None, ranks: int, checkpointing: bool) -> Memory:
+        """Bytes on each of `ranks` GPUs; `placement` None where the loss needs no reference."""
+        return memory_of(
+            self.model,
+            self.sharding,
+            ranks,
+            checkpointing,
+            reference_bytes=self._reference_bytes(placement, ranks),
+            rows_per_pair=self.rows_per_pair,
+            element_bytes=self.element_bytes,
+        )
+
+    def _reference_bytes(self, placement: Placement | None, ranks: int) -> float:
+        if placement is None:
+            return 0.0
+        weights = float(self.model.parameters * self.element_bytes)
+        gathered = gathered_bytes(self.model, self.sharding, self.element_bytes)
+        return placement.resident_bytes(weights, gathered, ranks, self.reference_offload)
+
+
+def job_of(run: RunConfig, model: ModelCost, sharding: Sharding, images: int) -> Job:
+    """The job of a recipe whose model costs `model`, over `images` images an epoch.
+
+    Raises:
+        ValueError: fewer than 1 image.
+    """
+    if images < 1:
+        raise ValueError(f"--images {images}: an epoch has at least one image")
+    loss = LOSSES[run.loss.name]
+    return Job(
+        model=model,
+        sharding=sharding,
+        pairs=run.batch.global_size,
+        images=images,
+        rows_per_pair=loss.rows_per_pair,
+        needs_reference=loss.needs_reference,
+        reference_offload=run.reference.offload,
+        element_bytes=4 if run.precision == "fp32" else 2,
+    )
+
+
+def placement_of(run: RunConfig) -> Placement | None:
+    """The recipe's placement; None where its loss needs no reference."""
+    return PLACEMENTS[run.reference.placement] if LOSSES[run.loss.name].needs_reference else None
