@@ -87,11 +87,11 @@ def chosen_build() -> str:
     missing = {"cuda": missing_for_cuda(), "cpu": missing_for_cpu(), "none": None}
     if asked:
         if missing[asked]:
-            raise BuildError(f"CCA_DS_BUILD={asked} cannot be had here: {missing[asked]}")
+            raise BuildError(f"CCA_DS_BUILD={asked} cannot be built here: {missing[asked]}")
         return asked
     best = next(choice for choice in CHOICES if missing[choice] is None)
     if best == "none":
-        shout(f"NO KERNELS ARE BUILT, the slower plain-torch twin will be used: {missing['cpu']}.")
+        shout(f"NO KERNELS ARE BUILT, the slower plain-torch versions will be used: {missing['cpu']}.")
     return best
 
 

@@ -38,7 +38,7 @@ def test_what_is_asked_for_is_built_or_refused(package_setup, monkeypatch, asked
     monkeypatch.setenv("CCA_DS_BUILD", asked)
     monkeypatch.setattr(package_setup, "missing_for_cuda", lambda: "no toolkit")
     monkeypatch.setattr(package_setup, "missing_for_cpu", lambda: "no compiler")
-    with pytest.raises(SystemExit, match=f"CCA_DS_BUILD={asked} cannot be had here: no (toolkit|compiler)"):
+    with pytest.raises(SystemExit, match=f"CCA_DS_BUILD={asked} cannot be built here: no (toolkit|compiler)"):
         package_setup.chosen_build()
     monkeypatch.setattr(package_setup, f"missing_for_{asked}", lambda: None)
     assert package_setup.chosen_build() == asked

@@ -1,11 +1,11 @@
-"""Sequence log-likelihoods: the op, its plain-torch twin, and the output head that uses it."""
+"""Sequence log-likelihoods: the ops, their plain versions, and the output head that uses them."""
 
 from cca_ds.likelihood.head import LikelihoodHead
 from cca_ds.likelihood.sequence_logp import (
     linear_sequence_logp,
-    linear_sequence_logp_reference,
+    linear_sequence_logp_eager,
     sequence_logp,
-    sequence_logp_reference,
+    sequence_logp_eager,
 )
 from cca_ds.ops.library import backend
 
@@ -13,7 +13,7 @@ __all__ = [
     "LikelihoodHead",
     "backend",
     "linear_sequence_logp",
-    "linear_sequence_logp_reference",
+    "linear_sequence_logp_eager",
     "sequence_logp",
-    "sequence_logp_reference",
+    "sequence_logp_eager",
 ]

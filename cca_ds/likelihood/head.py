@@ -6,11 +6,11 @@ Letters: B sequences, L codes a sequence, V vocabulary, D width.
 from torch import Tensor, nn
 
 from cca_ds.likelihood.sequence_logp import linear_sequence_logp
-from cca_ds.ops.decoding import linear
+from cca_ds.ops.linear import linear
 
 
 class LikelihoodHead(nn.Linear):
-    """A `nn.Linear` from width to vocabulary that can also give log p without handing out logits.
+    """A `nn.Linear` from width to vocabulary that also computes log p without returning logits.
 
     It is a module of its own so that ZeRO-3's hooks gather its weight around its forward, and again in its backward.
     """

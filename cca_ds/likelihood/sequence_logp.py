@@ -5,8 +5,8 @@ Letters: B sequences, L codes a sequence, V vocabulary, D width, N = B * L rows.
     log p[b] = sum_n log softmax(logits[b, n])[targets[b, n]]
     d log p[b] / d logits[b, n] = onehot(targets[b, n]) - softmax(logits[b, n])
 
-The kernels are in csrc/, built by setup.py into libraries beside this file. Each has a plain-torch twin, `*_reference`,
-which is also what runs where no library was built, and for what the libraries lack.
+The kernels are in csrc/likelihood/. Each has a plain version, `*_eager`, which also runs where no library was built,
+and on devices and dtypes that the libraries do not take.
 """
 
 import os
@@ -23,21 +23,22 @@ _KERNEL_DTYPES = {
 }
 
 
-# ---- plain-torch twins --------------------------------------------------------------------------------------------
+# ---- plain versions ------------------------------------------------------------------------------------------------
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _fp32(tensor: Tensor) -> Tensor:
+    """float32; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def sequence_logp_reference(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """Plain-torch twin of `sequence_logp`: the same numbers, through a float32 copy of the logits."""
-    logits_BLV = _wide(logits_BLV)
+def sequence_logp_eager(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Plain version of `sequence_logp`: the same numbers, through a float32 copy of the logits."""
+    logits_BLV = _fp32(logits_BLV)
     logp_BL = logits_BLV.log_softmax(-1).gather(-1, targets_BL.long().unsqueeze(-1)).squeeze(-1)
     return logp_BL.sum(-1, dtype=torch.float64).to(logits_BLV.dtype)
 
 
-def linear_sequence_logp_reference(
+def linear_sequence_logp_eager(
     hidden_BLD: Tensor,
     weight_VD: Tensor,
     targets_BL: Tensor,
@@ -45,29 +46,29 @@ def linear_sequence_logp_reference(
     *,
     accumulate: str = "fp32",
 ) -> Tensor:
-    """Plain-torch twin of `linear_sequence_logp`: builds all of the logits."""
+    """Plain version of `linear_sequence_logp`: builds all of the logits [B, L, V]."""
     if accumulate == "fp32":
-        hidden_BLD, weight_VD = _wide(hidden_BLD), _wide(weight_VD)
-        bias = None if bias is None else _wide(bias)
-    return sequence_logp_reference(torch.nn.functional.linear(hidden_BLD, weight_VD, bias), targets_BL)
+        hidden_BLD, weight_VD = _fp32(hidden_BLD), _fp32(weight_VD)
+        bias = None if bias is None else _fp32(bias)
+    return sequence_logp_eager(torch.nn.functional.linear(hidden_BLD, weight_VD, bias), targets_BL)
 
 
-# ---- what a compiler and autograd must know of the libraries -------------------------------------------------------
+# ---- fake results and gradients of the kernels, for torch ----------------------------------------------------------
 
 
 def _fake_sequence_logp(logits, targets):
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = targets.numel()
-    return logits.new_empty(targets.shape[:-1], dtype=wide), logits.new_empty((rows, 2), dtype=wide)
+    return logits.new_empty(targets.shape[:-1], dtype=dtype), logits.new_empty((rows, 2), dtype=dtype)
 
 
-def _fake_linear_sequence_logp(hidden, weight, targets, bias, wide, chunk_rows, keep):
+def _fake_linear_sequence_logp(hidden, weight, targets, bias, fp32, chunk_rows, keep):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     residual = weight.new_empty((targets.numel(), weight.shape[0]) if keep else (0, 0))
     return hidden.new_empty(targets.shape[:-1], dtype=dtype), residual
 
 
-def _fake_linear_backward(grad, hidden, weight, targets, bias, residual, wide, chunk_rows, needed):
+def _fake_linear_backward(grad, hidden, weight, targets, bias, residual, fp32, chunk_rows, needed):
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(s if n else (0,)) for s, n in zip(shapes, needed, strict=True))
 
@@ -86,7 +87,7 @@ def _sequence_gradient(ctx, grad, _stats):
 
 
 def _save_for_linear(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.wide, ctx.chunk_rows, _keep = inputs
+    hidden, weight, targets, bias, ctx.fp32, ctx.chunk_rows, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, weight, targets, bias, output[1])
@@ -97,7 +98,7 @@ def _linear_gradient(ctx, grad, _residual):
         return (None,) * 7
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = torch.ops.cca_ds.linear_sequence_logp_backward(
-        grad, *ctx.saved_tensors, ctx.wide, ctx.chunk_rows, needed
+        grad, *ctx.saved_tensors, ctx.fp32, ctx.chunk_rows, needed
     )
     hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
     return hidden, weight, None, bias, None, None, None
@@ -119,7 +120,7 @@ if backend() != "torch":
     _register()
 
 
-# ---- the two faces -------------------------------------------------------------------------------------------------
+# ---- the two entry points ------------------------------------------------------------------------------------------
 
 
 def _has_kernel(tensor: Tensor) -> bool:
@@ -151,7 +152,7 @@ def sequence_logp(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """
     _check(logits_BLV, targets_BL, logits_BLV.shape[-1])
     if not _has_kernel(logits_BLV):
-        return sequence_logp_reference(logits_BLV, targets_BL)
+        return sequence_logp_eager(logits_BLV, targets_BL)
     return torch.ops.cca_ds.sequence_logp(logits_BLV, targets_BL)[0]
 
 
@@ -170,9 +171,9 @@ def linear_sequence_logp(
     [0, V). Returns [B], nats, float32 (float64 from float64), differentiable in hidden, weight and bias.
 
     `accumulate`: "fp32" keeps the logits in float32 up to the softmax; "native" rounds them to the inputs' dtype.
-    `chunk_rows`: asks for lean memory: never more than so many rows of logits at once, made again in the backward.
-    By default the backward gets onehot - softmax [N, V] in the inputs' dtype from the forward, and costs two matrix
-    products; without gradients nothing is kept. Errors are those of `sequence_logp`.
+    `chunk_rows`: saves memory: at most so many rows of logits at once, computed again in the backward. By default the
+    forward keeps onehot - softmax [N, V] in the inputs' dtype for the backward, which then costs two matmuls; without
+    gradients nothing is kept. Errors are those of `sequence_logp`.
     """
     _check(hidden_BLD, targets_BL, weight_VD.shape[0])
     if accumulate not in ACCUMULATE:
@@ -189,9 +190,7 @@ def linear_sequence_logp(
         raise ValueError(f"hidden, weight and bias are {dtypes}; cast them to one dtype, or use autocast")
     with torch.autocast(device, enabled=False):
         if not _has_kernel(hidden_BLD):
-            return linear_sequence_logp_reference(
-                hidden_BLD, weight_VD, targets_BL, bias, accumulate=accumulate
-            )
+            return linear_sequence_logp_eager(hidden_BLD, weight_VD, targets_BL, bias, accumulate=accumulate)
         inputs = (hidden_BLD, weight_VD, bias)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         return torch.ops.cca_ds.linear_sequence_logp(

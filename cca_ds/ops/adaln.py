@@ -1,9 +1,10 @@
-"""What VAR's blocks do around their matrix products, with little kept for the backward.
+"""Adaptive layer norm (adaLN, arXiv 2212.09748) and the gated residual, as VAR's blocks have them.
 
-PyTorch's own graph would keep, beside what a block's products give, every input of theirs; here the normalised stream
-and the result of the GELU are made again from what they came from, by cheap passes, and a branch is not kept at all.
+Scale, shift and gate are one vector an image. On a CPU the backward keeps little: the normalised stream and the GELU's
+result are computed again, and a branch is not kept at all.
 
-Scratch: `wide` is [B, L, F], `narrow` and `normed` are [B, L, D], `own` is one image's gradient of a weight.
+Buffers in scratch memory: "wide" [B, L, F], "narrow" and "normed" [B, L, D], "own" one image's gradient of a weight,
+"activated" one image's GELU.
 
 Legend: B images, L codes per image, N = B * L rows, D width of the stream, F the other width of a linear layer.
 """
@@ -13,26 +14,98 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cca_ds.ops.cpu_kernels import gelu, gelu_backward_, layer_norm, layer_norm_backward, scratch
-from cca_ds.ops.linear import input_gradient, product, weight_gradient
+from cca_ds.ops.library import has_kernel, register
+from cca_ds.ops.linear import input_gradient, matmul, weight_gradient
+from cca_ds.ops.scratch import scratch
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+def adaln_eager(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
+    """Plain version of `adaln`."""
+    normed_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps).to(x_BLD.dtype)
+    return torch.addcmul(shift_BD[:, None], normed_BLD, scale_BD[:, None] + 1.0)
 
 
-class _ModulatedNorm(torch.autograd.Function):
+def adaln(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
+    """(1 + scale) * layer_norm(x) + shift: [B, L, D] in the dtype of `x`; scale and shift [B, D]."""
+    if not has_kernel(x_BLD):
+        return adaln_eager(x_BLD, scale_BD, shift_BD, eps)
+    return _AdaLN.apply(x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps)
+
+
+def adaln_linear_eager(
+    x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float, weight_FD: Tensor, bias_F: Tensor
+) -> Tensor:
+    """Plain version of `adaln_linear`."""
+    return F.linear(adaln_eager(x_BLD, scale_BD, shift_BD, eps), weight_FD, bias_F)
+
+
+def adaln_linear(
+    x_BLD: Tensor,
+    scale_BD: Tensor,
+    shift_BD: Tensor,
+    eps: float,
+    weight_FD: Tensor,
+    bias_F: Tensor,
+    transient: bool = False,
+) -> Tensor:
+    """adaln(x) W^T + b: [B, L, D] -> [B, L, F] in the dtype of `x`.
+
+    `transient`: the next op reads the result and no backward keeps it, so that its memory is reused at once.
+    """
+    if not has_kernel(x_BLD):
+        return adaln_linear_eager(x_BLD, scale_BD, shift_BD, eps, weight_FD, bias_F)
+    weight_FD, bias_F = weight_FD.to(x_BLD.dtype), bias_F.to(x_BLD.dtype)
+    return _AdaLNLinear.apply(
+        x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F, transient
+    )
+
+
+def gated_residual_linear_eager(
+    x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor, weight_DF: Tensor, bias_D: Tensor, gelu: bool = False
+) -> Tensor:
+    """Plain version of `gated_residual_linear`."""
+    active_BLF = F.gelu(x_BLF, approximate="tanh") if gelu else x_BLF
+    return torch.addcmul(stream_BLD, F.linear(active_BLF, weight_DF, bias_D), gate_BD[:, None])
+
+
+def gated_residual_linear(
+    x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor, weight_DF: Tensor, bias_D: Tensor, gelu: bool = False
+) -> Tensor:
+    """stream + gate * (f(x) W^T + b): [B, L, D]; f is the identity, or with `gelu` a GELU in its tanh form."""
+    if not has_kernel(x_BLF) or not x_BLF.dtype == stream_BLD.dtype == gate_BD.dtype:
+        return gated_residual_linear_eager(x_BLF, stream_BLD, gate_BD, weight_DF, bias_D, gelu)
+    weight_DF, bias_D = weight_DF.to(x_BLF.dtype), bias_D.to(x_BLF.dtype)
+    return _GatedResidualLinear.apply(x_BLF, stream_BLD, gate_BD, weight_DF, bias_D, gelu)
+
+
+# ---- with the CPU kernels ------------------------------------------------------------------------------------------
+
+
+def _layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, out_BLD: Tensor) -> Tensor:
+    """Layer norm with float32 weight and bias per image, written into `out_BLD`; returns the statistics [2, N]."""
+    return torch.ops.cca_ds.layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD)
+
+
+def _gelu(x: Tensor, out: Tensor) -> Tensor:
+    """The GELU in its tanh form, written into `out`."""
+    torch.ops.cca_ds.gelu(x, out)
+    return out
+
+
+class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float) -> Tensor:
         out_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(x_BLD, weight_BD, layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD))
+        ctx.save_for_backward(x_BLD, weight_BD, _layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD))
         return out_BLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        return *layer_norm_backward(grad_BLD, *ctx.saved_tensors), None
+        return *torch.ops.cca_ds.layer_norm_backward(grad_BLD, *ctx.saved_tensors), None
 
 
-class _ModulatedLinear(torch.autograd.Function):
+class _AdaLNLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -42,33 +115,33 @@ class _ModulatedLinear(torch.autograd.Function):
         eps: float,
         weight_FD: Tensor,
         bias_F: Tensor,
-        kept: bool,
+        transient: bool,
     ) -> Tensor:
         normed_BLD = scratch.take("normed", x_BLD.shape, x_BLD)
-        statistics = layer_norm(x_BLD, weight_BD, bias_BD, eps, normed_BLD)
+        statistics = _layer_norm(x_BLD, weight_BD, bias_BD, eps, normed_BLD)
         ctx.save_for_backward(x_BLD, weight_BD, bias_BD, weight_FD, statistics)
         ctx.eps = eps
-        out = None if kept else scratch.take("wide", (*x_BLD.shape[:-1], len(weight_FD)), x_BLD)
-        return product(normed_BLD, weight_FD, bias_F, out)
+        out = scratch.take("wide", (*x_BLD.shape[:-1], len(weight_FD)), x_BLD) if transient else None
+        return matmul(normed_BLD, weight_FD, bias_F, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLF: Tensor) -> tuple[Tensor | None, ...]:
         x_BLD, weight_BD, bias_BD, weight_FD, statistics = ctx.saved_tensors
         normed_BLD = scratch.take("normed", x_BLD.shape, x_BLD)
-        layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps, normed_BLD)
+        _layer_norm(x_BLD, weight_BD, bias_BD, ctx.eps, normed_BLD)
         grad_NF = grad_BLF.flatten(0, 1)
         grad_weight_FD = weight_gradient(grad_NF, normed_BLD.flatten(0, 1))
         grad_BLD = input_gradient(grad_BLF, weight_FD, scratch.take("narrow", x_BLD.shape, x_BLD))
-        of_norm = layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
+        of_norm = torch.ops.cca_ds.layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
         return *of_norm, None, grad_weight_FD, grad_NF.sum(0), None
 
 
 class _GatedResidualLinear(torch.autograd.Function):
-    """stream + gate * (f(x) W^T + b), f being the identity or a GELU, without the branch in memory.
+    """Without keeping the branch f(x) W^T + b.
 
-    The gate's gradient, the sum over an image's positions of grad * branch, comes from the image's own part of the
-    weight's gradient, grad^T f(x): it is the row sums of W * grad^T f(x), and the bias's share.
+    The gate's gradient is the sum over an image's positions of grad * branch. With G = grad^T f(x), the image's share
+    of the weight's gradient, it is the row sums of W * G, plus b times the sum of grad.
     """
 
     @staticmethod
@@ -79,12 +152,12 @@ class _GatedResidualLinear(torch.autograd.Function):
         gate_BD: Tensor,
         weight_DF: Tensor,
         bias_D: Tensor,
-        with_gelu: bool,
+        gelu: bool,
     ) -> Tensor:
         ctx.save_for_backward(x_BLF, gate_BD, weight_DF, bias_D)
-        ctx.with_gelu = with_gelu
-        active_BLF = gelu(x_BLF, scratch.take("wide", x_BLF.shape, x_BLF)) if with_gelu else x_BLF
-        branch_BLD = product(active_BLF, weight_DF, bias_D)
+        ctx.gelu = gelu
+        active_BLF = _gelu(x_BLF, scratch.take("wide", x_BLF.shape, x_BLF)) if gelu else x_BLF
+        branch_BLD = matmul(active_BLF, weight_DF, bias_D)
         return torch.addcmul(stream_BLD, branch_BLD, gate_BD[:, None], out=branch_BLD)
 
     @staticmethod
@@ -97,56 +170,28 @@ class _GatedResidualLinear(torch.autograd.Function):
         active_LF = scratch.take("activated", x_BLF.shape[1:], x_BLF)
         images = zip(grad_BLD, x_BLF, gate_BD, grad_gate_BD, sums_BD, strict=True)
         for grad_LD, x_LF, gate_D, grad_gate_D, sum_D in images:
-            own_DF = weight_gradient(grad_LD, gelu(x_LF, active_LF) if ctx.with_gelu else x_LF, own_DF)
+            own_DF = weight_gradient(grad_LD, _gelu(x_LF, active_LF) if ctx.gelu else x_LF, own_DF)
             grad_weight_DF.addcmul_(own_DF, gate_D[:, None])
             torch.add(own_DF.mul_(weight_DF).sum(1), sum_D * bias_D, out=grad_gate_D)
         gated_BLD = torch.mul(
             grad_BLD, gate_BD[:, None], out=scratch.take("narrow", grad_BLD.shape, grad_BLD)
         )
-        if ctx.with_gelu:
+        if ctx.gelu:
             grad_x_BLF = input_gradient(gated_BLD, weight_DF, scratch.take("wide", x_BLF.shape, x_BLF))
-            gelu_backward_(grad_x_BLF, x_BLF)
+            torch.ops.cca_ds.gelu_backward(grad_x_BLF, x_BLF)
         else:
             grad_x_BLF = input_gradient(gated_BLD, weight_DF)
         return grad_x_BLF, grad_BLD, grad_gate_BD, grad_weight_DF, (sums_BD * gate_BD).sum(0), None
 
 
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES
-
-
-def modulated_norm(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
-    """(1 + scale) * norm(x) + shift, the scale and shift being an image's own: [B, L, D] in x's dtype."""
-    if _on_cpu(x_BLD):
-        return _ModulatedNorm.apply(x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps)
-    normed_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps).to(x_BLD.dtype)
-    return torch.addcmul(shift_BD[:, None], normed_BLD, scale_BD[:, None] + 1.0)
-
-
-def modulated_linear(
-    x_BLD: Tensor,
-    scale_BD: Tensor,
-    shift_BD: Tensor,
-    eps: float,
-    weight_FD: Tensor,
-    bias_F: Tensor,
-    kept: bool = True,
-) -> Tensor:
-    """A linear layer of `modulated_norm`: [B, L, D] -> [B, L, F] in x's dtype."""
-    if not _on_cpu(x_BLD):
-        return F.linear(modulated_norm(x_BLD, scale_BD, shift_BD, eps), weight_FD, bias_F)
-    weight_FD, bias_F = weight_FD.to(x_BLD.dtype), bias_F.to(x_BLD.dtype)
-    return _ModulatedLinear.apply(
-        x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F, kept
-    )
-
-
-def gated_residual_linear(
-    x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor, weight_DF: Tensor, bias_D: Tensor, with_gelu: bool
-) -> Tensor:
-    """stream + gate * linear(f(x)), f being the identity or a GELU in its tanh form: [B, L, D]."""
-    if _on_cpu(x_BLF) and x_BLF.dtype == stream_BLD.dtype == gate_BD.dtype:
-        weight_DF, bias_D = weight_DF.to(x_BLF.dtype), bias_D.to(x_BLF.dtype)
-        return _GatedResidualLinear.apply(x_BLF, stream_BLD, gate_BD, weight_DF, bias_D, with_gelu)
-    active_BLF = F.gelu(x_BLF, approximate="tanh") if with_gelu else x_BLF
-    return torch.addcmul(stream_BLD, F.linear(active_BLF, weight_DF, bias_D), gate_BD[:, None])
+register("gelu", lambda x, out: None)
+register("gelu_backward", lambda grad, x: None)
+register("layer_norm", lambda x, weight, bias, eps, out: weight.new_empty(2, x.shape[:-1].numel()))
+register(
+    "layer_norm_backward",
+    lambda grad, x, weight, statistics: (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+)

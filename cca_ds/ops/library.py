@@ -1,13 +1,23 @@
-"""The compiled kernels of csrc/, built by setup.py into libraries beside this file."""
+"""The compiled kernels of csrc/: loading them, and whether one takes a given tensor."""
 
 import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _load_libraries(folder: Path) -> str:
-    """Loads the schema and the CPU kernels for this machine; says "cuda", "cpp", or, where there is none, "torch"."""
+    """Load the schema and the CPU kernels for this machine from `folder`; returns what `backend` returns.
+
+    Warns with the reason and the remedy where the libraries are missing or built for another PyTorch.
+    """
     capability = torch.backends.cpu.get_cpu_capability().lower()
     capability = capability if capability in ("avx2", "avx512") else "default"
     found = [next(iter(sorted(folder.glob(f"{name}.*so"))), None) for name in ("_C", f"_cpu_{capability}")]
@@ -24,15 +34,53 @@ def _load_libraries(folder: Path) -> str:
             return "cuda" if has_cuda else "cpp"
     remedy = "run `pip install --no-build-isolation -e .` in the repository"
     warnings.warn(
-        f"cca_ds: the kernels of csrc/ are {reason}; the slower plain-torch twin is used. To build them, {remedy}.",
+        f"cca_ds: the kernels of csrc/ are {reason}; the slower plain-torch versions are used. "
+        f"To build them, {remedy}.",
         stacklevel=2,
     )
     return "torch"
 
 
-_BACKEND = _load_libraries(Path(__file__).parent)
+_BUILT = _load_libraries(Path(__file__).parent)
+_in_use = _BUILT
 
 
 def backend() -> str:
-    """Which implementation is in use: "cuda" and "cpp" are the built extension, "torch" the plain twin."""
-    return _BACKEND
+    """Which implementation is in use: "cuda" or "cpp" for the built kernels, "torch" for the plain versions."""
+    return _in_use
+
+
+@contextmanager
+def eager_ops() -> Iterator[None]:
+    """Within it every op runs its plain version, as if the kernels were not built: for tests and measurements."""
+    global _in_use
+    before, _in_use = _in_use, "torch"
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+def has_kernel(x: Tensor, dtypes: Collection[torch.dtype] = KERNEL_DTYPES) -> bool:
+    """Whether the CPU kernels are in use and take a tensor of the device and dtype of `x`."""
+    return x.device.type == "cpu" and x.dtype in dtypes and backend() != "torch"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives the matmuls on the device of `x`; without autocast the dtype of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def register(name: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> None:
+    """Give torch what it needs to trace the kernel `cca_ds::name`; does nothing where no kernel is built.
+
+    Args:
+        fake: (arguments) -> empty tensors of the results' shapes and dtypes.
+        flops: (shapes of the tensor arguments, **_) -> operations, for torch's FlopCounterMode.
+    """
+    if _BUILT == "torch":
+        return
+    torch.library.register_fake(f"cca_ds::{name}", fake)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.cca_ds, name))(flops)

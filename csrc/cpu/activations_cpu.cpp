@@ -1,9 +1,9 @@
 // The activations of a training step on a CPU, each one pass over its tensors. PyTorch's own take as long as the matrix
-// products beside them: an exact tanh for each element of a GELU, and five passes for the two gradients of SwiGLU.
+// products of the same layer: an exact tanh for each element of a GELU, and five passes for the two gradients of SwiGLU.
 // Compiled once per instruction set.
 //
 //     gelu(x) = x s(t(x)), its tanh form       t(x) = x (k + m x^2)       s(t) = 1 / (1 + exp(-t))
-//     gated(g, v) = g s(g) v                   d (x s(t)) / dx = s (1 + x (1 - s) dt/dx)
+//     swiglu(g, v) = g s(g) v                   d (x s(t)) / dx = s (1 + x (1 - s) dt/dx)
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -102,12 +102,12 @@ void gelu_backward(Tensor grad, const Tensor& x) {
   });
 }
 
-void gated(const Tensor& gate, const Tensor& value, Tensor out) {
+void swiglu(const Tensor& gate, const Tensor& value, Tensor out) {
   of_elements<2>({gate.contiguous(), value.contiguous()}, out,
                  [](const auto& in) { return in[0] * sigmoid(in[0]).share * in[1]; });
 }
 
-std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& value) {
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& value) {
   const Tensor g = gate.contiguous(), v = like(gate, value), d = like(gate, grad);
   Tensor grad_gate = at::empty_like(g), grad_value = at::empty_like(g);
   with_float_type(gate.scalar_type(), [&](auto t) {
@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
   m.impl("gelu", gelu);
   m.impl("gelu_backward", gelu_backward);
-  m.impl("gated", gated);
-  m.impl("gated_backward", gated_backward);
+  m.impl("swiglu", swiglu);
+  m.impl("swiglu_backward", swiglu_backward);
 }
 
 }  // namespace

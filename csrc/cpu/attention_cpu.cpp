@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "cpu/heads.h"
-#include "cpu/wide_product.h"
+#include "cpu/block_matmul.h"
 
 namespace cca_ds {
 namespace {
 
 constexpr int64_t kQueries = 64;  // of a block: its scores, and a head's keys and values, stay in the second-level cache
-constexpr int64_t kTurned = 96;   // between rows of turned queries: 64 would put them in the same few lines of the caches
+constexpr int64_t kTransposedStride = 96;  // between rows of transposed queries: with 64 they would share cache sets
 constexpr int64_t kJump = 32;     // a block ends where the next query sees more than so many keys more
 
 // The depth of a product of so many rows.
@@ -64,7 +64,7 @@ const int64_t* limits_of(const Tensor& limits_L, const Shape& shape) {
 }
 
 bool has_prefix_attention(bool in_bf16) {
-  return in_bf16 ? has_wide_product<at::BFloat16>() : has_wide_product<float>();
+  return in_bf16 ? has_block_matmul<at::BFloat16>() : has_block_matmul<float>();
 }
 
 Shape shape_of_attention(const Tensor& heads) {
@@ -72,7 +72,8 @@ Shape shape_of_attention(const Tensor& heads) {
   check_channels(shape);
   const bool in_bf16 = heads.scalar_type() == at::kBFloat16;
   TORCH_CHECK((in_bf16 || heads.scalar_type() == at::kFloat) && has_prefix_attention(in_bf16),
-              "prefix_attention takes bf16 and float32, on a processor with their block products, not ", heads.scalar_type());
+              "prefix_attention takes bf16 and float32, on a processor with a small-block matmul for them, not ",
+              heads.scalar_type());
   return shape;
 }
 
@@ -103,7 +104,7 @@ void for_each_block(const Shape& shape, const int64_t* limits, Prepare prepare, 
       for (const Block& block : blocks) visit(work, head, block);
       finish(work, head);
     }
-    wide_product_done<T>();
+    block_matmul_done<T>();
   });
 }
 
@@ -134,25 +135,25 @@ void attend(const Shape& shape, const Tensor& heads, const int64_t* limits, Tens
     return all + shape.among_heads({number, head.image, head.head, 0});
   };
   const auto prepare = [&](Work& work, const Place& head) {
-    turn_second(part(1, head), channels, channels, work.keys.data(), work.width, positions);
+    transpose_second(part(1, head), channels, channels, work.keys.data(), work.width, positions);
     second_of(part(2, head), channels, positions, channels, work.values.data(), channels);
   };
   const auto mix = [&](Work& work, const Place& head, const Block& block) {
     const int64_t depth = whole_depth<T>(block.keys);
-    wide_product(block.rows, block.keys, channels, part(0, head) + block.begin * channels, channels, work.keys.data(),
+    block_matmul(block.rows, block.keys, channels, part(0, head) + block.begin * channels, channels, work.keys.data(),
                  work.width, work.scores.data(), work.width);
     RowSum<float> sums[kQueries];
     for (int64_t r = 0; r < block.rows; ++r) {
       sums[r] = row_powers(work.scores.data() + r * work.width, limits[block.begin + r], depth, work.powers_of(r));
     }
     const T* values = kPaired<T> ? work.values.data() : part(2, head);
-    wide_product(block.rows, channels, depth, work.powers_of(0), work.width, values, channels, work.mixed.data(), channels);
+    block_matmul(block.rows, channels, depth, work.powers_of(0), work.width, values, channels, work.mixed.data(), channels);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t position = block.begin + r;
       float* row = work.mixed.data() + r * channels;
       const float scale = 1.0f / sums[r].sum;
       for (int64_t c = 0; c < channels; ++c) row[c] *= scale;
-      narrow_row(row, channels, out + ((head.image * positions + position) * shape.heads + head.head) * channels);
+      row_from_fp32(row, channels, out + ((head.image * positions + position) * shape.heads + head.head) * channels);
       lse[shape.row({0, head.image, head.head, position})] = sums[r].max + std::log(sums[r].sum);
     }
   };
@@ -173,38 +174,38 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& heads_3BHLC, const Ten
 template <class T>
 struct BackwardWork {
   int64_t width;
-  std::vector<T> keys_turned, values_turned, keys, grads, turned, powers, slopes, packed;
-  std::vector<float> scores, products, grad_queries, grad_keys, grad_values, sums;
+  std::vector<T> keys_transposed, values_transposed, keys, grads, transposed, powers, slopes, packed;
+  std::vector<float> scores, grad_powers, grad_queries, grad_keys, grad_values, sums;
 
   explicit BackwardWork(const Shape& s)
-      : width(rounded_up(s.positions, 32)), keys_turned(s.channels * width), values_turned(s.channels * width),
-        keys(kPaired<T> ? s.channels * width : 0), grads(kQueries * s.channels), turned(s.channels * kTurned),
+      : width(rounded_up(s.positions, 32)), keys_transposed(s.channels * width), values_transposed(s.channels * width),
+        keys(kPaired<T> ? s.channels * width : 0), grads(kQueries * s.channels), transposed(s.channels * kTransposedStride),
         powers(kPaired<T> ? kQueries * width : 0), slopes(powers.size()), packed(powers.size()), scores(kQueries * width),
-        products(kQueries * width), grad_queries(kQueries * s.channels), grad_keys(s.channels * width),
+        grad_powers(kQueries * width), grad_queries(kQueries * s.channels), grad_keys(s.channels * width),
         grad_values(s.channels * width), sums(kPaired<T> ? s.channels * width : 0) {}
 
-  // In float32 powers take the place of the scores, and slopes that of the products.
+  // In float32 the powers overwrite the scores, and the slopes overwrite grad_powers.
   T* powers_of(int64_t row) {
     if constexpr (kPaired<T>) return powers.data() + row * width;
     else return scores.data() + row * width;
   }
   T* slopes_of(int64_t row) {
     if constexpr (kPaired<T>) return slopes.data() + row * width;
-    else return products.data() + row * width;
+    else return grad_powers.data() + row * width;
   }
 };
 
-// powers P = exp(scores - lse) and slopes dS = P (products - delta) of the first `visible`; 0 up to `end`. All four have
+// powers P = exp(scores - lse) and slopes dS = P (dP - delta) of the first `visible`; 0 up to `end`. All four have
 // room up to a multiple of 32 behind the visible ones, and the two of float32 lose what lies there.
 template <class T>
-void row_slopes(float* scores, float* products, int64_t visible, int64_t end, float lse, float delta, T* powers, T* slopes) {
+void row_slopes(float* scores, float* grad_powers, int64_t visible, int64_t end, float lse, float delta, T* powers, T* slopes) {
   constexpr int64_t kStep = step_of<T>();
   const int64_t whole = rounded_up(visible, kStep);
   std::fill(scores + visible, scores + whole, negative_infinity<float>());
-  std::fill(products + visible, products + whole, 0.0f);
+  std::fill(grad_powers + visible, grad_powers + whole, 0.0f);
   const Vectorized<float> shift(lse), below(delta);
   for (int64_t i = 0; i < whole; i += kStep) {
-    const Two<float> x = load_two(scores + i), y = load_two(products + i);
+    const Two<float> x = load_two(scores + i), y = load_two(grad_powers + i);
     const Two<float> power{exp_of(x.a - shift), exp_of(x.b - shift)};
     store_two(powers + i, power);
     store_two(slopes + i, Two<float>{power.a * (y.a - below), power.b * (y.b - below)});
@@ -226,8 +227,8 @@ void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads
     return shape.among_heads({number, head.image, head.head, 0});
   };
   const auto prepare = [&](Work& work, const Place& head) {
-    turn_second(all + offset(1, head), channels, channels, work.keys_turned.data(), work.width, positions);
-    turn_second(all + offset(2, head), channels, channels, work.values_turned.data(), work.width, positions);
+    transpose_second(all + offset(1, head), channels, channels, work.keys_transposed.data(), work.width, positions);
+    transpose_second(all + offset(2, head), channels, channels, work.values_transposed.data(), work.width, positions);
     second_of(all + offset(1, head), channels, positions, channels, work.keys.data(), channels);
     std::fill(work.grad_keys.begin(), work.grad_keys.end(), 0.0f);
     std::fill(work.grad_values.begin(), work.grad_values.end(), 0.0f);
@@ -237,34 +238,36 @@ void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads
     float deltas[kQueries];
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t at = (head.image * positions + block.begin + r) * stride + head.head * channels;
-      float wide_grad[kMostChannels], wide_mixed[kMostChannels];
-      widen_row(grad_in + at, channels, wide_grad);
-      widen_row(mixed_in + at, channels, wide_mixed);
-      deltas[r] = dot(wide_grad, wide_mixed, channels);
+      float grad_row[kMostChannels], mixed_row[kMostChannels];
+      row_to_fp32(grad_in + at, channels, grad_row);
+      row_to_fp32(mixed_in + at, channels, mixed_row);
+      deltas[r] = dot(grad_row, mixed_row, channels);
       std::copy(grad_in + at, grad_in + at + channels, own_grads + r * channels);
     }
     const T* own_queries = all + offset(0, head) + block.begin * channels;
-    wide_product(block.rows, block.keys, channels, own_queries, channels, work.keys_turned.data(), work.width,
+    block_matmul(block.rows, block.keys, channels, own_queries, channels, work.keys_transposed.data(), work.width,
                  work.scores.data(), work.width);
-    wide_product(block.rows, block.keys, channels, own_grads, channels, work.values_turned.data(), work.width,
-                 work.products.data(), work.width);
+    block_matmul(block.rows, block.keys, channels, own_grads, channels, work.values_transposed.data(), work.width,
+                 work.grad_powers.data(), work.width);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t row = r * work.width, position = block.begin + r;
-      row_slopes(work.scores.data() + row, work.products.data() + row, limits[position], whole_depth<T>(block.keys),
+      row_slopes(work.scores.data() + row, work.grad_powers.data() + row, limits[position], whole_depth<T>(block.keys),
                  lse[shape.row({0, head.image, head.head, position})], deltas[r], work.powers_of(r), work.slopes_of(r));
     }
     const T* keys = kPaired<T> ? work.keys.data() : all + offset(1, head);
-    wide_product(block.rows, channels, whole_depth<T>(block.keys), work.slopes_of(0), work.width, keys, channels,
+    block_matmul(block.rows, channels, whole_depth<T>(block.keys), work.slopes_of(0), work.width, keys, channels,
                  work.grad_queries.data(), channels);
-    narrow_row(work.grad_queries.data(), block.rows * channels, out + offset(0, head) + block.begin * channels);
+    row_from_fp32(work.grad_queries.data(), block.rows * channels, out + offset(0, head) + block.begin * channels);
     // keys and values gather q^T dS and g^T P over the blocks, both [C, keys]
     const auto gather = [&](const T* rows, const T* of_rows, std::vector<float>& sums) {
       const int64_t depth = whole_depth<T>(block.rows);
-      transpose<T, 64 / sizeof(T)>(rows, channels, work.turned.data(), kTurned, block.rows, channels);
-      for (int64_t c = 0; depth > block.rows && c < channels; ++c) work.turned[c * kTurned + block.rows] = T(0.0f);
+      transpose<T, 64 / sizeof(T)>(rows, channels, work.transposed.data(), kTransposedStride, block.rows, channels);
+      for (int64_t c = 0; depth > block.rows && c < channels; ++c) {
+        work.transposed[c * kTransposedStride + block.rows] = T(0.0f);
+      }
       const auto second = second_of(of_rows, work.width, block.rows, block.keys, work.packed.data(), work.width);
-      wide_product(channels, block.keys, depth, work.turned.data(), kTurned, second.data, second.stride, sums.data(),
-                   work.width, /*add=*/true);
+      block_matmul(channels, block.keys, depth, work.transposed.data(), kTransposedStride, second.data, second.stride,
+                   sums.data(), work.width, /*add=*/true);
     };
     gather(own_grads, work.powers_of(0), work.grad_values);
     gather(own_queries, work.slopes_of(0), work.grad_keys);
@@ -275,7 +278,7 @@ void attend_backward(const Shape& shape, const Tensor& grad, const Tensor& heads
       T* to = out + offset(number, head);
       if constexpr (kPaired<T>) {
         transpose<float, 16>(sums.data(), work.width, work.sums.data(), channels, channels, positions);
-        narrow_row(work.sums.data(), positions * channels, to);
+        row_from_fp32(work.sums.data(), positions * channels, to);
       } else {
         transpose<float, 16>(sums.data(), work.width, to, channels, channels, positions);
       }

@@ -73,19 +73,22 @@ void dot_products(const float* x, const T* weight, int64_t width, float (&out)[k
     CCA_DS_UNROLL
     for (int j = 0; j < kCount; ++j) {
       out[r][j] = at::vec::vec_reduce_all<float>([](auto& p, auto& q) { return p + q; }, sums[r][j]);
-      for (int64_t k = i; k < width; ++k) out[r][j] += x[r * width + k] * static_cast<float>(weight[j * width + k]);
+      for (int64_t k = i; k < width; ++k) {
+        // one rounding, whatever kRows: the compiler contracts a product and a sum in some instances only
+        out[r][j] = std::fma(x[r * width + k], static_cast<float>(weight[j * width + k]), out[r][j]);
+      }
     }
   }
 }
 
 template <int kRows, int kCount, class T, class O>
 void write_outputs(const float* x, const T* weight, const T* bias, O* out, int64_t width, int64_t outputs, int64_t first) {
-  float products[kRows][kCount];
-  dot_products<kRows, kCount>(x, weight + first * width, width, products);
+  float sums[kRows][kCount];
+  dot_products<kRows, kCount>(x, weight + first * width, width, sums);
   for (int r = 0; r < kRows; ++r) {
     for (int j = 0; j < kCount; ++j) {
       const float shift = bias ? static_cast<float>(bias[first + j]) : 0.0f;
-      out[r * outputs + first + j] = static_cast<O>(products[r][j] + shift);
+      out[r * outputs + first + j] = static_cast<O>(sums[r][j] + shift);
     }
   }
 }

@@ -41,14 +41,14 @@ inline Shape shape_of_projection(const Tensor& projection, int64_t heads) {
 }
 
 template <class T>
-inline void widen_row(const T* from, int64_t count, float* to) {
+inline void row_to_fp32(const T* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + step_of<T>() <= count; i += step_of<T>()) store_two<float>(to + i, load_two(from + i));
   for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
 template <class T>
-inline void narrow_row(const float* from, int64_t count, T* to) {
+inline void row_from_fp32(const float* from, int64_t count, T* to) {
   int64_t i = 0;
   for (; i + step_of<T>() <= count; i += step_of<T>()) store_two<T>(to + i, load_two<float>(from + i));
   for (; i < count; ++i) to[i] = static_cast<T>(from[i]);

@@ -1,5 +1,6 @@
-// Heads out of a projection, turned as LlamaGen's or normalised as VAR's, and their gradients back into one: a training
-// step's way to attention and from it on a CPU, one pass each. Compiled once per instruction set; letters as in heads.h.
+// Splits a projection into heads, with LlamaGen's rope or VAR's qk norm applied, and merges gradients of heads back into one:
+// what runs before and after attention in a training step on a CPU, one pass each. Compiled once per instruction set;
+// letters as in heads.h.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -25,7 +26,7 @@ void move_heads(const Shape& shape, const Tensor& source, From from, Tensor& tar
   const T* rows = source.const_data_ptr<T>();
   T* out = target.data_ptr<T>();
   at::parallel_for(0, shape.images * tiles, 1, [&](int64_t first, int64_t last) {
-    float wide[kMostChannels];
+    float row_fp32[kMostChannels];
     for (int64_t n = first; n < last; ++n) {
       const int64_t begin = n % tiles * kTile, end = std::min(begin + kTile, shape.positions);
       for (int64_t stream = 0; stream < 3 * shape.heads; ++stream) {
@@ -36,9 +37,9 @@ void move_heads(const Shape& shape, const Tensor& source, From from, Tensor& tar
             std::copy(row, row + channels, out + (shape.*to)(place));
             continue;
           }
-          widen_row(row, channels, wide);
-          change(place, wide);
-          narrow_row(wide, channels, out + (shape.*to)(place));
+          row_to_fp32(row, channels, row_fp32);
+          change(place, row_fp32);
+          row_from_fp32(row_fp32, channels, out + (shape.*to)(place));
         }
       }
     }
@@ -67,15 +68,15 @@ void projection_of(const Tensor& heads, const Shape& shape, Change change, Tenso
   });
 }
 
-// ---- LlamaGen's heads: queries and keys turned, queries scaled ---------------------------------------------------
+// ---- LlamaGen's heads: rope on queries and keys, queries scaled ---------------------------------------------------
 
-// Pairs of neighbouring channels turned by their position's angles, (cos, sin) in `table`; or back.
-struct Turn {
+// Rotates pairs of neighbouring channels by their position's angles, (cos, sin) in `table`, or by their negatives (`back`).
+struct Rotate {
   const float* table;
   int64_t channels;
   float scale, direction;
 
-  Turn(const Tensor& angles, const Shape& shape, double scale_of_queries, bool back)
+  Rotate(const Tensor& angles, const Shape& shape, double scale_of_queries, bool back)
       : channels(shape.channels), scale(scale_of_queries), direction(back ? -1.0f : 1.0f) {
     TORCH_CHECK(angles.scalar_type() == at::kFloat && angles.is_contiguous() &&
                     angles.numel() == shape.positions * shape.channels,
@@ -96,14 +97,14 @@ struct Turn {
   }
 };
 
-Tensor turned_heads(const Tensor& projection, const Tensor& table, int64_t heads, double scale) {
+Tensor rope_heads(const Tensor& projection, const Tensor& table, int64_t heads, double scale) {
   const Shape shape = shape_of_projection(projection, heads);
-  return heads_of(projection, shape, Turn(table, shape, scale, /*back=*/false));
+  return heads_of(projection, shape, Rotate(table, shape, scale, /*back=*/false));
 }
 
-void turned_heads_backward(const Tensor& grad_heads, const Tensor& table, double scale, Tensor out) {
+void rope_heads_backward(const Tensor& grad_heads, const Tensor& table, double scale, Tensor out) {
   const Shape shape = shape_of_heads(grad_heads);
-  projection_of(grad_heads, shape, Turn(table, shape, scale, /*back=*/true), out);
+  projection_of(grad_heads, shape, Rotate(table, shape, scale, /*back=*/true), out);
 }
 
 // ---- VAR's heads: queries of length scale_H, keys of length 1 ----------------------------------------------------
@@ -115,7 +116,7 @@ const float* scale_of(const Tensor& scale_H, const Shape& shape) {
 }
 
 // Also the factors that made them so, [2, B, H, L] float32.
-std::tuple<Tensor, Tensor> normalised_heads(const Tensor& projection, const Tensor& scale_H) {
+std::tuple<Tensor, Tensor> qk_norm_heads(const Tensor& projection, const Tensor& scale_H) {
   const Shape shape = shape_of_projection(projection, scale_H.numel());
   const float* scale = scale_of(scale_H, shape);
   Tensor factors = at::empty({2, shape.images, shape.heads, shape.positions}, scale_H.options());
@@ -129,37 +130,37 @@ std::tuple<Tensor, Tensor> normalised_heads(const Tensor& projection, const Tens
   return {heads, factors};
 }
 
-// Through y = factor * x of length l: factor * (g - y (y . g) / l^2), into `out`. Returned is y . g of the queries, [B, H, L],
+// Through y = factor * x of length l: factor * (g - y (y . g) / l^2), into `out`. Returns y . g of the queries, [B, H, L],
 // from which the gradient of the scale is made.
-Tensor normalised_heads_backward(const Tensor& grad_heads, const Tensor& heads, const Tensor& factors, const Tensor& scale_H,
+Tensor qk_norm_heads_backward(const Tensor& grad_heads, const Tensor& heads, const Tensor& factors, const Tensor& scale_H,
                                  Tensor out) {
   const Shape shape = shape_of_heads(heads);
   TORCH_CHECK(grad_heads.sizes() == heads.sizes() && grad_heads.scalar_type() == heads.scalar_type(), "gradients ",
               grad_heads.sizes(), " do not fit heads ", heads.sizes());
-  const Tensor lengthened = heads.contiguous();
+  const Tensor normed = heads.contiguous();
   const float *scale = scale_of(scale_H, shape), *factors_in = factors.const_data_ptr<float>();
-  Tensor along_q = at::empty({shape.images, shape.heads, shape.positions}, factors.options());
-  float* along_out = along_q.data_ptr<float>();
+  Tensor dot_yg = at::empty({shape.images, shape.heads, shape.positions}, factors.options());
+  float* dot_yg_out = dot_yg.data_ptr<float>();
   with_float_type(heads.scalar_type(), [&](auto t) {
-    const auto* rows = lengthened.const_data_ptr<decltype(t)>();
+    const auto* rows = normed.const_data_ptr<decltype(t)>();
     const auto change = [&](const Place& place, float* g) {
       float y[kMostChannels];
-      widen_row(rows + shape.among_heads(place), shape.channels, y);
-      const float along = dot(y, g, shape.channels), length = place.part == 0 ? scale[place.head] : 1.0f;
-      const float share = along / (length * length), factor = factors_in[place.part * shape.rows() + shape.row(place)];
+      row_to_fp32(rows + shape.among_heads(place), shape.channels, y);
+      const float dot_product = dot(y, g, shape.channels), length = place.part == 0 ? scale[place.head] : 1.0f;
+      const float share = dot_product / (length * length), factor = factors_in[place.part * shape.rows() + shape.row(place)];
       for (int64_t i = 0; i < shape.channels; ++i) g[i] = factor * (g[i] - y[i] * share);
-      if (place.part == 0) along_out[shape.row(place)] = along;
+      if (place.part == 0) dot_yg_out[shape.row(place)] = dot_product;
     };
     projection_of(grad_heads, shape, change, out);
   });
-  return along_q;
+  return dot_yg;
 }
 
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
-  m.impl("turned_heads", turned_heads);
-  m.impl("turned_heads_backward", turned_heads_backward);
-  m.impl("normalised_heads", normalised_heads);
-  m.impl("normalised_heads_backward", normalised_heads_backward);
+  m.impl("rope_heads", rope_heads);
+  m.impl("rope_heads_backward", rope_heads_backward);
+  m.impl("qk_norm_heads", qk_norm_heads);
+  m.impl("qk_norm_heads_backward", qk_norm_heads_backward);
 }
 
 }  // namespace

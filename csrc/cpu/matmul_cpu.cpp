@@ -1,4 +1,4 @@
-// Matrix products that PyTorch's CPU side has no fast form of: bf16 x bf16 -> float32, float32 where MKL is not at home,
+// Matrix products for which PyTorch has no fast CPU code: bf16 x bf16 -> float32, float32 on processors MKL is not tuned for,
 // and residual^T x hidden.
 // Compiled once per instruction set, beside sequence_logp_cpu.cpp.
 //
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "cpu/heads.h"
-#include "cpu/wide_product.h"
+#include "cpu/block_matmul.h"
 
 namespace cca_ds {
 namespace {
@@ -29,20 +29,20 @@ constexpr int64_t kLogitRows = 128;
 // Columns of the residual transposed at a time.
 constexpr int64_t kTransposed = 2048;
 
-// Whether the block products of float32 beat MKL's, which keeps its best code for Intel's processors.
-bool block_products_win() {
+// Whether small-block float32 matmuls beat MKL, which keeps its fastest code for Intel processors.
+bool block_matmul_wins() {
 #if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512)
-  static const bool win = !__builtin_cpu_is("intel") && has_wide_product<float>();
+  static const bool win = !__builtin_cpu_is("intel") && has_block_matmul<float>();
   return win;
 #else
   return false;
 #endif
 }
 
-bool takes_wide_product(const Tensor& weight_VD) {
+bool takes_block_matmul(const Tensor& weight_VD) {
   if (weight_VD.numel() == 0) return false;
-  if (weight_VD.scalar_type() == at::kFloat) return block_products_win();
-  return weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && has_wide_product<at::BFloat16>();
+  if (weight_VD.scalar_type() == at::kFloat) return block_matmul_wins();
+  return weight_VD.scalar_type() == at::kBFloat16 && weight_VD.size(1) % 2 == 0 && has_block_matmul<at::BFloat16>();
 }
 
 // [V / columns, D, columns], the last block not filled; in bf16 pairs of width side by side.
@@ -57,15 +57,15 @@ Tensor pack(const Tensor& weight_VD) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t columns = std::min(kLogitColumns<T>, vocabulary - block * kLogitColumns<T>);
       const int64_t offset = block * kLogitColumns<T> * width;
-      turn_second(from + offset, width, width, to + offset, kLogitColumns<T>, columns);
+      transpose_second(from + offset, width, width, to + offset, kLogitColumns<T>, columns);
     }
   });
   return packed;
 }
 
-// The weight as `wide_logits` reads it: packed where there are block products for it, else float32.
+// The weight as `fp32_logits` reads it: packed where a small-block matmul takes it, else float32.
 Tensor pack_weight(const Tensor& weight_VD) {
-  if (!takes_wide_product(weight_VD)) return weight_VD.to(at::kFloat);
+  if (!takes_block_matmul(weight_VD)) return weight_VD.to(at::kFloat);
   return weight_VD.scalar_type() == at::kFloat ? pack<float>(weight_VD) : pack<at::BFloat16>(weight_VD);
 }
 
@@ -80,17 +80,17 @@ void block_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor& out_NV)
     for (int64_t block = first; block < last; ++block) {
       const int64_t column = block * kLogitColumns<T>, columns = std::min(kLogitColumns<T>, vocabulary - column);
       for (int64_t row = 0; row < rows; row += kLogitRows) {
-        wide_product(std::min(kLogitRows, rows - row), columns, width, hidden + row * width, width,
+        block_matmul(std::min(kLogitRows, rows - row), columns, width, hidden + row * width, width,
                      weight + block * width * kLogitColumns<T>, kLogitColumns<T>, out + row * stride + column, stride);
       }
     }
-    wide_product_done<T>();
+    block_matmul_done<T>();
   });
 }
 
 // out [N, V] float32 = hidden [N, D] times the packed weight, never rounded to less than float32. Rows of `out` may be
 // further apart than V: a stride of a power of two would put all rows of a tile in the same few lines of the caches.
-void wide_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor out_NV) {
+void fp32_logits(const Tensor& hidden_ND, const Tensor& packed, Tensor out_NV) {
   if (packed.dim() == 2) {
     at::mm_out(out_NV, hidden_ND.to(at::kFloat), packed.t());
   } else if (packed.scalar_type() == at::kFloat) {
@@ -114,14 +114,15 @@ template <class T>
 struct Weight {
   const T* data;
   int64_t stride;
-  bool turned;
+  bool transposed;
 
   explicit Weight(const Tensor& weight)
-      : data(weight.const_data_ptr<T>()), stride(weight.stride(weight.stride(1) == 1 ? 0 : 1)), turned(weight.stride(1) != 1) {}
+      : data(weight.const_data_ptr<T>()), stride(weight.stride(weight.stride(1) == 1 ? 0 : 1)),
+        transposed(weight.stride(1) != 1) {}
 
   void pack(int64_t column, int64_t columns, int64_t first, int64_t depth, T* to) const {
-    if (!turned) {
-      turn_second(data + column * stride + first, stride, depth, to, kLinearColumns<T>, columns);
+    if (!transposed) {
+      transpose_second(data + column * stride + first, stride, depth, to, kLinearColumns<T>, columns);
       return;
     }
     const T* rows = data + first * stride + column;
@@ -178,24 +179,24 @@ void linear_of(const Tensor& x_ND, const Weight<T>& weight, const T* bias, Tenso
     for (int64_t n = begin; n < end; ++n) {
       const int64_t column = n / groups * kColumns, columns = std::min(kColumns, outputs - column);
       const int64_t top = n % groups * rows_of_group, bottom = std::min(top + rows_of_group, rows);
-      if (bias) widen_row(bias + column, columns, work.shift.data());
+      if (bias) row_to_fp32(bias + column, columns, work.shift.data());
       for (int64_t first = 0; first < width; first += work.step) {
         const int64_t depth = std::min(work.step, width - first);
         weight.pack(column, columns, first, depth, work.packed.data());
         for (int64_t row = top; row < bottom; row += kLinearRows) {
           const int64_t count = std::min(kLinearRows, bottom - row);
           const auto [to, stride] = sums_of(work, out, row, row - top, column, outputs);
-          wide_product(count, columns, depth, x + row * width + first, width, work.packed.data(), kColumns, to, stride,
+          block_matmul(count, columns, depth, x + row * width + first, width, work.packed.data(), kColumns, to, stride,
                        /*add=*/first > 0);
           if (first + depth < width) continue;
           for (int64_t r = 0; r < count; ++r) {
             for (int64_t c = 0; bias && c < columns; ++c) to[r * stride + c] += work.shift[c];
-            if constexpr (kPaired<T>) narrow_row(to + r * stride, columns, out + (row + r) * outputs + column);
+            if constexpr (kPaired<T>) row_from_fp32(to + r * stride, columns, out + (row + r) * outputs + column);
           }
         }
       }
     }
-    wide_product_done<T>();
+    block_matmul_done<T>();
   });
 }
 
@@ -208,10 +209,10 @@ bool has_amx() {
 #endif
 }
 
-// Whether block products make the fastest linear layer: in bf16 without AMX (with it the library's own are left alone).
+// Whether small-block matmuls make the fastest linear layer: in bf16 without AMX (with AMX, oneDNN is as fast).
 bool has_block_linear(bool in_bf16) {
-  static const bool in_16_bits = !has_amx() && has_wide_product<at::BFloat16>();
-  return in_bf16 ? in_16_bits : block_products_win();
+  static const bool in_16_bits = !has_amx() && has_block_matmul<at::BFloat16>();
+  return in_bf16 ? in_16_bits : block_matmul_wins();
 }
 
 bool fits_blocks(const Tensor& x_ND) {
@@ -248,16 +249,16 @@ Tensor weight_gradient(const Tensor& residual, const Tensor& hidden) {
   const Tensor residual_NV = residual.contiguous(), hidden_ND = hidden.contiguous();
   const int64_t rows = residual_NV.size(0), vocabulary = residual_NV.size(1);
   Tensor out_VD = at::empty({vocabulary, hidden_ND.size(1)}, hidden_ND.options());
-  Tensor turned = at::empty({std::min(kTransposed, vocabulary), rows}, residual_NV.options());
+  Tensor transposed = at::empty({std::min(kTransposed, vocabulary), rows}, residual_NV.options());
   const auto* from = residual_NV.const_data_ptr<at::BFloat16>();
-  auto* to = turned.data_ptr<at::BFloat16>();
+  auto* to = transposed.data_ptr<at::BFloat16>();
   for (int64_t column = 0; column < vocabulary; column += kTransposed) {
     const int64_t columns = std::min(kTransposed, vocabulary - column), tiles = (columns + 31) / 32;
     at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
       const int64_t begin = first * 32, end = std::min(last * 32, columns);
       transpose<at::BFloat16, 32>(from + column + begin, vocabulary, to + begin * rows, rows, rows, end - begin);
     });
-    Tensor slice = out_VD.narrow(0, column, columns), factor = turned.narrow(0, 0, columns);
+    Tensor slice = out_VD.narrow(0, column, columns), factor = transposed.narrow(0, 0, columns);
     if (fits_blocks(factor)) {
       linear_of<at::BFloat16>(factor, Weight<at::BFloat16>(hidden_ND.t()), nullptr, slice);
     } else {
@@ -274,7 +275,7 @@ TORCH_LIBRARY_IMPL(cca_ds, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
   m.impl("block_linear", block_linear);
   m.impl("pack_weight", pack_weight);
-  m.impl("wide_logits", wide_logits);
+  m.impl("fp32_logits", fp32_logits);
   m.impl("weight_gradient", weight_gradient);
 }
 

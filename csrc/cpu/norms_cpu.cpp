@@ -79,10 +79,10 @@ Tensor norm(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, 
     const T* from = x.const_data_ptr<T>();
     T* to = out.data_ptr<T>();
     at::parallel_for(0, count, 16, [&](int64_t first, int64_t last) {
-      std::vector<float> wide(width);
-      float* __restrict row = wide.data();
+      std::vector<float> rows_fp32(width);
+      float* __restrict row = rows_fp32.data();
       for (int64_t n = first; n < last; ++n) {
-        widen_row(from + n * width, width, row);
+        row_to_fp32(from + n * width, width, row);
         const auto [mean, factor] = statistics_of<kCentred>(row, width, eps);
         means[n] = mean;
         means[count + n] = factor;
@@ -90,7 +90,7 @@ Tensor norm(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, 
         const float* __restrict bias = biases ? biases + n / rows.positions * width : nullptr;
         for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - mean) * factor * weight[i];
         for (int64_t i = 0; bias && i < width; ++i) row[i] += bias[i];
-        narrow_row(row, width, to + n * width);
+        row_from_fp32(row, width, to + n * width);
       }
     });
   });
@@ -116,28 +116,28 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_in, const Te
     const T *from = x.const_data_ptr<T>(), *grads = grad.const_data_ptr<T>();
     T* to = grad_x.data_ptr<T>();
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> wide(2 * width);
-      float *__restrict row = wide.data(), *__restrict slope = row + width;
+      std::vector<float> rows_fp32(2 * width);
+      float *__restrict row = rows_fp32.data(), *__restrict slope = row + width;
       for (int64_t n = begin * count / parts; n < end * count / parts; ++n) {
         const int64_t image = n / rows.positions;
         const float* __restrict weight = weights + image * width;
         const float mean = means[n], factor = means[count + n];
         float* __restrict weight_sum = weight_sums + (begin * rows.images + image) * width;
         float* __restrict bias_sum = bias_sums + (begin * rows.images + image) * width;
-        widen_row(from + n * width, width, row);
-        widen_row(grads + n * width, width, slope);
+        row_to_fp32(from + n * width, width, row);
+        row_to_fp32(grads + n * width, width, slope);
         for (int64_t i = 0; i < width; ++i) {
           row[i] = (row[i] - mean) * factor;
           weight_sum[i] += slope[i] * row[i];
           if constexpr (kCentred) bias_sum[i] += slope[i];
           slope[i] *= weight[i];
         }
-        const float along = dot(slope, row, width) / width;
+        const float mean_gx = dot(slope, row, width) / width;
         Vector sum(0.0f);
         if constexpr (kCentred) for_each_vector(width, [&](int64_t i, int64_t n) { sum = sum + load(slope + i, n); });
-        const float level = total(sum) / width;
-        for (int64_t i = 0; i < width; ++i) slope[i] = (slope[i] - level - row[i] * along) * factor;
-        narrow_row(slope, width, to + n * width);
+        const float mean_g = total(sum) / width;
+        for (int64_t i = 0; i < width; ++i) slope[i] = (slope[i] - mean_g - row[i] * mean_gx) * factor;
+        row_from_fp32(slope, width, to + n * width);
       }
     });
   });

@@ -73,7 +73,7 @@ Tensor row_residual_cuda(const Tensor& logits_NV, const std::optional<Tensor>& b
 }
 
 // The tensor cores add up in float32 whatever they are given; here they also write it.
-void wide_logits_cuda(const Tensor& hidden_ND, const Tensor& weight_VD, Tensor out_NV) {
+void fp32_logits_cuda(const Tensor& hidden_ND, const Tensor& weight_VD, Tensor out_NV) {
   at::mm_outf(hidden_ND, weight_VD.t(), at::kFloat, out_NV);
 }
 
@@ -85,7 +85,7 @@ TORCH_LIBRARY_IMPL(cca_ds, CUDA, m) {
   m.impl("row_stats", row_stats_cuda);
   m.impl("row_gradient", row_gradient_cuda);
   m.impl("row_residual", row_residual_cuda);
-  m.impl("wide_logits", wide_logits_cuda);
+  m.impl("fp32_logits", fp32_logits_cuda);
   m.impl("weight_gradient", weight_gradient_cuda);
 }
 

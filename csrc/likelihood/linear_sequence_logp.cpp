@@ -1,5 +1,5 @@
-// The two faces of the op, for any device: K1 from logits, and K2, which makes the logits a chunk of rows at a time with
-// the vendor's matrix product and turns them into onehot - softmax by K1's row kernels.
+// The two entry points, for any device: from logits, and from the output head. The latter makes the logits a chunk of rows
+// at a time with a matmul and turns them into onehot - softmax with the row kernels of the former.
 //
 // Letters: B sequences, L tokens a sequence, N = B * L rows, V vocabulary, D width, C rows of a chunk.
 //
@@ -12,7 +12,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/huge_pages.h"
+#include "likelihood/huge_pages.h"
 
 namespace cca_ds {
 namespace {
@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- the row kernels and products, through the dispatcher --------------------------------------------------------
+// ---- the row kernels and matmuls, through the dispatcher ---------------------------------------------------------
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
@@ -50,8 +50,8 @@ Tensor pack_weight(const Tensor& weight_VD) {
   return op.call(weight_VD);
 }
 
-void wide_logits(const Tensor& hidden_CD, const Tensor& packed, Tensor out_CV) {
-  static const auto op = find<void(const Tensor&, const Tensor&, Tensor)>("cca_ds::wide_logits");
+void fp32_logits(const Tensor& hidden_CD, const Tensor& packed, Tensor out_CV) {
+  static const auto op = find<void(const Tensor&, const Tensor&, Tensor)>("cca_ds::fp32_logits");
   op.call(hidden_CD, packed, out_CV);
 }
 
@@ -71,9 +71,9 @@ Tensor weight_gradient(const Tensor& residual_NV, const Tensor& hidden_ND) {
   return op.call(residual_NV, hidden_ND);
 }
 
-// ---- K1 ----------------------------------------------------------------------------------------------------------
+// ---- from logits -------------------------------------------------------------------------------------------------
 
-at::ScalarType wide_type(const Tensor& tensor) {
+at::ScalarType accumulate_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
@@ -95,38 +95,38 @@ std::tuple<Tensor, Tensor> sequence_logp(const Tensor& logits_BLV, const Tensor&
 Tensor sequence_logp_backward(const Tensor& grad_B, const Tensor& logits_BLV, const Tensor& targets_BL,
                               const Tensor& stats_N2) {
   const Tensor logits_NV = logits_BLV.reshape({targets_BL.numel(), logits_BLV.size(-1)}).contiguous();
-  const Tensor grad = grad_B.to(wide_type(logits_BLV)).contiguous();
+  const Tensor grad = grad_B.to(accumulate_type(logits_BLV)).contiguous();
   return row_gradient(grad, logits_NV, flat_targets(targets_BL), stats_N2).view(logits_BLV.sizes());
 }
 
-// ---- K2 ----------------------------------------------------------------------------------------------------------
+// ---- from the output head ----------------------------------------------------------------------------------------
 
-// Makes a chunk's logits: in float32 (`wide`), the bias being left to the row kernels, which add it in float32 too; or
+// Makes a chunk's logits: in float32 (`fp32`), the bias being left to the row kernels, which add it in float32 too; or
 // in the inputs' dtype with the bias added by the product, as nn.Linear does.
 struct Head {
   Tensor weight_VD;
   OptionalTensor bias_V;
-  bool wide, by_blocks;
+  bool fp32, by_blocks;
   Tensor packed{};
 
-  // `chunked`: many products share the weight, so that packing it, at the cost of its memory, pays in float32 too.
-  Head(const Tensor& weight, const OptionalTensor& bias, bool fp32, bool chunked)
-      : weight_VD(weight.contiguous()), bias_V(bias), wide(fp32 && wide_type(weight) != weight.scalar_type()) {
+  // `chunked`: many matmuls share the weight, so that packing it, at the cost of its memory, pays in float32 too.
+  Head(const Tensor& weight, const OptionalTensor& bias, bool in_fp32, bool chunked)
+      : weight_VD(weight.contiguous()), bias_V(bias), fp32(in_fp32 && accumulate_type(weight) != weight.scalar_type()) {
     if (bias_V) bias_V = bias_V->contiguous();
     by_blocks = weight_VD.is_cpu() && weight_VD.scalar_type() == at::kFloat && has_block_linear();
-    if (wide) packed = weight_VD.is_cuda() ? weight_VD : pack_weight(weight_VD);
+    if (fp32) packed = weight_VD.is_cuda() ? weight_VD : pack_weight(weight_VD);
     if (by_blocks && chunked) packed = pack_weight(weight_VD);
   }
 
   at::TensorOptions logits_options() const {
-    return wide ? weight_VD.options().dtype(at::kFloat) : weight_VD.options();
+    return fp32 ? weight_VD.options().dtype(at::kFloat) : weight_VD.options();
   }
 
   OptionalTensor late_bias() const { return packed.defined() ? bias_V : std::nullopt; }
 
   void logits(const Tensor& hidden_CD, Tensor out_CV) const {
     if (packed.defined()) {
-      wide_logits(hidden_CD, packed, out_CV);
+      fp32_logits(hidden_CD, packed, out_CV);
     } else if (by_blocks) {
       block_linear(hidden_CD, weight_VD, bias_V, out_CV);
     } else if (bias_V) {
@@ -153,7 +153,7 @@ int64_t rows_of_chunk(int64_t asked, const Head& head, int64_t rows, bool in_pla
 
 // A buffer for a chunk's logits. Float32 rows that a CPU makes tile by tile lie two cache lines further apart than V.
 Tensor chunk_buffer(const Head& head, int64_t rows) {
-  const int64_t vocabulary = head.weight_VD.size(0), apart = head.wide && head.weight_VD.is_cpu() ? 32 : 0;
+  const int64_t vocabulary = head.weight_VD.size(0), apart = head.fp32 && head.weight_VD.is_cpu() ? 32 : 0;
   return on_huge_pages(at::empty({rows, vocabulary + apart}, head.logits_options())).narrow(1, 0, vocabulary);
 }
 
@@ -165,10 +165,10 @@ std::tuple<Tensor, Tensor> linear_sequence_logp(const Tensor& hidden_BLD, const 
   // What stays is asked for before what goes (the packed weight): the other way round would leave a hole in the heap.
   Tensor residual_NV = on_huge_pages(at::empty({keep ? rows : 0, keep ? vocabulary : 0}, weight.options()));
   const Head head(weight, bias, fp32, !keep && chunk_rows == 0);
-  const bool in_place = keep && !head.wide;
+  const bool in_place = keep && !head.fp32;
   const int64_t chunk = rows_of_chunk(chunk_rows, head, rows, in_place);
   Tensor buffer_CV = chunk_buffer(head, in_place ? 0 : std::min(chunk, rows));
-  Tensor logp_N = at::empty({rows}, weight.options().dtype(wide_type(weight)));
+  Tensor logp_N = at::empty({rows}, weight.options().dtype(accumulate_type(weight)));
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const Tensor targets = targets_N.narrow(0, first, count);
@@ -232,12 +232,12 @@ Gradients from_kept(const Tensor& hidden_ND, const Tensor& weight_VD, const Tens
 Gradients from_recomputed(const Tensor& hidden_ND, const Head& head, const Tensor& targets_N, const Tensor& grad_N1,
                           int64_t chunk, std::array<bool, 3> needed) {
   const int64_t rows = hidden_ND.size(0), vocabulary = head.weight_VD.size(0);
-  const auto wide = head.weight_VD.options().dtype(grad_N1.scalar_type());
+  const auto sums = head.weight_VD.options().dtype(grad_N1.scalar_type());
   Tensor logits_CV = chunk_buffer(head, std::min(chunk, rows));
-  Tensor residual_CV = head.wide ? at::empty(logits_CV.sizes(), head.weight_VD.options()) : logits_CV;
+  Tensor residual_CV = head.fp32 ? at::empty(logits_CV.sizes(), head.weight_VD.options()) : logits_CV;
   Gradients gradients{at::empty_like(hidden_ND), {}, {}};
-  if (needed[1]) gradients.weight_VD = at::zeros(head.weight_VD.sizes(), wide);
-  if (needed[2]) gradients.bias_V = at::zeros({vocabulary}, wide);
+  if (needed[1]) gradients.weight_VD = at::zeros(head.weight_VD.sizes(), sums);
+  if (needed[2]) gradients.bias_V = at::zeros({vocabulary}, sums);
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const Tensor hidden = hidden_ND.narrow(0, first, count), grad = grad_N1.narrow(0, first, count);
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_sequence_logp_backward(
     const Tensor& grad_B, const Tensor& hidden_BLD, const Tensor& weight, const Tensor& targets_BL,
     const OptionalTensor& bias, const Tensor& residual, bool fp32, int64_t chunk_rows, std::array<bool, 3> needed) {
   const Tensor hidden_ND = hidden_BLD.reshape({targets_BL.numel(), hidden_BLD.size(-1)}).contiguous();
-  const Tensor grad_N1 = grad_of_rows(grad_B, targets_BL, wide_type(weight));
+  const Tensor grad_N1 = grad_of_rows(grad_B, targets_BL, accumulate_type(weight));
   const bool kept = residual.size(1) == weight.size(0) && residual.size(0) == hidden_ND.size(0);
   Gradients gradients;
   if (kept) {
@@ -268,15 +268,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_sequence_logp_backward(
     const int64_t chunk = rows_of_chunk(chunk_rows, head, hidden_ND.size(0), false);
     gradients = from_recomputed(hidden_ND, head, flat_targets(targets_BL), grad_N1, chunk, needed);
   }
-  const auto given = [&](const Tensor& gradient, bool wanted) {
-    return wanted ? gradient.to(weight.scalar_type()) : at::empty({0}, weight.options());
+  const auto given = [&](const Tensor& gradient, bool is_needed) {
+    return is_needed ? gradient.to(weight.scalar_type()) : at::empty({0}, weight.options());
   };
   return {needed[0] ? gradients.hidden_ND.view(hidden_BLD.sizes()) : at::empty({0}, weight.options()),
           given(gradients.weight_VD, needed[1]), given(gradients.bias_V, needed[2])};
 }
 
 template <class Library>
-void register_faces(Library& m) {
+void register_ops(Library& m) {
   m.impl("sequence_logp", sequence_logp);
   m.impl("sequence_logp_backward", sequence_logp_backward);
   m.impl("linear_sequence_logp", linear_sequence_logp);
@@ -284,11 +284,11 @@ void register_faces(Library& m) {
 }
 
 TORCH_LIBRARY_IMPL(cca_ds, CPU, m) {
-  register_faces(m);
+  register_ops(m);
 }
 
 TORCH_LIBRARY_IMPL(cca_ds, CUDA, m) {
-  register_faces(m);
+  register_ops(m);
 }
 
 }  // namespace

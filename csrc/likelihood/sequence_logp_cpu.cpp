@@ -1,5 +1,5 @@
 // CPU kernels of the sequence log-likelihood. Compiled once per instruction set (plain, AVX2, AVX-512), each into a
-// library of its own; likelihood/ops.py loads the one that PyTorch itself dispatches to.
+// library of its own; ops/library.py loads the one that PyTorch itself dispatches to.
 //
 // Letters: N rows, V vocabulary, B sequences of N / B rows. Rows of logits may be further apart than V in the two kernels
 // that take a chunk of them.
@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/huge_pages.h"
+#include "likelihood/huge_pages.h"
 #include "cpu/vector_math.h"
 
 namespace cca_ds {

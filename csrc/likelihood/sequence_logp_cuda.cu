@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
 // Four packs a thread: enough loads in flight to fill the memory pipe, without idle threads on short vocabularies.
 int threads_for(int64_t vocabulary, int width) {
-  const int64_t wanted = (vocabulary + 4 * width - 1) / (4 * width);
+  const int64_t needed = (vocabulary + 4 * width - 1) / (4 * width);
   int threads = 2 * kWarp;
-  while (threads < wanted && threads < kMaxThreads) threads *= 2;
+  while (threads < needed && threads < kMaxThreads) threads *= 2;
   return threads;
 }
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from cca_ds.likelihood import (
     backend,
     linear_sequence_logp,
-    linear_sequence_logp_reference,
+    linear_sequence_logp_eager,
     sequence_logp,
-    sequence_logp_reference,
+    sequence_logp_eager,
 )
 from cca_ds.ops import library
 from tests.support.likelihood_inputs import leaves, relative, sample
@@ -42,7 +42,7 @@ def by_hand(logits_BLV, targets_BL):
 def test_by_hand():
     logits = torch.tensor([[[0.0, 0.0], [0.0, torch.tensor(3.0).log()]]])
     expected = torch.tensor(0.5).log() + torch.tensor(0.75).log()  # 1/2, then 3/4
-    for op in (sequence_logp, sequence_logp_reference):
+    for op in (sequence_logp, sequence_logp_eager):
         torch.testing.assert_close(op(logits, torch.tensor([[0, 1]])), expected.unsqueeze(0))
 
 
@@ -54,8 +54,8 @@ def test_from_logits(device, dtype, vocabulary):
     g = torch.Generator().manual_seed(vocabulary)
     values = (torch.randn(2, 5, vocabulary, generator=g) * 3).to(device, dtype)
     targets = torch.randint(vocabulary, (2, 5), generator=g).to(device)
-    logits, wide = leaves(values, values.double())
-    logp, expected = sequence_logp(logits, targets), sequence_logp_reference(wide, targets)
+    logits, exact64 = leaves(values, values.double())
+    logp, expected = sequence_logp(logits, targets), sequence_logp_eager(exact64, targets)
     assert logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(expected, by_hand(values, targets), atol=1e-9, rtol=1e-12)
     torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-6)
@@ -64,7 +64,7 @@ def test_from_logits(device, dtype, vocabulary):
     (expected * scale).sum().backward()
     assert logits.grad.dtype == dtype
     if vocabulary > 1:
-        assert relative(logits.grad, wide.grad) < GRADIENT[dtype]
+        assert relative(logits.grad, exact64.grad) < GRADIENT[dtype]
     else:
         assert logits.grad.abs().max() < 1e-6
 
@@ -72,15 +72,13 @@ def test_from_logits(device, dtype, vocabulary):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-3)])
 def test_sequences_of_576_tokens(device, dtype, limit):
     hidden, weight, bias, targets = sample(device, dtype, tokens=576, vocabulary=16384, width=96)
-    wide = [t.double() for t in (hidden, weight, bias)]
-    exact = sequence_logp_reference(F.linear(*wide), targets)
+    exact64 = [t.double() for t in (hidden, weight, bias)]
+    exact = sequence_logp_eager(F.linear(*exact64), targets)
     assert (linear_sequence_logp(hidden, weight, targets, bias) - exact).abs().max() < limit
     logits = F.linear(hidden, weight, bias)
-    assert (
-        sequence_logp(logits, targets) - sequence_logp_reference(logits.double(), targets)
-    ).abs().max() < 1e-3
+    assert (sequence_logp(logits, targets) - sequence_logp_eager(logits.double(), targets)).abs().max() < 1e-3
     if dtype == torch.bfloat16:  # what rounding the logits costs, the reason for accumulate="fp32"
-        assert (sequence_logp_reference(logits, targets) - exact).abs().max() > limit
+        assert (sequence_logp_eager(logits, targets) - exact).abs().max() > limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,15 +89,15 @@ def test_linear(device, dtype, with_bias, options):
         pytest.skip("CPU only")
     hidden, weight, bias, targets = sample(device, dtype, vocabulary=1001)
     inputs = leaves(hidden, weight, bias if with_bias else None)
-    wide = leaves(*(None if t is None else t.double() for t in inputs))
+    exact64 = leaves(*(None if t is None else t.double() for t in inputs))
     logp = linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], **options)
-    expected = linear_sequence_logp_reference(wide[0], wide[1], targets, wide[2])
+    expected = linear_sequence_logp_eager(exact64[0], exact64[1], targets, exact64[2])
     limit = 0.05 if options.get("accumulate") else 1e-5
     torch.testing.assert_close(logp.double(), expected, atol=limit, rtol=1e-6)
     scale = torch.tensor([0.3, -2.0], device=device)
     (logp * scale).sum().backward()
     (expected * scale).sum().backward()
-    for found, exact in zip(inputs, wide, strict=True):
+    for found, exact in zip(inputs, exact64, strict=True):
         if found is not None:
             assert found.grad.dtype == dtype
             tolerance = GRADIENT[dtype] * (1.5 if options.get("accumulate") else 1)
@@ -111,15 +109,15 @@ def test_linear(device, dtype, with_bias, options):
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "native"])
-def test_twin_gives_the_same_numbers(device, accumulate):
+def test_eager_gives_the_same_numbers(device, accumulate):
     hidden, weight, bias, targets = sample(device, torch.bfloat16)
-    found, twin = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    found, eager = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
     a = linear_sequence_logp(found[0], found[1], targets, found[2], accumulate=accumulate)
-    b = linear_sequence_logp_reference(twin[0], twin[1], targets, twin[2], accumulate=accumulate)
+    b = linear_sequence_logp_eager(eager[0], eager[1], targets, eager[2], accumulate=accumulate)
     torch.testing.assert_close(a, b, atol=2e-2 if accumulate == "native" else 1e-4, rtol=0)
     a.sum().backward()
     b.sum().backward()
-    for x, y in zip(found, twin, strict=True):
+    for x, y in zip(found, eager, strict=True):
         assert relative(x.grad, y.grad.double()) < 8e-3
 
 
@@ -129,7 +127,7 @@ def test_shapes_at_the_edges(device):
         h, w, b = leaves(hidden[:rows, :tokens], weight, bias)
         logp = linear_sequence_logp(h, w, targets[:rows, :tokens], b)
         assert logp.shape == (rows,)
-        expected = linear_sequence_logp_reference(h, w, targets[:rows, :tokens], b)
+        expected = linear_sequence_logp_eager(h, w, targets[:rows, :tokens], b)
         torch.testing.assert_close(logp, expected)
         logits = F.linear(h, w, b)
         torch.testing.assert_close(sequence_logp(logits, targets[:rows, :tokens]), expected)
@@ -144,13 +142,13 @@ def test_not_finite_logits_are_propagated(device):
         targets = torch.zeros(3, 4, dtype=torch.long, device=device)
         logits[1, 2, 50] = bad  # not a target
         logits[2, 1, 0] = bad  # a target
-        found, twin = leaves(logits, logits)
-        a, b = sequence_logp(found, targets), sequence_logp_reference(twin, targets)
+        found, eager = leaves(logits, logits)
+        a, b = sequence_logp(found, targets), sequence_logp_eager(eager, targets)
         torch.testing.assert_close(a, b, equal_nan=True)
         assert a[0].isfinite() and a[1].isfinite() == (bad == -inf)
         a.sum().backward()
         b.sum().backward()
-        torch.testing.assert_close(found.grad, twin.grad, equal_nan=True, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.grad, eager.grad, equal_nan=True, atol=1e-6, rtol=1e-5)
         identity = torch.eye(100, device=device)
         if bad == nan or bad != bad:
             assert linear_sequence_logp(logits, identity, targets)[1].isnan()
@@ -161,12 +159,12 @@ def test_not_finite_logits_are_propagated(device):
 def test_large_logits(device):
     logits = (torch.randn(2, 64, 3000, generator=torch.Generator().manual_seed(3)) + 1e4).to(device)
     targets = torch.arange(128, device=device).view(2, 64)
-    found, wide = leaves(logits, logits.double())
-    a, b = sequence_logp(found, targets), sequence_logp_reference(wide, targets)
+    found, exact64 = leaves(logits, logits.double())
+    a, b = sequence_logp(found, targets), sequence_logp_eager(exact64, targets)
     assert (a - b).abs().max() < 1e-4
     a.sum().backward()
     b.sum().backward()
-    assert relative(found.grad, wide.grad) < 1e-6
+    assert relative(found.grad, exact64.grad) < 1e-6
     wide_apart = torch.tensor([[[1e4, -1e4, 0.0]]], device=device)
     torch.testing.assert_close(
         sequence_logp(wide_apart, torch.tensor([[1]], device=device)), torch.tensor([-2e4], device=device)
@@ -286,9 +284,10 @@ def test_every_instruction_set(capability):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_without_libraries_the_twin_is_used_and_said(tmp_path):
+def test_without_libraries_the_plain_version_runs_with_a_warning(tmp_path):
     with pytest.warns(
-        UserWarning, match=r"not built; the slower plain-torch twin is used.*pip install --no-build-isolation"
+        UserWarning,
+        match=r"not built; the slower plain-torch versions are used.*pip install --no-build-isolation",
     ):
         assert library._load_libraries(tmp_path) == "torch"
     capability = torch.backends.cpu.get_cpu_capability().lower()

@@ -1,4 +1,4 @@
-"""The head under DeepSpeed itself: ZeRO-3 on two ranks against one process, plain torch and the twin."""
+"""The head under DeepSpeed itself: ZeRO-3 on two ranks against one process, the plain version."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cca_ds.likelihood import linear_sequence_logp_reference
+from cca_ds.likelihood import linear_sequence_logp_eager
 
 SCRIPT = Path(__file__).parents[1] / "dist" / "likelihood_zero3.py"
 
@@ -35,7 +35,7 @@ def test_zero3_gathers_the_head_in_forward_and_in_backward(tmp_path):
         torch.manual_seed(0)
         model = script.Small(bias)
         hidden = model.layer(model.embedding(codes)).tanh()
-        logp = linear_sequence_logp_reference(hidden, model.head.weight, codes.roll(1, 1), model.head.bias)
+        logp = linear_sequence_logp_eager(hidden, model.head.weight, codes.roll(1, 1), model.head.bias)
         (-logp.mean()).backward()
         torch.testing.assert_close(results[bias]["logp"], logp.detach(), atol=1e-4, rtol=1e-6)
         for name, parameter in model.named_parameters():

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cca_ds.models import LlamaGenConfig, create_model, model_config
-from cca_ds.models.layers import DropPath, rotary_table
+from cca_ds.models.layers import DropPath
+from cca_ds.ops.rope import rotary_table
 
 TINY = LlamaGenConfig(n_layer=2, n_head=4, dim=64, vocab_size=64, sequence_length=16, num_classes=10)
 

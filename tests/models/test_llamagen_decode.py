@@ -42,7 +42,7 @@ def slow_reference(model, labels, scales, uniforms, draw):
     codes = torch.zeros(len(labels), model.sequence_length, dtype=torch.int64, device=labels.device)
     null = torch.full_like(labels, model.null_class)
     for step, scale in enumerate(scales):
-        cond, uncond = (model.logits(codes, wanted)[:, step] for wanted in (labels, null))
+        cond, uncond = (model.logits(codes, label)[:, step] for label in (labels, null))
         codes[:, step] = draw(cond, uncond, scale, uniforms[:, step])
     return codes
 
@@ -57,7 +57,7 @@ def test_sampled_codes_equal_decoding_without_a_cache(model, device, schedule, i
     draw = Draw(temperature=1.3, top_k=40, top_p=0.95)
     uniforms = image_uniforms(11, range(5), 16).to(device)
     with torch.no_grad():
-        wanted = slow_reference(model, labels, scales, uniforms, draw)
+        expected = slow_reference(model, labels, scales, uniforms, draw)
     codes = generate(
         model,
         labels,
@@ -69,7 +69,7 @@ def test_sampled_codes_equal_decoding_without_a_cache(model, device, schedule, i
         guidance_schedule=schedule,
         guidance_interval=interval,
     )
-    assert torch.equal(codes, wanted)
+    assert torch.equal(codes, expected)
     assert len(set(map(tuple, codes.tolist()))) == 5
 
 
@@ -129,11 +129,11 @@ def test_the_step_of_fixed_shapes_gives_the_same_codes(model, device, monkeypatc
     """What CUDA graphs capture: positions as tensors, slots behind a mask. On a GPU it is captured, too."""
     labels = torch.arange(4)
     settings = {"guidance_scale": 1.0, "guidance_interval": (0, 9), "seed": 2}
-    wanted = generate(model, labels, **settings)
+    expected = generate(model, labels, **settings)
     if device == "cuda":
-        assert torch.equal(generate(model, labels, cuda_graphs=True, **settings), wanted)
+        assert torch.equal(generate(model, labels, cuda_graphs=True, **settings), expected)
     monkeypatch.setattr(decode, "_EagerStep", decode._GraphedStep)
-    assert torch.equal(generate(model, labels, **settings), wanted)
+    assert torch.equal(generate(model, labels, **settings), expected)
 
 
 def test_bfloat16_and_the_training_mode_are_left_as_they_were(model):

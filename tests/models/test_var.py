@@ -116,7 +116,7 @@ def test_the_learned_scale_is_capped_at_100(model, recorded):
 
 
 @torch.no_grad()
-def test_shared_modulation_is_one_map_plus_each_blocks_offsets(device, tokenizer, recorded):
+def test_shared_adaln_is_one_map_plus_each_blocks_offsets(device, tokenizer, recorded):
     torch.manual_seed(0)
     shared, own = build(tokenizer, device, shared_aln=True), build(tokenizer, device)
     assert {"shared_ada_lin.1.weight", "blocks.0.ada_gss"} <= set(shared.state_dict())

@@ -1,74 +1,106 @@
-"""VAR's norms and linear layers, and their gradients, against float64."""
+"""adaLN, its linear layer, and the gated residual."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cca_ds.ops.adaln import gated_residual_linear, modulated_linear, modulated_norm
-from tests.support.compare import error
+from cca_ds.ops.adaln import (
+    adaln,
+    adaln_eager,
+    adaln_linear,
+    adaln_linear_eager,
+    gated_residual_linear,
+    gated_residual_linear_eager,
+)
+from cca_ds.ops.library import backend
+from tests.support.ops import VERSIONS, check_op, using
+
+TOLERANCE = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
-def test_modulated_norm_and_its_gradients(device, dtype, tolerance):
-    torch.manual_seed(0)
-    x, scale, shift, grad = (
-        torch.randn(shape, device=device).to(dtype) for shape in [(3, 7, 32), (3, 32), (3, 32), (3, 7, 32)]
-    )
-    exact = [tensor.double().clone().requires_grad_() for tensor in (x, scale, shift)]
-    centred = exact[0] - exact[0].mean(-1, keepdim=True)
+def adaln_definition(x, scale, shift):
+    centred = x - x.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    expected = normed * (1 + exact[1][:, None]) + exact[2][:, None]
-    expected.backward(grad.double())
-    inputs = [tensor.clone().requires_grad_() for tensor in (x, scale, shift)]
-    found = modulated_norm(*inputs, 1e-6)
-    found.backward(grad)
-    assert found.dtype == dtype and error(found, expected) < tolerance
-    for mine, true in zip(inputs, exact, strict=True):
-        assert mine.grad.dtype == dtype and error(mine.grad, true.grad) < tolerance
+    return normed * (1 + scale[:, None]) + shift[:, None]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
-def test_modulated_linear_and_its_gradients(device, dtype, tolerance):
+def random(shapes, device, dtype):
     torch.manual_seed(0)
-    shapes = [(3, 7, 32), (3, 32), (3, 32), (48, 32), (48,)]
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE, ids=str)
+@pytest.mark.parametrize(("images", "length", "width"), [(1, 5, 24), (3, 7, 40), (2, 100, 1024)])
+def test_adaln_and_its_gradients(device, version, dtype, tolerance, images, length, width):
+    inputs = random([(images, length, width), (images, width), (images, width)], device, dtype)
+    inputs[0] += 3.0
+    with using(version):
+        check_op(lambda *x: adaln(*x, 1e-6), adaln_definition, inputs, 2 * tolerance)
+    check_op(lambda *x: adaln_eager(*x, 1e-6), adaln_definition, inputs, 2 * tolerance)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE, ids=str)
+def test_adaln_linear_and_its_gradients(device, version, dtype, tolerance):
     def definition(x, scale, shift, weight, bias):
-        normed = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-        return F.linear(normed, weight, bias)
+        return F.linear(adaln_definition(x, scale, shift), weight, bias)
 
-    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    compare(
-        lambda x, scale, shift, *linear: modulated_linear(x, scale, shift, 1e-6, *linear),
-        definition,
-        inputs,
-        tolerance,
-    )
+    inputs = random([(3, 7, 32), (3, 32), (3, 32), (48, 32), (48,)], device, dtype)
+    for op in (adaln_linear, adaln_linear_eager):
+        with using(version):
+            check_op(lambda *x, op=op: op(*x[:3], 1e-6, *x[3:]), definition, inputs, tolerance)
 
 
-@pytest.mark.parametrize("with_gelu", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
-def test_gated_residual_linear_and_its_gradients(device, dtype, tolerance, with_gelu):
-    """One image's gate is 0, as stochastic depth leaves it: its gradient is not."""
-    torch.manual_seed(0)
-    shapes = [(3, 7, 48), (3, 7, 32), (3, 32), (32, 48), (32,)]
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE, ids=str)
+def test_gated_residual_linear_and_its_gradients(device, version, dtype, tolerance, gelu):
+    """One image's gate is 0, as stochastic depth sets it: the gradient of the gate is not."""
 
     def definition(x, stream, gate, weight, bias):
-        active = F.gelu(x, approximate="tanh") if with_gelu else x
+        active = F.gelu(x, approximate="tanh") if gelu else x
         return stream + gate[:, None] * F.linear(active, weight, bias)
 
-    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    inputs = random([(3, 7, 48), (3, 7, 32), (3, 32), (32, 48), (32,)], device, dtype)
     inputs[2][1] = 0.0
-    compare(lambda *inputs: gated_residual_linear(*inputs, with_gelu), definition, inputs, tolerance)
+    for op in (gated_residual_linear, gated_residual_linear_eager):
+        with using(version):
+            check_op(lambda *x, op=op: op(*x, gelu), definition, inputs, tolerance)
 
 
-def compare(function, definition, inputs, tolerance):
-    """Value and gradients against the definition in float64."""
-    exact = [tensor.double().clone().requires_grad_() for tensor in inputs]
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    expected, found = definition(*exact), function(*inputs)
-    assert found.dtype == inputs[0].dtype and error(found, expected) < tolerance
-    grad = torch.randn_like(found)
-    expected.backward(grad.double())
-    found.backward(grad)
-    for tensor, true in zip(inputs, exact, strict=True):
-        assert tensor.grad.dtype == tensor.dtype and error(tensor.grad, true.grad) < tolerance
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 33), (2, 100)], ids=str)
+def test_gelu_of_all_numbers(version, dtype, shape):
+    """Through an identity as weight, with a gate of 1 and a stream of 0: the GELU and its slope."""
+    torch.manual_seed(0)
+    extreme = torch.tensor([-1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4])
+    x = torch.cat([4 * torch.randn(shape).flatten(), extreme]).to(dtype)[None, :, None].requires_grad_()
+    zeros, one = torch.zeros_like(x), torch.ones(1, 1, dtype=dtype)
+    with using(version):
+        out = gated_residual_linear(x, zeros, one, one, torch.zeros(1, dtype=dtype), gelu=True)
+        out.sum().backward()
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact, approximate="tanh")
+    expected.sum().backward()
+    close = {"atol": 2e-6 if dtype == torch.float32 else 8e-3, "rtol": 8e-3}
+    torch.testing.assert_close(out.double(), expected, **close)
+    torch.testing.assert_close(x.grad.double(), exact.grad, **close)
+
+
+def test_float64_runs_the_plain_version():
+    inputs = random([(3, 7, 32), (3, 32), (3, 32)], "cpu", torch.float64)
+    check_op(lambda *x: adaln(*x, 1e-6), adaln_definition, inputs, 1e-12)
+
+
+def test_opcheck():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    ops, check = torch.ops.cca_ds, torch.library.opcheck
+    x, weight = torch.randn(2, 9, 24), torch.randn(2, 24)
+    check(ops.gelu.default, (x, torch.empty_like(x)))
+    check(ops.gelu_backward.default, (x.clone(), x))
+    statistics = ops.layer_norm(x, weight, weight, 1e-6, torch.empty_like(x))
+    check(ops.layer_norm.default, (x, weight, weight, 1e-6, torch.empty_like(x)))
+    check(ops.layer_norm_backward.default, (x, x, weight, statistics))

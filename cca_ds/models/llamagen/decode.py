@@ -1,8 +1,7 @@
 """Code after code in raster order, for LlamaGen, with a cache of keys and values.
 
-Legend: B images, R rows of the running batch (B, or 2 B with the unconditional half after the conditional
-one), L codes per image, S slots of the cache (1 + L - 1 = L), V vocabulary, D width, H heads, C channels of a
-head.
+Legend: B images, R rows of the batch (B, or 2 B with the unconditional half after the conditional one), L codes per
+image, S = L slots of the cache, V vocabulary, D width, H heads, C channels of a head.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from cca_ds.models.base import DrawCodes
 from cca_ds.models.llamagen.model import LlamaGen
-from cca_ds.ops.decoding import one_query_attention
+from cca_ds.ops.attention import one_query_attention
+from cca_ds.ops.cuda_graphs import GraphCache, has_graphs
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [R, H, S, C]
 
@@ -40,7 +40,7 @@ def sample_raster(
         log_lambda_B = None if log_lambda_B is None else log_lambda_B.repeat(2)
     x_RD = model.condition(labels_B, log_lambda_B)
     cache = new_cache(model, len(labels_B), x_RD.device, x_RD.dtype)
-    decode = _GraphedStep(model, cache) if cuda_graphs and x_RD.is_cuda else _EagerStep(model, cache)
+    decode = _GraphedStep(model, cache) if cuda_graphs and has_graphs(x_RD) else _EagerStep(model, cache)
     codes_BL = torch.empty(batch, length, dtype=torch.int64, device=x_RD.device)
     for step in range(length):
         if step == guided_until and guided_until:
@@ -56,9 +56,7 @@ def sample_raster(
 
 
 def new_cache(model: LlamaGen, rows: int, device: torch.device, dtype: torch.dtype) -> Cache:
-    """Keys and values of every layer, each head's slots in one piece of memory so that the live ones are a
-    view.
-    """
+    """Keys and values of every layer; a head's slots are contiguous, so that the live ones are a view."""
     config = model.config
     shape = (rows, config.n_head, config.sequence_length, config.head_dim)
     return [
@@ -68,12 +66,13 @@ def new_cache(model: LlamaGen, rows: int, device: torch.device, dtype: torch.dty
 
 
 def _run(model: LlamaGen, x_RD: Tensor, table_12: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """One position through the blocks and the head: [R, D] -> logits [R, V]. `attend` knows the cache."""
+    """One position through the blocks and the head: [R, D] -> logits [R, V].
+
+    `attend(layer, q, k, v)`, each [R, H, 1, C], writes k and v into the layer's cache and returns the mixed values.
+    """
     x_R1D = x_RD.unsqueeze(1)
     for index, layer in enumerate(model.layers):
-        q_RH1C, k_RH1C, v_RH1C = layer.attention.split(
-            layer.attention.wqkv(layer.attention_norm(x_R1D)), table_12
-        )
+        q_RH1C, k_RH1C, v_RH1C = layer.attention.qkv(layer.attention_norm(x_R1D), table_12)
         mixed_RH1C = attend(index, q_RH1C, k_RH1C, v_RH1C)
         x_R1D = x_R1D + layer.attention.wo(mixed_RH1C.transpose(1, 2).flatten(2))
         x_R1D = x_R1D + layer.feed_forward(layer.ffn_norm(x_R1D))
@@ -88,7 +87,7 @@ class _EagerStep:
         self.table = model.rotary(cache[0][0].device)
 
     def keep_rows(self, rows: int) -> "_EagerStep":
-        """From here on without the unconditional half: the same cache, seen through its first rows."""
+        """The step without the unconditional half, on the first rows of the same cache."""
         return _EagerStep(self.model, [(keys[:rows], values[:rows]) for keys, values in self.cache])
 
     def __call__(self, x_RD: Tensor, step: int) -> Tensor:
@@ -105,10 +104,9 @@ class _EagerStep:
 
 
 class _GraphedStep:
-    """The same step with fixed shapes: the position is a tensor, a mask hides the slots behind it.
+    """The same step with fixed shapes: the position is a tensor, and a mask hides the later slots.
 
-    On a GPU it is captured once per quarter of the slots as a CUDA graph and replayed; elsewhere it runs as
-    it is.
+    On a GPU it is recorded as a CUDA graph once per quarter of the slots, and replayed.
     """
 
     def __init__(self, model: LlamaGen, cache: Cache) -> None:
@@ -120,10 +118,10 @@ class _GraphedStep:
         self.x_RD = torch.empty(
             len(keys_RHSC), model.config.dim, device=keys_RHSC.device, dtype=keys_RHSC.dtype
         )
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs = GraphCache()
 
     def keep_rows(self, rows: int) -> "_GraphedStep":
-        """From here on without the unconditional half."""
+        """The step without the unconditional half, on the first rows of the same cache."""
         return _GraphedStep(self.model, [(keys[:rows], values[:rows]) for keys, values in self.cache])
 
     def __call__(self, x_RD: Tensor, step: int) -> Tensor:
@@ -132,13 +130,7 @@ class _GraphedStep:
         self.step_1.fill_(step)
         part = -(-len(self.slots_S) // GRAPH_SPANS)
         span = min((step // part + 1) * part, len(self.slots_S))
-        if not x_RD.is_cuda:
-            return self._run(span)
-        if span not in self.graphs:
-            self.graphs[span] = self._capture(span)
-        graph, logits_RV = self.graphs[span]
-        graph.replay()
-        return logits_RV
+        return self.graphs.run(span, lambda: self._run(span), x_RD.device)
 
     def _run(self, span: int) -> Tensor:
         mask_1S = self.slots_S[None, :span] <= self.step_1
@@ -151,15 +143,3 @@ class _GraphedStep:
             return F.scaled_dot_product_attention(q_RH1C, *spanned, attn_mask=mask_1S)
 
         return _run(self.model, self.x_RD, self.table.index_select(0, self.step_1), attend)
-
-    def _capture(self, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazy initialisations must not be captured
-            for _ in range(2):
-                self._run(span)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_RV = self._run(span)
-        return graph, logits_RV

@@ -3,13 +3,12 @@
 A class token is followed by the codes of a square image in raster order; the output at position n gives the
 distribution of code n. Parameter names and shapes are the published ones.
 
-Legend: B images, L codes per image, V vocabulary, D width, H heads, C channels of a head.
+Legend: B images, L codes per image, V vocabulary, D width, H heads, C channels of a head, P = C / 2 pairs of channels.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cca_ds.likelihood import LikelihoodHead
@@ -17,14 +16,13 @@ from cca_ds.models.base import CodeModel
 from cca_ds.models.layers import (
     DropPath,
     Embedding,
-    GatedLinear,
     LambdaEmbedding,
     Linear,
     RMSNorm,
-    rotary_table,
-    rotate,
+    SwiGLULinear,
 )
-from cca_ds.ops.causal_attention import causal_attention, worthwhile
+from cca_ds.ops.attention import causal_attention, rope_qkv
+from cca_ds.ops.rope import rotary_table
 
 
 @dataclass(frozen=True)
@@ -103,30 +101,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.n_head = config.n_head
         self.wqkv = Linear(config.dim, 3 * config.dim, std=config.initializer_range)
         self.wo = Linear(config.dim, config.dim, std=config.initializer_range)
         self.dropout = config.attention_dropout
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def split(self, qkv_BLD: Tensor, table_LP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned, and values: each [B, H, L, C], of their projections [B, L, 3 D]."""
-        turning = 2 * self.n_head * self.head_dim
-        heads = (-1, self.head_dim)
-        qk_BLHC = rotate(qkv_BLD[..., :turning].unflatten(-1, heads), table_LP2)
-        q_BLHC, k_BLHC = qk_BLHC.split(self.n_head, dim=2)
-        v_BLHC = qkv_BLD[..., turning:].unflatten(-1, heads)
-        return q_BLHC.transpose(1, 2), k_BLHC.transpose(1, 2), v_BLHC.transpose(1, 2)
+    def qkv(self, x_BLD: Tensor, table_LP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each [B, H, L, C]: what a decoding step attends with and caches."""
+        return rope_qkv(self.wqkv(x_BLD), table_LP2, self.n_head)
 
     def forward(self, x_BLD: Tensor, table_LP2: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
         dropout = self.dropout if self.training else 0.0
-        qkv_BLD = self.wqkv(x_BLD)
-        if worthwhile(qkv_BLD) and not dropout:
-            return self.resid_dropout(self.wo(causal_attention(qkv_BLD, table_LP2, self.n_head)))
-        q_BHLC, k_BHLC, v_BHLC = self.split(qkv_BLD, table_LP2)
-        mixed_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, dropout_p=dropout, is_causal=True)
-        return self.resid_dropout(self.wo(mixed_BHLC.transpose(1, 2).flatten(2)))
+        mixed_BLD = causal_attention(self.wqkv(x_BLD), table_LP2, self.n_head, dropout)
+        return self.resid_dropout(self.wo(mixed_BLD))
 
 
 class FeedForward(nn.Module):
@@ -137,7 +126,7 @@ class FeedForward(nn.Module):
         std = config.initializer_range
         self.w1 = Linear(config.dim, config.hidden_dim, std=std)
         self.w3 = Linear(config.dim, config.hidden_dim, std=std)
-        self.w2 = GatedLinear(config.hidden_dim, config.dim, std=std)
+        self.w2 = SwiGLULinear(config.hidden_dim, config.dim, std=std)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -201,9 +190,7 @@ class LlamaGen(CodeModel):
         return rotary_table(self.config.grid_size, self.config.head_dim, self.config.rope_base)
 
     def rotary(self, device: torch.device) -> Tensor:
-        """The rotary table on `device`, float32 whatever a cast of the module or `to_empty` made of the
-        buffer.
-        """
+        """The rotary table on `device` in float32; computed again where the buffer was cast or moved."""
         if self.freqs_cis.dtype != torch.float32 or self.freqs_cis.device != device:
             with torch.inference_mode(False):
                 self.freqs_cis = self._table().to(device)
@@ -211,7 +198,7 @@ class LlamaGen(CodeModel):
 
     def _apply(self, fn, recurse: bool = True) -> "LlamaGen":
         super()._apply(fn, recurse)
-        self.freqs_cis = self._table().to(self.freqs_cis.device)  # a cast or `to_empty` has just spoilt it
+        self.freqs_cis = self._table().to(self.freqs_cis.device)  # the cast or `to_empty` changed it
         return self
 
     def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:

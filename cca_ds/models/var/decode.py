@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cca_ds.models.base import DrawCodes
 from cca_ds.models.var.model import VAR
+from cca_ds.ops.library import autocast_dtype
 
 
 def sample_next_scale(
@@ -60,11 +61,9 @@ class _Transformer:
         self.model, self.slices = model, model.scale_slices()
         self.class_RD = model.condition(labels_R, log_lambda_R)
         shared = model.shared_ada_lin(self.class_RD)
-        self.modulations = [block.modulation(shared) for block in model.blocks]
+        self.adalns = [block.adaln(shared) for block in model.blocks]
         self.positions_1LD = model.positions()
-        self.dtype = self.class_RD.dtype
-        if torch.is_autocast_enabled(labels_R.device.type):
-            self.dtype = torch.get_autocast_dtype(labels_R.device.type)
+        self.dtype = autocast_dtype(self.class_RD)
         config = model.config
         shape = (2, len(labels_R), config.n_head, config.sequence_length, config.dim // config.n_head)
         self.caches = [torch.empty(shape, dtype=self.dtype, device=labels_R.device) for _ in model.blocks]
@@ -72,7 +71,7 @@ class _Transformer:
     def keep_rows(self, rows: int) -> None:
         """Leave out all but the first rows from here on: the unconditional half is no longer needed."""
         self.class_RD = self.class_RD[:rows]
-        self.modulations = [tuple(part[:rows] for part in modulation) for modulation in self.modulations]
+        self.adalns = [tuple(part[:rows] for part in adaln) for adaln in self.adalns]
         self.caches = [cache[:, :rows] for cache in self.caches]
 
     def _input(self, scale: int, seen_BlZ: Tensor | None) -> Tensor:
@@ -87,9 +86,7 @@ class _Transformer:
         """Logits [R, l, V] float32 of one scale, of the first `head_rows` rows only where that is given."""
         x_RlD = self._input(scale, seen_BlZ)
         start = self.slices[scale][0]
-        for block, modulation, cache_2RHLC in zip(
-            self.model.blocks, self.modulations, self.caches, strict=True
-        ):
-            x_RlD = block.step(x_RlD, modulation, cache_2RHLC, start)
+        for block, adaln, cache_2RHLC in zip(self.model.blocks, self.adalns, self.caches, strict=True):
+            x_RlD = block.step(x_RlD, adaln, cache_2RHLC, start)
         x_RlD, class_RD = x_RlD[:head_rows], self.class_RD[:head_rows]
         return self.model.head(self.model.head_nm(x_RlD, class_RD)).float()

@@ -3,8 +3,8 @@ prediction.
 
 The codes of an image are those of its scales, coarse to fine, one after another. All codes of a scale are
 predicted at once from the coarser ones, through the residual pyramid of the tokenizer: the image so far, at
-the next scale's size, is the input. The codebook and convolutions that need for it are the tokenizer's, held
-frozen in float32 in the model, and no part of its `state_dict`. Parameter names and shapes are the published
+the next scale's size, is the input. The codebook and convolutions for that are the tokenizer's, frozen in float32
+in the model and no part of its `state_dict`. Parameter names and shapes are the published
 ones.
 
 Legend: B images, L codes per image, S scales, V vocabulary, D width, H heads, Z channels of a code.
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from cca_ds.models.base import CodeModel
 from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
-from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedModulation
+from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedAdaLN
+from cca_ds.ops.library import autocast_dtype
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of 256 px images, coarse to fine
 
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Shape of a VAR; the defaults are the published models' at 256 px. Width and heads follow the depth
-    unless given.
-    """
+    """Shape of a VAR; the defaults are the published models' at 256 px. Width and heads follow from the depth."""
 
     depth: int
     num_classes: int = 1000
@@ -107,7 +106,7 @@ class VAR(CodeModel):
             self.lambda_embedding = LambdaEmbedding(config.dim)
         self.shared_ada_lin = nn.Identity()
         if config.shared_aln:
-            shared = SharedModulation(config.dim, 6 * config.dim, bias=True, std=std)
+            shared = SharedAdaLN(config.dim, 6 * config.dim, bias=True, std=std)
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), shared)
         rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
@@ -132,17 +131,15 @@ class VAR(CodeModel):
         return self.head(hidden_BLD, codes_BL)
 
     def attach_tokenizer(self, tokenizer: nn.Module) -> None:
-        """Take a frozen copy of the codebook and residual convolutions of `tokenizer`, which must fit in
-        shape.
-        """
+        """Copy the frozen codebook and residual convolutions of `tokenizer`; ValueError where shapes differ."""
         pyramid = tokenizer.frozen_pyramid()
         for name in ("scales", "vocab_size", "code_channels"):
             own, its = getattr(self.config, name), getattr(pyramid, name)
             if own != its:
                 raise ValueError(
-                    f"VAR: {name}={own} but the tokenizer's is {its}: they do not belong together"
+                    f"VAR: {name}={own} but the tokenizer's is {its}: give the tokenizer that the model was made for"
                 )
-        self.pyramid = pyramid.to(self.pos_1LC.device) if self.pos_1LC.device.type != "meta" else pyramid
+        self.pyramid = pyramid if self.pos_1LC.is_meta else pyramid.to(self.pos_1LC.device)
 
     def require_pyramid(self) -> nn.Module:
         """The tokenizer's frozen part; ValueError when the model was made without a tokenizer."""
@@ -180,7 +177,6 @@ class VAR(CodeModel):
             seen_BLZ = pyramid.teacher_input(codes_BL).to(self.word_embed.weight.dtype)
             finer_BLD = self.word_embed(seen_BLZ) + positions_1LD[:, x_BLD.shape[1] :]
             x_BLD = torch.cat([x_BLD, finer_BLD.to(x_BLD.dtype)], dim=1)
-        if torch.is_autocast_enabled(x_BLD.device.type):
-            x_BLD = x_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
+        x_BLD = x_BLD.to(autocast_dtype(x_BLD))
         x_BLD = self.run_blocks(self.blocks, x_BLD, self.shared_ada_lin(class_BD))
         return self.head_nm(x_BLD, class_BD)

@@ -1,0 +1,44 @@
+"""Normalised queries and keys."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cca_ds.ops.library import backend
+from cca_ds.ops.qk_norm import qk_norm, qk_norm_eager
+from tests.support.ops import TOLERANCE, VERSIONS, check_op, using
+
+
+def definition(qkv, scale):
+    q, k, v = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    return torch.stack([F.normalize(q, dim=-1) * scale[:, None, None], F.normalize(k, dim=-1), v])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_qk_norm_and_its_gradients(device, version, dtype, channels):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 7, 3 * 2 * channels, device=device).to(dtype)
+    scale = torch.tensor([3.0, 20.0], device=device)
+    eager = 2 * TOLERANCE[dtype]  # rounds the factor before the product
+    with using(version):
+        tolerance = TOLERANCE[dtype] if version == "kernel" and device == "cpu" else eager
+        check_op(lambda *x: torch.stack(qk_norm(*x)), definition, [qkv, scale], tolerance, 3 * eager)
+    check_op(lambda *x: torch.stack(qk_norm_eager(*x)), definition, [qkv, scale], eager, 3 * eager)
+
+
+def test_a_vector_of_zeros_stays_zero():
+    for op in (qk_norm, qk_norm_eager):
+        q, k, _ = op(torch.zeros(1, 2, 12), torch.tensor([5.0]))
+        assert (q == 0).all() and (k == 0).all()
+
+
+def test_opcheck():
+    if backend() == "torch":
+        pytest.skip("the kernels are not built")
+    ops, x, scale = torch.ops.cca_ds, torch.randn(2, 9, 24), torch.tensor([1.0, 2.0])
+    heads, factors = ops.qk_norm_heads(x, scale)
+    torch.library.opcheck(ops.qk_norm_heads.default, (x, scale))
+    arguments = (heads, heads, factors, scale, torch.empty_like(x))
+    torch.library.opcheck(ops.qk_norm_heads_backward.default, arguments)
