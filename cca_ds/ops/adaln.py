@@ -82,8 +82,28 @@ def gated_residual_linear(
 
 
 def _layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, out_BLD: Tensor) -> Tensor:
-    """Layer norm with float32 weight and bias per image, written into `out_BLD`; returns the statistics [2, N]."""
-    return torch.ops.cca_ds.layer_norm(x_BLD, weight_BD, bias_BD, eps, out_BLD)
+    """Layer norm with float32 weight and bias per image, written into `out_BLD`; returns [B, 2, L, 1]: mean, 1/std."""
+    statistics = []
+    for image, (weight_D, bias_D) in enumerate(zip(weight_BD, bias_BD, strict=True)):
+        out_BLD[image], *of_image = torch.native_layer_norm(
+            x_BLD[image], weight_D.shape, weight_D, bias_D, eps
+        )
+        statistics.append(torch.stack(of_image))
+    return torch.stack(statistics)
+
+
+def _layer_norm_backward(
+    grad_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, statistics_B2L1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_layer_norm`'s x, weight and bias."""
+    grads = [  # the bias's values do not matter here, so the weight is passed in its place
+        torch.ops.aten.native_layer_norm_backward(
+            grad_LD, x_LD, weight_D.shape, *of_image, weight_D, weight_D, (True, True, True)
+        )
+        for grad_LD, x_LD, weight_D, of_image in zip(grad_BLD, x_BLD, weight_BD, statistics_B2L1, strict=True)
+    ]
+    grad_x_BLD, grad_weight_BD, grad_bias_BD = (torch.stack(grad) for grad in zip(*grads, strict=True))
+    return grad_x_BLD, grad_weight_BD, grad_bias_BD
 
 
 def _gelu(x: Tensor, out: Tensor) -> Tensor:
@@ -102,7 +122,7 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.cca_ds.layer_norm_backward(grad_BLD, *ctx.saved_tensors), None
+        return *_layer_norm_backward(grad_BLD, *ctx.saved_tensors), None
 
 
 class _AdaLNLinear(torch.autograd.Function):
@@ -133,7 +153,7 @@ class _AdaLNLinear(torch.autograd.Function):
         grad_NF = grad_BLF.flatten(0, 1)
         grad_weight_FD = weight_gradient(grad_NF, normed_BLD.flatten(0, 1))
         grad_BLD = input_gradient(grad_BLF, weight_FD, scratch.take("narrow", x_BLD.shape, x_BLD))
-        of_norm = torch.ops.cca_ds.layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
+        of_norm = _layer_norm_backward(grad_BLD, x_BLD, weight_BD, statistics)
         return *of_norm, None, grad_weight_FD, grad_NF.sum(0), None
 
 
@@ -186,12 +206,3 @@ class _GatedResidualLinear(torch.autograd.Function):
 
 register("gelu", lambda x, out: None)
 register("gelu_backward", lambda grad, x: None)
-register("layer_norm", lambda x, weight, bias, eps, out: weight.new_empty(2, x.shape[:-1].numel()))
-register(
-    "layer_norm_backward",
-    lambda grad, x, weight, statistics: (
-        torch.empty_like(x),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-    ),
-)

@@ -16,7 +16,7 @@ def rms_norm_eager(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in the dtype of `x`.
 
-    Computed in float32 and rounded once. On a CPU the backward keeps `x` and two float32 numbers a row.
+    Computed in float32 and rounded once. On a CPU the backward keeps `x` and one float32 number a row.
     """
     if not has_kernel(x):
         return rms_norm_eager(x, weight_D, eps)
@@ -26,30 +26,30 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _kernel(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised rows, and the statistics [2, R] that the backward needs."""
+    """The normalised rows, and their float32 factors [R]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, torch.ops.cca_ds.rms_norm(x, weight_D.float()[None], eps, out)
+    return out, torch.ops.cca_ds.rms_norm(x, weight_D.float(), eps, out)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        out_RD, statistics_2R = _kernel(x_RD, weight_D, eps)
-        ctx.save_for_backward(x_RD, weight_D, statistics_2R)
+        out_RD, factors_R = _kernel(x_RD, weight_D, eps)
+        ctx.save_for_backward(x_RD, weight_D, factors_R)
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RD, weight_D, statistics_2R = ctx.saved_tensors
-        grad_x_RD, grad_weight_1D = torch.ops.cca_ds.rms_norm_backward(
-            grad_RD, x_RD, weight_D.float()[None], statistics_2R
+        x_RD, weight_D, factors_R = ctx.saved_tensors
+        grad_x_RD, grad_weight_D = torch.ops.cca_ds.rms_norm_backward(
+            grad_RD, x_RD, weight_D.float(), factors_R
         )
-        return grad_x_RD, grad_weight_1D[0].to(weight_D.dtype), None
+        return grad_x_RD, grad_weight_D.to(weight_D.dtype), None
 
 
-register("rms_norm", lambda x, weight, eps, out: weight.new_empty(2, x.shape[:-1].numel()))
+register("rms_norm", lambda x, weight, eps, out: weight.new_empty(x.shape[:-1].numel()))
 register(
     "rms_norm_backward",
-    lambda grad, x, weight, statistics: (torch.empty_like(x), torch.empty_like(weight)),
+    lambda grad, x, weight, factors: (torch.empty_like(x), torch.empty_like(weight)),
 )

@@ -29,13 +29,9 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("gelu_backward(Tensor(a!) grad, Tensor x) -> ()");
   m.def("swiglu(Tensor gate, Tensor value, Tensor(a!) out) -> ()");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor value) -> (Tensor grad_gate, Tensor grad_value)");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> Tensor statistics");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> Tensor factors");
   m.def(
-      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor grad_x, Tensor grad_weight)");
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> Tensor statistics");
-  m.def(
-      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> "
-      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor factors) -> (Tensor grad_x, Tensor grad_weight)");
   m.def("rope_heads(Tensor projection, Tensor table, int heads, float scale) -> Tensor");
   m.def("rope_heads_backward(Tensor grad_heads, Tensor table, float scale, Tensor(a!) out) -> ()");
   m.def("qk_norm_heads(Tensor projection, Tensor scale) -> (Tensor heads, Tensor factors)");

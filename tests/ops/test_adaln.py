@@ -98,9 +98,6 @@ def test_opcheck():
     if backend() == "torch":
         pytest.skip("the kernels are not built")
     ops, check = torch.ops.cca_ds, torch.library.opcheck
-    x, weight = torch.randn(2, 9, 24), torch.randn(2, 24)
+    x = torch.randn(2, 9, 24)
     check(ops.gelu.default, (x, torch.empty_like(x)))
     check(ops.gelu_backward.default, (x.clone(), x))
-    statistics = ops.layer_norm(x, weight, weight, 1e-6, torch.empty_like(x))
-    check(ops.layer_norm.default, (x, weight, weight, 1e-6, torch.empty_like(x)))
-    check(ops.layer_norm_backward.default, (x, x, weight, statistics))

@@ -30,7 +30,7 @@ def test_rms_norm_and_its_gradients(device, version, dtype, shape):
 def test_opcheck():
     if backend() == "torch":
         pytest.skip("the kernels are not built")
-    x, weight, ops = torch.randn(2, 9, 24), torch.randn(1, 24), torch.ops.cca_ds
-    statistics = ops.rms_norm(x, weight, 1e-6, torch.empty_like(x))
+    x, weight, ops = torch.randn(2, 9, 24), torch.randn(24), torch.ops.cca_ds
+    factors = ops.rms_norm(x, weight, 1e-6, torch.empty_like(x))
     torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, torch.empty_like(x)))
-    torch.library.opcheck(ops.rms_norm_backward.default, (x, x, weight, statistics))
+    torch.library.opcheck(ops.rms_norm_backward.default, (x, x, weight, factors))
