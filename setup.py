@@ -19,10 +19,7 @@ CHOICES = ("cuda", "cpu", "none")
 ARCHITECTURES = ("80", "86", "90")  # A100, A40, H100; newer ones by PTX
 CPU_SOURCES = [
     "csrc/likelihood/sequence_logp_cpu.cpp",
-    *(
-        f"csrc/cpu/{name}_cpu.cpp"
-        for name in ("matmul", "activations", "norms", "heads", "attention", "decoding")
-    ),
+    *(f"csrc/cpu/{name}_cpu.cpp" for name in ("matmul", "activations", "norms", "heads", "attention", "decoding")),
 ]
 SHARED_SOURCES = ["csrc/likelihood/bindings.cpp", "csrc/likelihood/linear_sequence_logp.cpp"]
 CUDA_SOURCES = ["csrc/likelihood/bindings_cuda.cpp", "csrc/likelihood/sequence_logp_cuda.cu"]
@@ -122,9 +119,7 @@ def extensions(build: str) -> list[Extension]:
     ]
     if build == "cpu":
         return [
-            CppExtension(
-                "cca_ds.ops._C", SHARED_SOURCES, include_dirs=INCLUDES, extra_compile_args=["-O2", "-g0"]
-            ),
+            CppExtension("cca_ds.ops._C", SHARED_SOURCES, include_dirs=INCLUDES, extra_compile_args=["-O2", "-g0"]),
             *modules,
         ]
     nvcc = ["-O3", "--extended-lambda", *gencode()]

@@ -16,12 +16,8 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def progress(
-    items: Iterable[Item], description: str, total: int | None = None, show: bool = True
-) -> Iterator[Item]:
+def progress(items: Iterable[Item], description: str, total: int | None = None, show: bool = True) -> Iterator[Item]:
     """Pass items through under a bar with rate and time left."""
     from tqdm import tqdm
 
-    yield from tqdm(
-        items, desc=description, total=total, disable=not show, dynamic_ncols=True, file=sys.stderr
-    )
+    yield from tqdm(items, desc=description, total=total, disable=not show, dynamic_ncols=True, file=sys.stderr)

@@ -80,9 +80,7 @@ def work(options: argparse.Namespace) -> None:
     if options.output is None and data.codes in TOKENIZERS:
         raise ValueError(f"--output is missing: data.codes={data.codes} of recipe {run.name} is no folder")
     if not (images or options.import_npy or options.verify):
-        raise ValueError(
-            "--source is missing: give the images, --import_npy, or --verify for a finished table"
-        )
+        raise ValueError("--source is missing: give the images, --import_npy, or --verify for a finished table")
     if options.import_npy and not spec.imports_npy:
         raise ValueError(f"--import_npy takes LlamaGen's codes: give a --recipe llamagen-..., not {run.name}")
     weights = resolve_path(run.tokenizer.weights) if run.tokenizer.weights else None

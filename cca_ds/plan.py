@@ -50,11 +50,7 @@ def plan(arguments: argparse.Namespace) -> None:
     outcomes = [outcome(job, groups, place, on) for place in job.placements for on in (own, not own)]
     shown = next(one for one in outcomes if one.placement == placement_of(run) and one.checkpointing == own)
     leaner = leaner_outcome(job, groups, shown)
-    text = (
-        as_json(job, groups, outcomes, leaner)
-        if arguments.json
-        else report(job, groups, outcomes, shown, leaner)
-    )
+    text = as_json(job, groups, outcomes, leaner) if arguments.json else report(job, groups, outcomes, shown, leaner)
     print(text)
 
 
@@ -71,9 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--nodes", required=True, help=f"NODESxDEVICE:GPUS, comma-separated; devices: {', '.join(DEVICES)}"
     )
     parser.add_argument("--ds_config", default=str(DS_CONFIG), help="DeepSpeed's JSON (default: zero3.json)")
-    parser.add_argument(
-        "--images", type=int, help="images an epoch (default: the data's, ImageNet's unless known)"
-    )
+    parser.add_argument("--images", type=int, help="images an epoch (default: the data's, ImageNet's unless known)")
     parser.add_argument("--efficiency", default="", help="share of the peak reached, e.g. h100=0.45,a40=0.5")
     parser.add_argument("--network", default="", help="GB/s of a node's network, e.g. a40=12.5,h100=400")
     parser.add_argument("--json", action="store_true", help="plain values: bytes, seconds, FLOPs")

@@ -47,29 +47,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     from cca_ds.config.recipes import add_recipe_arguments
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--ds_config",
-        "--deepspeed_config",
-        required=True,
-        help="DeepSpeed's JSON, e.g. ds_configs/zero3.json",
-    )
+    add("--ds_config", "--deepspeed_config", required=True, help="DeepSpeed's JSON, e.g. ds_configs/zero3.json")
     add_recipe_arguments(parser)
     add("--output", help="the run's folder (default: runs/RECIPE)")
     add("--resume", default="auto", help="auto, never, or a checkpoint's folder (default: auto)")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print configuration, parameters, memory and steps; train nothing",
-    )
-    add(
-        "--cache_reference",
-        action="store_true",
-        help="only compute the reference's log-likelihoods of the run",
-    )
+    add("--dry_run", action="store_true", help="print configuration, parameters, memory and steps; train nothing")
+    add("--cache_reference", action="store_true", help="only compute the reference's log-likelihoods of the run")
     add("--produce_reference", action="store_true", help="compute them ahead of trainers that are running")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_args(argv)

@@ -80,17 +80,13 @@ def test_pure_parts_import_nothing_of_the_package(path):
 
 
 def test_deepspeed_stays_where_ranks_are():
-    users = {
-        path.parts[0] for path in MODULES if any(n.partition(".")[0] == "deepspeed" for n in imported(path))
-    }
+    users = {path.parts[0] for path in MODULES if any(n.partition(".")[0] == "deepspeed" for n in imported(path))}
     assert users <= WITH_DEEPSPEED
 
 
 def test_no_name_in_the_package_hides_another():
     """`deepspeed cca_ds/train.py` puts cca_ds/ first on sys.path."""
-    own = {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.name for path in PACKAGE.iterdir() if path.is_dir()
-    }
+    own = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
     own -= {"__init__", "__pycache__"}
     assert own >= set(COMMANDS)
     others = set(sys.stdlib_module_names) | set(sys.builtin_module_names)

@@ -21,11 +21,7 @@ def package_setup():
 
 def test_builds_the_most_that_can_be_built(package_setup, monkeypatch, capsys):
     monkeypatch.delenv("CCA_DS_BUILD", raising=False)
-    for cuda, cpu, expected in (
-        (None, None, "cuda"),
-        ("no nvcc", None, "cpu"),
-        ("no nvcc", "no g++", "none"),
-    ):
+    for cuda, cpu, expected in ((None, None, "cuda"), ("no nvcc", None, "cpu"), ("no nvcc", "no g++", "none")):
         monkeypatch.setattr(package_setup, "missing_for_cuda", lambda answer=cuda: answer)
         monkeypatch.setattr(package_setup, "missing_for_cpu", lambda answer=cpu: answer)
         assert package_setup.chosen_build() == expected
@@ -63,9 +59,7 @@ def test_cuda_needs_a_cuda_pytorch(package_setup):
 def test_sources_exist_and_none_builds_none(package_setup):
     assert package_setup.extensions("none") == [] and package_setup.build_commands("none") == {}
     sources = {s for e in package_setup.extensions("cpu") for s in e.sources}
-    assert not [
-        s for s in (*sources, *package_setup.CUDA_SOURCES, *package_setup.HEADERS) if not (ROOT / s).exists()
-    ]
+    assert not [s for s in (*sources, *package_setup.CUDA_SOURCES, *package_setup.HEADERS) if not (ROOT / s).exists()]
     assert {p.name for p in (ROOT / "csrc").rglob("*") if p.is_file()} == {
         Path(s).name for s in (*sources, *package_setup.CUDA_SOURCES, *package_setup.HEADERS)
     }
@@ -79,8 +73,6 @@ def test_targets_are_the_three_gpus_and_ptx(package_setup):
 
 def test_package_is_installable_metadata(package_setup):
     command = [sys.executable, "setup.py", "--name", "--version"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={"CCA_DS_BUILD": "none", "PATH": ""}
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"CCA_DS_BUILD": "none", "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2:] == ["cca_ds", "0.1.0"]

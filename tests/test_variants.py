@@ -47,9 +47,7 @@ def compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
         found: list[ast.AST] = []
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], COMPARISONS):
             found = [node.left, *node.comparators]
-        elif (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
-        ):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
             found = list(node.args)
         elif isinstance(node, ast.Dict):
             found = [key for key in node.keys if key is not None]

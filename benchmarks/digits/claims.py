@@ -46,9 +46,7 @@ def _one_epoch(found: dict[str, Rows]) -> Claims:
     base, ours = found["guidance"], "CCA, one epoch"
     accuracy, fid = (_mean(found["losses"], ours, value) for value in ("accuracy", "fid"))
     guided_fid = at_accuracy(base, accuracy, "fid")
-    time = _mean(found["losses"], ours, "seconds") / min(
-        row["seconds"]["mean"] for row in base if row["s"] > 0
-    )
+    time = _mean(found["losses"], ours, "seconds") / min(row["seconds"]["mean"] for row in base if row["s"] > 0)
     free = base[0]["accuracy"]["mean"]
     return [
         (
@@ -65,23 +63,16 @@ def _one_epoch(found: dict[str, Rows]) -> Claims:
 
 def _losses(found: dict[str, Rows]) -> Claims:
     value = {
-        name: {row["name"]: row[name]["mean"] for row in found["losses"]}
-        for name in ("positives", "fid", "accuracy")
+        name: {row["name"]: row[name]["mean"] for row in found["losses"]} for name in ("positives", "fid", "accuracy")
     }
     ours, base = "CCA, one epoch", found["guidance"][0]["accuracy"]["mean"]
     fallen, kept = value["positives"]["DPO"], value["positives"][ours]
     dpo, cca = value["fid"]["DPO"], value["fid"][ours]
     gain, little = value["accuracy"][ours] - base, value["accuracy"]["unlearning"] - base
     return [
-        (
-            f"Table 3: DPO's positives lose likelihood ({fallen:.1f} nats, CCA {kept:+.1f})",
-            fallen < min(-1, kept - 1),
-        ),
+        (f"Table 3: DPO's positives lose likelihood ({fallen:.1f} nats, CCA {kept:+.1f})", fallen < min(-1, kept - 1)),
         (f"Table 3: DPO pays with FID ({dpo:.3f} > {cca:.3f} of CCA)", dpo > cca),
-        (
-            f"Table 3: unlearning gains less than CCA (accuracy {little:+.3f} against {gain:+.3f})",
-            little < 0.7 * gain,
-        ),
+        (f"Table 3: unlearning gains less than CCA (accuracy {little:+.3f} against {gain:+.3f})", little < 0.7 * gain),
     ]
 
 
@@ -117,19 +108,12 @@ def _combined(found: dict[str, Rows]) -> Claims:
 
 def _beta(found: dict[str, Rows]) -> Claims:
     small, *_, large = (row["accuracy"]["mean"] for row in found["beta"])
-    return [
-        (
-            f"Figure 9: a smaller beta aligns more (accuracy {small:.3f} at 0.1, {large:.3f} at 2)",
-            small > large,
-        )
-    ]
+    return [(f"Figure 9: a smaller beta aligns more (accuracy {small:.3f} at 0.1, {large:.3f} at 2)", small > large)]
 
 
 def _conditioned(found: dict[str, Rows]) -> Claims:
     by_lambda = {row["lambda"]: row for row in found["conditioned"]}
-    accuracy, fid = (
-        [by_lambda[value][name]["mean"] for value in (1.0, 10.0, 100.0)] for name in ("accuracy", "fid")
-    )
+    accuracy, fid = ([by_lambda[value][name]["mean"] for value in (1.0, 10.0, 100.0)] for name in ("accuracy", "fid"))
     numbers = f"accuracy {accuracy[0]:.3f} at 1, {accuracy[1]:.3f} at 10; FID {fid[0]:.3f}, {fid[1]:.3f}, "
     return [
         (
@@ -141,9 +125,7 @@ def _conditioned(found: dict[str, Rows]) -> Claims:
 
 def _curves(found: dict[str, Rows]) -> Claims:
     last = found["curves"][-8:]
-    up, down = (
-        sum(row[tag]["mean"] for row in last) / len(last) for tag in ("logps/chosen", "logps/rejected")
-    )
+    up, down = (sum(row[tag]["mean"] for row in last) / len(last) for tag in ("logps/chosen", "logps/rejected"))
     return [
         (
             f"Figure 10: negatives lose likelihood, positives much less ({down:.1f} against {up:+.1f} nats)",

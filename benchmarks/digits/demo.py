@@ -48,13 +48,7 @@ def compare(base: torch.nn.Module, tuned: torch.nn.Module, images: int) -> list[
     def row(name: str, model: torch.nn.Module, scale: float) -> dict:
         codes_BL, seconds = sampled(model, labels_B, scale)
         codes = codes_BL.numpy()
-        return {
-            "name": name,
-            "s": scale,
-            "seconds": seconds,
-            "codes": codes,
-            **scores(codes, labels_B.numpy()),
-        }
+        return {"name": name, "s": scale, "seconds": seconds, "codes": codes, **scores(codes, labels_B.numpy())}
 
     ours = row("CCA, one epoch", tuned, 0.0)
     rows: list[dict] = []
@@ -90,11 +84,8 @@ def claims(rows: list[dict]) -> dict[str, bool]:
             "accuracy"
         ]
         >= matched["accuracy"] - 0.01,
-        f"FID {ours['fid']:.3f} <= {matched['fid']:.3f} of the guided base model": ours["fid"]
-        <= matched["fid"],
-        f"sampling time {ours['seconds'] / matched['seconds']:.2f} <= 0.60 of the guided base model's": ours[
-            "seconds"
-        ]
+        f"FID {ours['fid']:.3f} <= {matched['fid']:.3f} of the guided base model": ours["fid"] <= matched["fid"],
+        f"sampling time {ours['seconds'] / matched['seconds']:.2f} <= 0.60 of the guided base model's": ours["seconds"]
         <= 0.6 * matched["seconds"],
     }
 
@@ -127,12 +118,8 @@ def record(run: Path) -> None:
 
 def main() -> int:
     """Exit code 0 when every claim holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run", type=Path, required=True, help="folder with config.yaml and policy.safetensors"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder with config.yaml and policy.safetensors")
     parser.add_argument("--images", type=int, default=1800)
     parser.add_argument("--record", action="store_true", help="write the results that the README shows")
     arguments = parser.parse_args()

@@ -85,10 +85,7 @@ class PlainPolicy:
     def __init__(self, module: nn.Module, optimizer: Optimizer, global_size: int):
         self.module, self.global_size, self.clip = module, global_size, optimizer.grad_clip
         groups = [
-            {
-                "params": [p for p in module.parameters() if p.ndim >= 2],
-                "weight_decay": optimizer.weight_decay,
-            },
+            {"params": [p for p in module.parameters() if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
             {"params": [p for p in module.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
@@ -176,19 +173,13 @@ def _policy_module(digits: Digits, run: RunConfig) -> nn.Module:
     if not run.model.lambda_conditioning:
         return copy.deepcopy(digits.base).train(run.model.dropout)
     policy = create_model(digits.base.config, lambda_conditioning=True)
-    policy.load_state_dict(
-        digits.base.state_dict(), strict=False
-    )  # the embedding of lambda starts without effect
+    policy.load_state_dict(digits.base.state_dict(), strict=False)  # the embedding of lambda starts without effect
     return policy.train(run.model.dropout)
 
 
 def _steps(digits: Digits, run: RunConfig, contrastive: bool) -> Steps:
     plan = BatchPlan(
-        run.batch.global_size,
-        run.seed,
-        run.loss.condition_mask_probability,
-        digits.base.null_class,
-        contrastive,
+        run.batch.global_size, run.seed, run.loss.condition_mask_probability, digits.base.null_class, contrastive
     )
     return Steps(digits.table, plan, 0, [run.batch.global_size])
 
@@ -223,12 +214,7 @@ def sampled(
             part_B = labels_B[first : first + BATCH]
             indices_B = range(first, first + len(part_B))
             codes_BL = generate(
-                model,
-                part_B,
-                guidance_scale=scale,
-                seed=seed,
-                image_indices_B=indices_B,
-                log_lambda=log_lambda,
+                model, part_B, guidance_scale=scale, seed=seed, image_indices_B=indices_B, log_lambda=log_lambda
             )
             parts.append(codes_BL.cpu())
         return torch.cat(parts), clock() - started

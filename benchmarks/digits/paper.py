@@ -46,11 +46,7 @@ LOSSES = {
 def guidance(digits: Digits, seeds: range) -> list[dict]:
     """The base model over guidance scales (Figure 1, and the frontier of Figure 4)."""
     return [
-        {
-            "name": "base",
-            "s": scale,
-            **average([evaluate(digits, digits.base, scale, seed) for seed in seeds]),
-        }
+        {"name": "base", "s": scale, **average([evaluate(digits, digits.base, scale, seed) for seed in seeds])}
         for scale in progress(SCALES, "guidance")
     ]
 
@@ -63,9 +59,7 @@ def losses(digits: Digits, seeds: range) -> list[dict]:
         for seed in seeds:
             model = fine_tune(digits, seed, overrides).model
             positives, negatives = likelihood_change(digits, model)
-            repeats.append(
-                {**evaluate(digits, model, 0.0, seed), "positives": positives, "negatives": negatives}
-            )
+            repeats.append({**evaluate(digits, model, 0.0, seed), "positives": positives, "negatives": negatives})
         rows.append({"name": name, "s": 0.0, **average(repeats)})
     return rows
 
@@ -94,9 +88,7 @@ def combined(digits: Digits, seeds: range) -> list[dict]:
     for value in progress(SMALL_LAMBDAS, "CCA + guidance"):
         models = [fine_tune(digits, seed, [f"loss.lambda={value}"]).model for seed in seeds]
         for scale in SCALES[:4]:
-            repeats = [
-                evaluate(digits, model, scale, seed) for model, seed in zip(models, seeds, strict=True)
-            ]
+            repeats = [evaluate(digits, model, scale, seed) for model, seed in zip(models, seeds, strict=True)]
             rows.append({"name": "CCA + guidance", "lambda": value, "s": scale, **untimed(repeats)})
     return rows
 
@@ -108,9 +100,7 @@ def conditioned(digits: Digits, seeds: range) -> list[dict]:
     rows = []
     for value in SAMPLED_LAMBDAS:
         log_lambda = math.log(value)
-        repeats = [
-            evaluate(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)
-        ]
+        repeats = [evaluate(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)]
         rows.append({"name": "CCA, conditioned", "s": 0.0, "lambda": value, **untimed(repeats)})
     return rows
 
@@ -131,11 +121,7 @@ def var(digits: Digits, seeds: range) -> list[dict]:
 
     small = small_var(digits)
     rows = [
-        {
-            "name": "VAR base",
-            "s": scale,
-            **average([evaluate(small, small.base, scale, seed) for seed in seeds]),
-        }
+        {"name": "VAR base", "s": scale, **average([evaluate(small, small.base, scale, seed) for seed in seeds])}
         for scale in progress(SCALES[:5], "VAR over guidance scales")
     ]
     repeats = [
@@ -180,9 +166,7 @@ def report(found: dict[str, list[dict]], claims: dict[str, bool], repeats: int) 
     table = []
     for row in shown:
         relative = row["seconds"]["mean"] / (unit_var if row["name"].startswith("VAR") else unit)
-        table.append(
-            [row["name"], row["s"], row["fid"], row["inception_score"], row["accuracy"], f"{relative:.2f}x"]
-        )
+        table.append([row["name"], row["s"], row["fid"], row["inception_score"], row["accuracy"], f"{relative:.2f}x"])
     return {
         **origin("python benchmarks/digits/paper.py", f"{processor()}, {torch.get_num_threads()} threads"),
         "repeats": repeats,
@@ -195,9 +179,7 @@ def report(found: dict[str, list[dict]], claims: dict[str, bool], repeats: int) 
 
 def main() -> int:
     """Exit code 0 when every claim holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--again", nargs="+", choices=EXPERIMENTS, default=[], help="compute these again")
     parser.add_argument("--work", type=Path, default=Path("runs/digits_paper"), help="finished experiments")

@@ -70,9 +70,7 @@ def _over(axis: Axes, rows: Rows, name: str, title: str) -> None:
     x, twin = [row[name] for row in rows], axis.twinx()
     for plot, value, style in ((axis, "accuracy", "C0o-"), (twin, "fid", "C3s--")):
         means, spreads = ([row[value][part] for row in rows] for part in ("mean", "spread"))
-        plot.errorbar(
-            x, means, spreads, fmt=style, capsize=2, label={"accuracy": "class accuracy"}.get(value)
-        )
+        plot.errorbar(x, means, spreads, fmt=style, capsize=2, label={"accuracy": "class accuracy"}.get(value))
     twin.set_ylabel("FID", color="tab:red")
     axis.set_xscale("log")
     _label(axis, title, name, "class accuracy")

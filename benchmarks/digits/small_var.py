@@ -84,14 +84,7 @@ def train_base(table: CodeTable, tokenizer: nn.Module, seed: int) -> nn.Module:
     """Maximum likelihood with 10% of the labels dropped."""
     torch.manual_seed(seed)
     config = VARConfig(
-        depth=4,
-        width=128,
-        heads=4,
-        num_classes=10,
-        vocab_size=CODES,
-        scales=SCALES,
-        code_channels=16,
-        drop_path=0.0,
+        depth=4, width=128, heads=4, num_classes=10, vocab_size=CODES, scales=SCALES, code_channels=16, drop_path=0.0
     )
     model = create_model(config, tokenizer=tokenizer).train()
     steps = Steps(table, BatchPlan(BATCH, seed, 0.1, model.null_class, contrastive=False), 0, [BATCH])

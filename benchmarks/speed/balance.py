@@ -50,20 +50,9 @@ def train(mode: str, sleeps: tuple[int, int], folder: Path) -> tuple[list[float]
         folder: of the run.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        "tests/support/slowed_train.py",
-        "--ds_config",
-        "ds_configs/zero3.json",
-        "--output",
-        str(folder),
-    ]
+    command += ["tests/support/slowed_train.py", "--ds_config", "ds_configs/zero3.json", "--output", str(folder)]
     slept = ",".join(str(SECONDS_PER_PAIR * sleep) for sleep in sleeps)
-    environ = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "SLOWED_ROW_SECONDS": slept,
-    }
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "SLOWED_ROW_SECONDS": slept}
     done = subprocess.run(
         [*command, "--set", *SETTINGS, f"balance.mode={mode}"],
         cwd=REPOSITORY,
@@ -88,9 +77,7 @@ def measure(rounds: int) -> dict[str, dict]:
                 seconds, assignment = train(mode, sleeps, Path(folder) / f"{number}_{index}")
                 found[name]["step_seconds"] += [round(second, 4) for second in seconds]
                 found[name]["assignment"] = assignment
-                print(
-                    f"round {number + 1}, {name}: {PAIRS / statistics.median(seconds):.2f} images/s, {assignment}"
-                )
+                print(f"round {number + 1}, {name}: {PAIRS / statistics.median(seconds):.2f} images/s, {assignment}")
     for entry in found.values():
         entry["images_per_second"] = round(PAIRS / statistics.median(entry["step_seconds"]), 3)
     return found
@@ -131,9 +118,7 @@ def table(report: dict) -> str:
 
 def main() -> None:
     """Measure, and write results/balance.json and .md."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--date", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -42,9 +42,7 @@ def var_ours(dtype: torch.dtype) -> Callable[[], object]:
     from cca_ds.sampling import generate
     from cca_ds.vq import create_tokenizer
 
-    tokenizer = create_tokenizer(
-        "var-vqvae", channels=32
-    )  # only its codebook and residual convolutions are used
+    tokenizer = create_tokenizer("var-vqvae", channels=32)  # only its codebook and residual convolutions are used
     model = create_model("var-d16", tokenizer=tokenizer).to(dtype).eval()
     return lambda: generate(model, torch.arange(VAR_IMAGES))
 

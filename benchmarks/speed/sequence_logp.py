@@ -123,9 +123,7 @@ def measure_memory(shape: str, dtype: str, device: str, entry: str, name: str) -
     return max(peaks)
 
 
-def memory_in_own_process(
-    arguments: argparse.Namespace, shape: str, dtype: str, entry: str, name: str
-) -> float | None:
+def memory_in_own_process(arguments: argparse.Namespace, shape: str, dtype: str, entry: str, name: str) -> float | None:
     """`measure_memory` in a fresh process; None where it fails."""
     case = [shape, dtype, arguments.device, entry, name]
     command = [sys.executable, __file__, "--threads", str(arguments.threads), "--memory-of", *case]
@@ -154,14 +152,7 @@ def measure_case(arguments: argparse.Namespace, shape: str, dtype: str, entry: s
         for name, memory in zip(measured, found, strict=True):
             result[name]["memory_mib"] = memory
     tokens = list(case["targets"].shape)
-    return {
-        "shape": shape,
-        "dtype": dtype,
-        "entry": entry,
-        "tokens": tokens,
-        "variants": result,
-        "left_out": left_out,
-    }
+    return {"shape": shape, "dtype": dtype, "entry": entry, "tokens": tokens, "variants": result, "left_out": left_out}
 
 
 def table(report: dict) -> str:
@@ -205,9 +196,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--report", type=Path, help="write the table of this JSON of an earlier run; measure nothing"
-    )
+    parser.add_argument("--report", type=Path, help="write the table of this JSON of an earlier run; measure nothing")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -238,9 +227,7 @@ def main() -> None:
     for shape, dtype, entry in itertools.product(arguments.shapes, dtypes, arguments.entries):
         report["cases"].append(measure_case(arguments, shape, dtype, entry))
         print(f"{shape} {dtype} {entry} done", file=sys.stderr, flush=True)
-        stem.with_suffix(".json").write_text(
-            json.dumps(report, indent=1) + "\n"
-        )  # kept if the rest is cut off
+        stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")  # kept if the rest is cut off
         stem.with_suffix(".md").write_text(table(report))
     print(table(report))
 

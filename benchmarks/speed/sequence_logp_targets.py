@@ -22,12 +22,7 @@ def section(report: dict[str, Any]) -> list[str]:
         rows += _with_head(cases[dtype, "linear"], dtype) if (dtype, "linear") in cases else []
     if not rows:
         return []
-    head = [
-        "",
-        f"Against the targets, {SHAPE}, by the thread's own time:",
-        "",
-        "| target | asked | found | |",
-    ]
+    head = ["", f"Against the targets, {SHAPE}, by the thread's own time:", "", "| target | asked | found | |"]
     return [*head, "|---|--:|--:|---|", *rows]
 
 
@@ -47,9 +42,7 @@ def _with_head(found: dict[str, Any], dtype: str) -> list[str]:
     products = found["cca_ds"]["thread_ms"] / found["products alone"]["thread_ms"]
     memory = found["cca_ds"]["memory_mib"] / found["eager"]["memory_mib"]
     return [
-        _row(
-            f"with the head, {dtype}: of the three products' time", "1.1", f"{products:.2f}", products <= 1.1
-        ),
+        _row(f"with the head, {dtype}: of the three products' time", "1.1", f"{products:.2f}", products <= 1.1),
         _row(f"with the head, {dtype}: of eager's memory", "60%", f"{memory:.0%}", memory <= 0.6),
     ]
 

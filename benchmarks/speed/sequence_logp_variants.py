@@ -24,9 +24,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's fused head and loss (2.13 and newer), summed over all tokens."""
-    flat = F.linear_cross_entropy(
-        hidden.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, reduction="sum"
-    )
+    flat = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, reduction="sum")
     return -flat.reshape(1).float()
 
 
@@ -34,9 +32,7 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) 
     """Liger's fused head and loss."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    flat = liger_fused_linear_cross_entropy(
-        hidden.flatten(0, 1), weight, targets.flatten(), bias, reduction="sum"
-    )
+    flat = liger_fused_linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), bias, reduction="sum")
     return -flat.reshape(1).float()
 
 
@@ -117,9 +113,7 @@ def make(entry: str, name: str, case: dict) -> Callable[[], None]:
         if entry == "logits":
             logp = FROM_LOGITS[name](case["logits"], case["targets"])
         else:
-            logp = {**FROM_HIDDEN, **ON_GPU}[name](
-                case["hidden"], case["weight"], case["targets"], case["bias"]
-            )
+            logp = {**FROM_HIDDEN, **ON_GPU}[name](case["hidden"], case["weight"], case["targets"], case["bias"])
         logp.sum().backward()
         free_gradients(case)  # otherwise each variant pays for freeing the pages of the one before it
 

@@ -25,11 +25,7 @@ from provenance import RESULTS, origin, processor
 
 from cca_ds.files import write_atomic
 
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "68719476736",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 SIDES = ("ours", "original")
 TARGETS = {  # of the original's time, and of its peak memory
     "train_step": {"fp32": (0.85, 0.65), "bf16": (0.6, 0.65)},
@@ -100,9 +96,7 @@ def serve(prepare: Callable[[], Callable[[], object]], threads: int, dtype: torc
 def _start(side: str, threads: int) -> subprocess.Popen:
     environment = {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *sys.argv, "--worker", side]
-    worker = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     _answer(worker)  # wait for its warm-up: two pools of spinning threads slow each other down
     return worker
 

@@ -39,9 +39,7 @@ def our_step(policy, reference, codes_BL: torch.Tensor, labels_B: torch.Tensor) 
     return step
 
 
-def original_loss(
-    logits_2LV: torch.Tensor, reference_2LV: torch.Tensor, codes_BL: torch.Tensor
-) -> torch.Tensor:
+def original_loss(logits_2LV: torch.Tensor, reference_2LV: torch.Tensor, codes_BL: torch.Tensor) -> torch.Tensor:
     """CCA's loss as the original programs compute it: four log-softmaxes of all logits, chosen first."""
 
     def sequence_logp(logits_BLV: torch.Tensor) -> torch.Tensor:
@@ -91,9 +89,7 @@ def var_ours(dtype: torch.dtype) -> Callable[[], float]:
     from cca_ds.models import create_model
     from cca_ds.vq import create_tokenizer
 
-    tokenizer = create_tokenizer(
-        "var-vqvae", channels=32
-    )  # only its codebook and residual convolutions are used
+    tokenizer = create_tokenizer("var-vqvae", channels=32)  # only its codebook and residual convolutions are used
     off = {"tokenizer": tokenizer, "drop_path": 0.0}
     policy, reference = (create_model("var-d16", **off).to(dtype) for _ in range(2))
     return our_step(policy, reference, torch.randint(4096, (PAIRS, 680)), torch.randint(1000, (PAIRS,)))
@@ -107,9 +103,7 @@ def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
     scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     tokenizer = VQVAE(vocab_size=4096, z_channels=32, ch=32, v_patch_nums=scales)
     shape = {"depth": 16, "embed_dim": 1024, "num_heads": 16, "norm_eps": 1e-6, "attn_l2_norm": True}
-    policy, reference = (
-        VAR(tokenizer, **shape, cond_drop_rate=0.0, patch_nums=scales).train() for _ in range(2)
-    )
+    policy, reference = (VAR(tokenizer, **shape, cond_drop_rate=0.0, patch_nums=scales).train() for _ in range(2))
     policy.init_weights(init_std=-1)
     reference.load_state_dict(policy.state_dict())
     codes_BL, labels_B = torch.randint(4096, (PAIRS, 680)), torch.randint(1000, (PAIRS,))

@@ -71,10 +71,7 @@ def train(recipe: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
     settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
     run = load_recipe(recipe, arguments.set)
-    settings += [
-        f"batch.max_steps={arguments.steps}",
-        f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}",
-    ]
+    settings += [f"batch.max_steps={arguments.steps}", f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}"]
     if recipe.startswith("var"):
         config = model_config(run.model.preset, **run.model.overrides)
         settings += tokenizer_settings(folder, config.scales, config.vocab_size)
@@ -106,9 +103,7 @@ def sample(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = model_config(run.model.preset, **run.model.overrides)
     tokenizer = None
     if recipe.startswith("var"):
-        tokenizer = create_tokenizer(
-            "var-vqvae", scales=config.scales, codebook_size=config.vocab_size, **TOKENIZER
-        )
+        tokenizer = create_tokenizer("var-vqvae", scales=config.scales, codebook_size=config.vocab_size, **TOKENIZER)
     with torch.device(device):
         model = create_model(run.model.preset, tokenizer, **run.model.overrides).to(dtype).to(device).eval()
     labels_B = torch.arange(arguments.images) % config.num_classes

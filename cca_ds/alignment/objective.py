@@ -60,9 +60,7 @@ class Objective:
         extra = (batch.log_lambda_B.repeat(rows),) if self.lambda_conditioned else ()
         return (batch.codes_BL.repeat(rows, 1), torch.cat(labels), *extra)
 
-    def __call__(
-        self, policy_logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, policy_logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """
         Args:
             policy_logp: [R] float32 with gradient, in the order of `stacked`.

@@ -60,9 +60,7 @@ class Balancer:
     def measure_again(self) -> Partition:
         """The partition for the present speeds, with the F that DeepSpeed accumulates over. Collective."""
         self.seconds = self._seconds()
-        self.partition = partition_batch(
-            self.global_size, self.seconds, self.caps, forwards=self.partition.forwards
-        )
+        self.partition = partition_batch(self.global_size, self.seconds, self.caps, forwards=self.partition.forwards)
         self._share = self.partition.pairs[self.ranks.rank]
         return self.partition
 

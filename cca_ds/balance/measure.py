@@ -142,10 +142,7 @@ def micro_that_fits(workload: Workload, ranks: int, measured: MeasuredModel, pai
     What a pair needs is measured; the rest, which is not allocated yet, follows from `balance.memory`. At most `pairs`.
     """
     free, _ = torch.cuda.mem_get_info(measured.device)
-    return min(
-        pairs,
-        largest_micro(free * USABLE_SHARE, workload.fixed_bytes(ranks), measured.bytes_per_pair(pairs)),
-    )
+    return min(pairs, largest_micro(free * USABLE_SHARE, workload.fixed_bytes(ranks), measured.bytes_per_pair(pairs)))
 
 
 def seconds_per_forward(weights_bytes: float, stage: int, world_size: int, device: str) -> float:

@@ -101,9 +101,7 @@ def partition_batch(
     kinds: dict[tuple[float, int], list[int]] = {}  # thousands of ranks are a handful of kinds
     for rank, kind in enumerate(zip(seconds_per_pair, max_micro, strict=True)):
         kinds.setdefault(kind, []).append(rank)
-    floor_seconds = _assign(
-        pairs, [_Kind(s, pairs if cap else 0, r) for (s, cap), r in kinds.items()]
-    ).slowest
+    floor_seconds = _assign(pairs, [_Kind(s, pairs if cap else 0, r) for (s, cap), r in kinds.items()]).slowest
     best: tuple[float, int, _Assignment] | None = None
     fewest = -(-pairs // sum(max_micro))
     if forwards is not None and forwards < fewest:
@@ -119,9 +117,7 @@ def partition_batch(
     seconds, forwards, assigned = best
     parts = {count: _even_sizes(count, forwards) for count in set(assigned.counts())}
     sizes = tuple(parts[count] for count in assigned.counts())
-    return Partition(
-        sizes, seconds, lockstep_seconds(sizes, seconds_per_pair) + forwards * seconds_per_forward
-    )
+    return Partition(sizes, seconds, lockstep_seconds(sizes, seconds_per_pair) + forwards * seconds_per_forward)
 
 
 def lockstep_seconds(micro_sizes: Sequence[Sequence[int]], seconds_per_pair: Sequence[float]) -> float:
@@ -212,9 +208,7 @@ def _assign(pairs: int, kinds: list[_Kind]) -> _Assignment:
     early = _common_finish(pairs, kinds) * (1 - 1e-9)  # slightly earlier, so that rounding adds no pair
     counts = [min(k.limit, int(min(early / k.seconds, k.limit))) for k in kinds]
     left = pairs - sum(n * len(k.ranks) for n, k in zip(counts, kinds, strict=True))
-    heap = [
-        (k.seconds * (n + 1), i) for i, (k, n) in enumerate(zip(kinds, counts, strict=True)) if n < k.limit
-    ]
+    heap = [(k.seconds * (n + 1), i) for i, (k, n) in enumerate(zip(kinds, counts, strict=True)) if n < k.limit]
     heapq.heapify(heap)
     larger: set[int] = set()
     while left > 0:
@@ -258,17 +252,11 @@ def _check(pairs: int, seconds: Sequence[float], caps: Sequence[int], seconds_pe
     if pairs < 1:
         raise BalanceError(f"balance: a global batch of {pairs} pairs cannot be partitioned; give at least 1")
     if len(seconds) != len(caps) or not seconds:
-        raise BalanceError(
-            f"balance: {len(seconds)} speeds for {len(caps)} memory caps; give one of each per rank"
-        )
+        raise BalanceError(f"balance: {len(seconds)} speeds for {len(caps)} memory caps; give one of each per rank")
     for rank, second in enumerate(seconds):
         if not (0 < second < math.inf):
-            raise BalanceError(
-                f"balance: rank {rank} has {second} seconds per pair; it must be positive and finite"
-            )
+            raise BalanceError(f"balance: rank {rank} has {second} seconds per pair; it must be positive and finite")
     if min(caps) < 0 or seconds_per_forward < 0:
         raise BalanceError("balance: memory caps and seconds per forward must not be negative")
     if max(caps) == 0:
-        raise BalanceError(
-            "balance: not one pair fits on any rank; use activation checkpointing or a smaller model"
-        )
+        raise BalanceError("balance: not one pair fits on any rank; use activation checkpointing or a smaller model")

@@ -55,9 +55,7 @@ def look_up(table: Mapping[str, Value], peer: Peer) -> Value | None:
     for key in (str(peer.rank), peer.host, peer.host.partition(".")[0]):
         if key in table:
             return table[key]
-    fitting = [
-        key for key in table if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", peer.device, re.IGNORECASE)
-    ]
+    fitting = [key for key in table if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", peer.device, re.IGNORECASE)]
     fitting = [key for key in fitting if not key.isdecimal()]  # a number is a rank's, not part of "A10 24GB"
     return table[max(fitting, key=len)] if fitting else None
 

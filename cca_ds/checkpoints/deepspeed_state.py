@@ -231,9 +231,7 @@ def _load_engine(trained: Trained, checkpoint: Path, folder: Path, tag: str) -> 
 
 def _to_host(state: Any) -> Any:
     """Copies of all tensors in host memory, for a thread to write while training changes the originals."""
-    return tree_map(
-        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state
-    )
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _to_universal(source: Path, target: Path) -> None:

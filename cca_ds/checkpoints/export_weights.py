@@ -126,9 +126,7 @@ def _empty_module(model: Model, conditioned: bool) -> CodeModel:
         return create_model(model.preset, **(model.shape if conditioned else model.overrides))
 
 
-def _metadata(
-    run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None
-) -> dict[str, str]:
+def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None) -> dict[str, str]:
     """Entries of the safetensors header that describe how the weights were made."""
     return {
         **({"lambda": f"{lambda_:g}"} if lambda_ is not None else {}),
@@ -153,6 +151,4 @@ def _read_metrics(path: Path) -> dict[str, float]:
         values = json.loads(path.read_text())["metrics"]
         return {name: float(value) for name, value in values.items() if value is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            [f"--metrics {path}: not a report that evaluate --output wrote ({error})"]
-        ) from None
+        raise ConfigError([f"--metrics {path}: not a report that evaluate --output wrote ({error})"]) from None

@@ -33,9 +33,7 @@ def is_run_folder(path: Path) -> bool:
 def recipe_of_run(folder: Path) -> RunConfig:
     """The resolved recipe of a run's folder. Raises ConfigError, CheckpointError."""
     if not is_run_folder(folder):
-        raise CheckpointError(
-            f"run {folder}: holds no config.yaml; name the folder that train wrote (--output)"
-        )
+        raise CheckpointError(f"run {folder}: holds no config.yaml; name the folder that train wrote (--output)")
     return load_recipe(str(folder / "config.yaml"))
 
 
@@ -58,9 +56,7 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
             )
         checkpoint = found[0]
     if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"checkpoint {checkpoint}: no such folder; the run's are in {folder / 'checkpoints'}"
-        )
+        raise CheckpointError(f"checkpoint {checkpoint}: no such folder; the run's are in {folder / 'checkpoints'}")
     manifest = store.verify(checkpoint)
     averages = sorted(name for name in manifest.files if name.startswith("average_rank_"))
     if average and not averages:

@@ -79,11 +79,7 @@ def begin(root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = 
 
 
 def publish(
-    partial: Path,
-    files: Iterable[Path],
-    rank: int = 0,
-    world_size: int = 1,
-    metadata: dict[str, Any] | None = None,
+    partial: Path, files: Iterable[Path], rank: int = 0, world_size: int = 1, metadata: dict[str, Any] | None = None
 ) -> Path | None:
     """Sync, hash and list this rank's files; the last rank to do so makes the checkpoint visible.
 
@@ -152,9 +148,7 @@ def newest_verified(root: Path, report: Callable[[str], object] = print) -> tupl
     return None
 
 
-def retain(
-    root: Path, keep_last: int, keep_every: int | None = None, in_use: Collection[Path] = ()
-) -> list[Path]:
+def retain(root: Path, keep_last: int, keep_every: int | None = None, in_use: Collection[Path] = ()) -> list[Path]:
     """Delete complete checkpoints and return their folders.
 
     Kept are the newest `keep_last`, those at multiples of `keep_every` steps, and `in_use`. A folder is renamed before
@@ -200,9 +194,7 @@ def _complete(partial: Path, world_size: int, metadata: dict[str, Any]) -> Path:
         path.unlink()
     step = int(NAME.match(partial.name)[1])
     body = {"step": step, "world_size": world_size, "files": files, "metadata": metadata}
-    body = json.loads(
-        json.dumps(body)
-    )  # as a reader gets it, e.g. with strings as keys: the digest covers that
+    body = json.loads(json.dumps(body))  # as a reader gets it, e.g. with strings as keys: the digest covers that
     write_atomic(partial / COMPLETE, json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n")
     for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         sync_folder(folder)
@@ -237,9 +229,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is missing, it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise CheckpointError(
-            f"checkpoint {folder}: {COMPLETE} is corrupt; use an older checkpoint"
-        ) from None
+        raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is corrupt; use an older checkpoint") from None
     if digest != _digest(body) or manifest.step != _step(folder):
         raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is corrupt; use an older checkpoint")
     return manifest

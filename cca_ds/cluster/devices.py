@@ -23,9 +23,7 @@ class Device:
     node_link: float
 
 
-def _device(
-    name: str, gib: float, teraflops: float, efficiency: float, hbm: float, link: float, node: float
-) -> Device:
+def _device(name: str, gib: float, teraflops: float, efficiency: float, hbm: float, link: float, node: float) -> Device:
     return Device(name, gib * GIB, teraflops * 1e12, efficiency, hbm * 1e9, link * 1e9, node * 1e9)
 
 

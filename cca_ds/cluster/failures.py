@@ -20,9 +20,7 @@ from cca_ds.files import FULL
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 _CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
-_LOST = re.compile(
-    r"[Cc]onnection (closed|reset|refused)|Socket closed|Broken pipe|remote process exited|NCCL"
-)
+_LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Socket closed|Broken pipe|remote process exited|NCCL")
 _WORKER_DIED = re.compile(
     r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)? (exited unexpectedly|is killed by signal: \w+)"
 )
@@ -94,9 +92,7 @@ def explain_error(error: BaseException, micro_size: int | None = None) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or of the host."""
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, without importing it
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return True
     return isinstance(error, RuntimeError) and bool(_CPU_OUT_OF_MEMORY.search(str(error)))
 

@@ -220,14 +220,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     if "SLURM_STEP_ID" not in environ or _number(environ, "SLURM_STEP_ID") >= _FIRST_SPECIAL_STEP:
         job = environ.get("SLURM_JOB_ID", "?")
         raise LaunchError(f"inside Slurm job {job} but not started by srun: put `srun` before the command")
-    required = [
-        "SLURM_JOB_ID",
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_NTASKS",
-        "SLURM_NODEID",
-        "SLURM_STEP_NODELIST",
-    ]
+    required = ["SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_STEP_NODELIST"]
     missing = [name for name in required if not environ.get(name)]
     if missing:
         raise LaunchError(f"started by srun, but {', '.join(missing)} missing: let srun pass its environment")
@@ -239,9 +232,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
             )
     master, node = environ.get("MASTER_ADDR") or slurm_master(environ), environ.get("SLURMD_NODENAME")
     if rank == 0 and node and "MASTER_ADDR" not in environ and node != master:
-        raise LaunchError(
-            f"rank 0 runs on {node}, not on the step's first node {master}: set MASTER_ADDR={node}"
-        )
+        raise LaunchError(f"rank 0 runs on {node}, not on the step's first node {master}: set MASTER_ADDR={node}")
     step, restart = environ["SLURM_STEP_ID"], environ.get("SLURM_RESTART_COUNT", "0")
     return Ranks(
         rank,
@@ -385,9 +376,7 @@ def expand_counts(compact: str) -> list[int]:
 
 def _check(ranks: Ranks) -> None:
     if not 0 <= ranks.rank < ranks.world_size:
-        raise LaunchError(
-            f"rank {ranks.rank} is not in 0 to {ranks.world_size - 1}: the world's size is wrong"
-        )
+        raise LaunchError(f"rank {ranks.rank} is not in 0 to {ranks.world_size - 1}: the world's size is wrong")
     if not 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size:
         raise LaunchError(
             f"rank {ranks.rank}: local rank {ranks.local_rank} of {ranks.local_world_size} on this node does "

@@ -123,9 +123,7 @@ def _exchange(ranks: Ranks, own: Report, timeout_seconds: float) -> list[Report]
     if absent:
         known = [json.loads(text) for text in texts if text is not None]
         hosts = "; ".join(dict.fromkeys(f"rank {report['rank']} on {report['host']}" for report in known[:8]))
-        raise LaunchError(
-            f"{_list_ranks(absent)} did not report within {timeout_seconds:g} s; heard from: {hosts}"
-        )
+        raise LaunchError(f"{_list_ranks(absent)} did not report within {timeout_seconds:g} s; heard from: {hosts}")
     return [json.loads(text) for text in texts]
 
 
@@ -151,9 +149,7 @@ def _try_collectives(ranks: Ranks, reports: list[Report], timeout_seconds: float
     total = torch.tensor([float(ranks.rank + 1)], device=device)
     gathered = torch.empty(world_size, device=device)
     _finish("all-reduce", dist.all_reduce(total, async_op=True), ranks, reports, timeout_seconds)
-    work = dist.all_gather_into_tensor(
-        gathered, torch.tensor([float(ranks.rank)], device=device), async_op=True
-    )
+    work = dist.all_gather_into_tensor(gathered, torch.tensor([float(ranks.rank)], device=device), async_op=True)
     _finish("all-gather", work, ranks, reports, timeout_seconds)
     if total.item() != world_size * (world_size + 1) / 2 or gathered.tolist() != list(range(world_size)):
         raise LaunchError(
@@ -176,10 +172,7 @@ def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[Report], sec
         reason = f" ({str(error).splitlines()[0]})"
     answered = _wait_for_keys(store, ranks.world_size, timeout_seconds=1.0)
     unfinished = [reports[rank] for rank, text in enumerate(answered) if text is None and rank != ranks.rank]
-    named = (
-        "; ".join(f"rank {report['rank']} on {report['host']}" for report in unfinished[:8])
-        or "all but this one"
-    )
+    named = "; ".join(f"rank {report['rank']} on {report['host']}" for report in unfinished[:8]) or "all but this one"
     raise LaunchError(
         f"{name} did not answer within {seconds:g} s on rank {ranks.rank} on {ranks.host}{reason}; "
         f"not done either: {named}"
@@ -219,9 +212,7 @@ def _code() -> dict[str, str]:
         digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
     command = ["git", "-C", str(package), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "none"  # installed without its repository, or git is not on this node
     return {"the git commit": commit, "the source code": digest.hexdigest()[:16]}

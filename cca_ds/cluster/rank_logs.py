@@ -48,9 +48,7 @@ def keep_rank_log(folder: Path, ranks: Ranks) -> Path:
     global _console, _log
     _log = file
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(
-        f"=== {started} rank {ranks.rank} of {ranks.world_size} on {ranks.host}, pid {os.getpid()} ===\n"
-    )
+    file.write(f"=== {started} rank {ranks.rank} of {ranks.world_size} on {ranks.host}, pid {os.getpid()} ===\n")
     if ranks.rank == 0:
         _replace_streams(_Tee(sys.stdout, file), _Tee(sys.stderr, file))
         return path

@@ -117,9 +117,7 @@ def _wait_for_port(address: str, port: int, end: float) -> str:
 
 
 def _taken(port: int, address: str) -> str:
-    return (
-        f"port {port} on {address} is in use by another program; set MASTER_PORT to a free port for all ranks"
-    )
+    return f"port {port} on {address} is in use by another program; set MASTER_PORT to a free port for all ranks"
 
 
 def _describe_absent(absent: list[int], world_size: int, address: str, seconds: float) -> str:

@@ -94,13 +94,9 @@ class Watchdog:
         if not self._threads:
             return ""
         try:
-            before = [
-                self._store.get(f"rank {rank}").decode().split("\t") for rank in range(self._ranks.world_size)
-            ]
+            before = [self._store.get(f"rank {rank}").decode().split("\t") for rank in range(self._ranks.world_size)]
             time.sleep(3 * self._tick)
-            after = [
-                self._store.get(f"rank {rank}").decode().split("\t") for rank in range(self._ranks.world_size)
-            ]
+            after = [self._store.get(f"rank {rank}").decode().split("\t") for rank in range(self._ranks.world_size)]
         except RuntimeError:
             return f"rank 0 on {self._ranks.master_address} is gone"
         time.sleep(1.5 * self._tick)  # rank 0's store must outlive the other ranks' readings
@@ -158,9 +154,7 @@ class Watchdog:
         if verdict is not None:
             self._print(verdict)  # before the others exit, which may fail the main thread at any moment
             self._store.set("verdict", verdict)
-            time.sleep(
-                2.5 * self._tick
-            )  # the store must live until the others have read it, at their next tick
+            time.sleep(2.5 * self._tick)  # the store must live until the others have read it, at their next tick
             os._exit(EXIT_SILENT)
 
     def _print(self, verdict: str) -> None:

@@ -53,9 +53,7 @@ def conflicts(ds: dict[str, Any], run: RunConfig, source: str = "ds_config") -> 
             "of their shards in the wrong order; set it to false"
         )
     if "scheduler" in ds:
-        found.append(
-            f"{source}: has a scheduler, but the recipe's schedule section sets the learning rate; drop it"
-        )
+        found.append(f"{source}: has a scheduler, but the recipe's schedule section sets the learning rate; drop it")
     kind = str(_look_up(ds, "optimizer.type"))
     if "optimizer" in ds and kind.lower() not in ("adamw", "auto"):
         found.append(f"{source}: optimizer.type={kind} but the recipe has optimizer.name=adamw")

@@ -95,24 +95,16 @@ def resolve_path(path: str) -> Path:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """`--recipe`, `--set`, and the names that users of the original programs know."""
-    parser.add_argument(
-        "--recipe", default="digits", help="shipped recipe's name or a YAML file (default: digits)"
-    )
+    parser.add_argument("--recipe", default="digits", help="shipped recipe's name or a YAML file (default: digits)")
     parser.add_argument(
         "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE",
         help="override a value of the recipe, e.g. loss.beta=0.1",
     )  # fmt: skip
     original = parser.add_argument_group("names of the original programs")
-    original.add_argument(
-        "--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe"
-    )
+    original.add_argument("--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe")
     original.add_argument("--depth", type=int, help="16, 20, 24, 30: VAR's recipe of that depth")
     for name, key in original_names.KEYS.items():
-        flags = (
-            dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-            if name != "lambda_"
-            else ["--lambda_"]
-        )
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]) if name != "lambda_" else ["--lambda_"]
         kind: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "keep_dropout" else {}
         original.add_argument(
             *flags, dest=f"original_{name}", help=f"same as --set {key}=VALUE", metavar="VALUE", **kind
@@ -131,9 +123,7 @@ def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = N
     if arguments.depth is not None:
         recipe = f"var-d{arguments.depth}"
     given = {name: getattr(arguments, f"original_{name}") for name in original_names.KEYS}
-    translated = [
-        f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None
-    ]
+    translated = [f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None]
     return load_recipe(recipe, translated + arguments.overrides, check)
 
 
@@ -204,11 +194,7 @@ def _number(value: Any) -> Any:
 
 
 # keys that older versions wrote into a run's config.yaml, with the only value that is still taken
-_RETIRED: dict[str, Any] = {
-    "reference.tensor_parallel": 1,
-    "balance.slowdown": {},
-    "balance.slowdown_seconds": None,
-}
+_RETIRED: dict[str, Any] = {"reference.tensor_parallel": 1, "balance.slowdown": {}, "balance.slowdown_seconds": None}
 
 
 def _drop_retired(tree: dict[str, Any]) -> None:
@@ -255,9 +241,7 @@ def _explain(entry: Any) -> str:
         section: type[BaseModel] | None = RunConfig
         for part in entry["loc"][:-1]:
             annotation = section.model_fields[str(part)].annotation if section else None
-            section = (
-                annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-            )
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
         known = [field.alias or name for name, field in section.model_fields.items()] if section else []
         return f"{where}: unknown key{_nearest(str(entry['loc'][-1]), known)}"
     return f"{where}: {entry['msg']} (got {entry['input']!r})"
@@ -279,7 +263,6 @@ def _contradictions(run: RunConfig) -> list[str]:
         found.append("balance.mode=given needs balance.speeds={device, host or rank: pairs a second}")
     if run.balance.remeasure_every and run.balance.mode != "measured":
         found.append(
-            f"balance.remeasure_every={run.balance.remeasure_every} needs balance.mode=measured, "
-            f"not {run.balance.mode}"
+            f"balance.remeasure_every={run.balance.remeasure_every} needs balance.mode=measured, not {run.balance.mode}"
         )
     return found

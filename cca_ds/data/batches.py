@@ -46,9 +46,7 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """A copy in pinned memory; the data loader calls this when `pin_memory` is set."""
-        return MicroBatch(
-            **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        )
+        return MicroBatch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 @dataclass(frozen=True)

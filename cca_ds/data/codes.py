@@ -67,9 +67,7 @@ class CodeTable:
     def codes(self) -> np.ndarray:
         """[N, C, L] uint16, a read-only view of the file. Raises CodesError for a table of several files."""
         if len(self._chunks) > 1:
-            raise CodesError(
-                f"{self.folder} has {len(self._chunks)} files, so no single view: read it with take()"
-            )
+            raise CodesError(f"{self.folder} has {len(self._chunks)} files, so no single view: read it with take()")
         return self._chunks[0]
 
     def _stored(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> np.ndarray:
@@ -112,21 +110,15 @@ class CodeTable:
         Raises:
             CodesError: the first difference.
         """
-        for shard, codes_NCL, start in zip(
-            self.manifest.shards, self._chunks, self._starts[:-1], strict=True
-        ):
+        for shard, codes_NCL, start in zip(self.manifest.shards, self._chunks, self._starts[:-1], strict=True):
             if file_hash(self.folder / shard.file) != shard.sha256:
-                raise CodesError(
-                    f"{self.folder / shard.file} differs from its hash in the manifest: encode it again"
-                )
+                raise CodesError(f"{self.folder / shard.file} differs from its hash in the manifest: encode it again")
             labels_N = self._labels[start : start + shard.images]
             source = str(self.folder / shard.file)
             check_rows(codes_NCL, labels_N, self.manifest.vocab_size, self.manifest.classes, source)
         counts = np.bincount(self._labels, minlength=self.manifest.classes)
         if tuple(counts.tolist()) != self.manifest.label_histogram:
-            raise CodesError(
-                f"{self.folder}: the labels differ from the manifest's histogram: encode the images again"
-            )
+            raise CodesError(f"{self.folder}: the labels differ from the manifest's histogram: encode the images again")
 
     def used_codes(self) -> int:
         """Number of different codes in the table; reads all of it."""
@@ -152,9 +144,7 @@ def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarr
             table = pyarrow.ipc.open_stream(stream).read_all()
         column, label = table.column("codes"), table.column("label")
         if column.num_chunks != 1 or table.num_rows != shard.images:
-            raise CodesError(
-                f"{table.num_rows} rows in {column.num_chunks} batches, not {shard.images} in one"
-            )
+            raise CodesError(f"{table.num_rows} rows in {column.num_chunks} batches, not {shard.images} in one")
         flat = column.chunk(0)
         while pyarrow.types.is_fixed_size_list(flat.type):
             flat = flat.flatten()
@@ -163,7 +153,5 @@ def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarr
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         raise CodesError(f"{path} is not a shard of this table ({error}): encode the images again") from error
     if codes_NCL.dtype != np.uint16 or labels_N.dtype != np.int32:
-        raise CodesError(
-            f"{path} stores {codes_NCL.dtype} codes and {labels_N.dtype} labels, not uint16 and int32"
-        )
+        raise CodesError(f"{path} stores {codes_NCL.dtype} codes and {labels_N.dtype} labels, not uint16 and int32")
     return codes_NCL, labels_N

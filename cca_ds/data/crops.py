@@ -22,22 +22,7 @@ from PIL import Image
 
 CORNERS_AND_CENTRE = 5
 MOST_ELONGATED = 64  # ratio of the sides; a strip of 1 x 60,000 would be resized to gigabytes
-EIGHT_BIT_MODES = {
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "LAB",
-    "HSV",
-}
+EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 
 
 class UnreadableImage(ValueError):
@@ -69,26 +54,18 @@ class CropSettings:
 
     def __post_init__(self) -> None:
         if self.kind == "ten_crop" and not self.ranges:
-            raise ValueError(
-                "data.crop_ranges is empty: ten_crop needs ranges, e.g. data.crop_ranges=[1.1,1.05]"
-            )
+            raise ValueError("data.crop_ranges is empty: ten_crop needs ranges, e.g. data.crop_ranges=[1.1,1.05]")
         if self.kind == "random" and len(self.ranges) != 1:
-            raise ValueError(
-                f"data.crop_ranges={list(self.ranges)}: random crops take one range, e.g. [1.125]"
-            )
+            raise ValueError(f"data.crop_ranges={list(self.ranges)}: random crops take one range, e.g. [1.125]")
         if self.kind != "none" and any(r < 1.0 for r in self.ranges):
-            raise ValueError(
-                f"data.crop_ranges={list(self.ranges)}: a range below 1 is smaller than the image"
-            )
+            raise ValueError(f"data.crop_ranges={list(self.ranges)}: a range below 1 is smaller than the image")
 
     @property
     def count(self) -> int:
         """Crops per image, C."""
-        return {
-            "none": 1,
-            "ten_crop": 2 * CORNERS_AND_CENTRE * len(self.ranges),
-            "random": self.crops_per_image,
-        }[self.kind]
+        return {"none": 1, "ten_crop": 2 * CORNERS_AND_CENTRE * len(self.ranges), "random": self.crops_per_image}[
+            self.kind
+        ]
 
     def as_dict(self) -> dict:
         """The settings that this kind uses, for the manifest."""
@@ -120,9 +97,7 @@ def decode_image(content: bytes, mode: str, max_megapixels: float) -> tuple[Imag
                     "(--max_megapixels)"
                 )
             if max(image.size) > MOST_ELONGATED * min(image.size):
-                raise UnreadableImage(
-                    f"{image.width} x {image.height} is too elongated to crop a square from"
-                )
+                raise UnreadableImage(f"{image.width} x {image.height} is too elongated to crop a square from")
             if image.mode not in EIGHT_BIT_MODES:
                 raise UnreadableImage(f"mode {image.mode} does not have 8 bits a channel")
             return image.convert(mode), image.mode

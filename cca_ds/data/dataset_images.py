@@ -58,17 +58,13 @@ def open_dataset_in_tar(path: Path, members: list[TarMember], split: str) -> Dat
     """
     archive = open_archive(path)
     if not isinstance(archive, PlainArchive):
-        raise CodesError(
-            f"--source {path}: a compressed tar of a dataset cannot be mapped: decompress it, or unpack"
-        )
+        raise CodesError(f"--source {path}: a compressed tar of a dataset cannot be mapped: decompress it, or unpack")
     by_name = {member.name: member for member in members}
     roots = [PurePosixPath(name).parent for name in by_name if PurePosixPath(name).name == STATE_NAME]
     chosen = [root for root in roots if root.name == split] if len(roots) > 1 else roots
     if len(chosen) != 1:
         found = ", ".join(sorted(root.name for root in roots))
-        raise CodesError(
-            f"--source {path} has the splits {found}, not one named {split}: choose with --split"
-        )
+        raise CodesError(f"--source {path} has the splits {found}, not one named {split}: choose with --split")
 
     def content(name: str) -> Any:
         member = by_name[str(chosen[0] / name)]

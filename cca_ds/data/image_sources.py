@@ -92,14 +92,10 @@ def _labels_by_class(source: Path, classes: list[str], found: set[str]) -> dict[
     """
     empty = sorted(set(classes) - found)
     if not classes:
-        raise CodesError(
-            f"--source {source}: no class folders with images (ImageNet's layout is class/image.jpg)"
-        )
+        raise CodesError(f"--source {source}: no class folders with images (ImageNet's layout is class/image.jpg)")
     if empty:
         names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise CodesError(
-            f"--source {source}: {len(empty)} class folder(s) without images ({names}): fill or remove"
-        )
+        raise CodesError(f"--source {source}: {len(empty)} class folder(s) without images ({names}): fill or remove")
     return {name: label for label, name in enumerate(sorted(classes))}
 
 

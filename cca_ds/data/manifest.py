@@ -111,9 +111,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             values[name] = tuple(values[name])
         manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CodesError(
-            f"{path} is not a manifest of this program ({error!r}): encode the images again"
-        ) from error
+        raise CodesError(f"{path} is not a manifest of this program ({error!r}): encode the images again") from error
     if manifest.format_version != FORMAT_VERSION:
         raise CodesError(
             f"{path} has format {manifest.format_version}, this program reads {FORMAT_VERSION}: encode again"

@@ -96,9 +96,7 @@ class NpyFolders:
             codes_CL = self._codes_of(codes, index)
             if codes_CL.shape != (crops, self.sequence_length):
                 expected = [1, crops, self.sequence_length]
-                raise CodesError(
-                    f"{codes / f'{index}.npy'} is {[1, *codes_CL.shape]}, the first file is {expected}"
-                )
+                raise CodesError(f"{codes / f'{index}.npy'} is {[1, *codes_CL.shape]}, the first file is {expected}")
             parts.append(codes_CL)
             labels.add(_label(label / f"{index}.npy"))
         if len(labels) != 1:
@@ -146,9 +144,7 @@ class NpyFolders:
 
 def _codes_and_labels(folder: Path) -> tuple[Path, Path]:
     """The folders `*_codes` and `*_labels` in `folder`. Raises CodesError unless there is one of each."""
-    found = [
-        sorted(path for path in folder.glob(f"*_{part}") if path.is_dir()) for part in ("codes", "labels")
-    ]
+    found = [sorted(path for path in folder.glob(f"*_{part}") if path.is_dir()) for part in ("codes", "labels")]
     if [len(paths) for paths in found] != [1, 1]:
         raise CodesError(
             f"--import_npy {folder}: needs one *_codes and one *_labels folder in it (imagenet384_codes, ...), "

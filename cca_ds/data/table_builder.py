@@ -25,13 +25,7 @@ import numpy as np
 
 from cca_ds.console import say
 from cca_ds.data.manifest import SKIPPED_NAME, CodesError, Manifest, Shard, histogram, read_manifest
-from cca_ds.data.table_files import (
-    check_rows,
-    one_line_errors,
-    publish_folder,
-    write_descriptions,
-    write_shard,
-)
+from cca_ds.data.table_files import check_rows, one_line_errors, publish_folder, write_descriptions, write_shard
 from cca_ds.files import write_atomic
 
 
@@ -143,27 +137,19 @@ class TableBuilder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CodesError(
-                    f"another process is encoding {self.folder} as rank {rank}: wait for it"
-                ) from error
+                raise CodesError(f"another process is encoding {self.folder} as rank {rank}: wait for it") from error
             except OSError:
                 pass  # a file system without locks
             yield
 
     def pending(self, rank: int, world_size: int) -> list[int]:
         """Numbers of this rank's unfinished shards."""
-        return [
-            number
-            for number in range(rank, self.plan.shards, world_size)
-            if not self._record(number).exists()
-        ]
+        return [number for number in range(rank, self.plan.shards, world_size) if not self._record(number).exists()]
 
     def work_of(self, rank: int, world_size: int) -> tuple[int, int]:
         """Number of images in this rank's shards, and in those of them that are unfinished."""
         mine = range(rank, self.plan.shards, world_size)
-        share, todo = (
-            sum(len(self.plan.rows(n)) for n in part) for part in (mine, self.pending(rank, world_size))
-        )
+        share, todo = (sum(len(self.plan.rows(n)) for n in part) for part in (mine, self.pending(rank, world_size)))
         return share, todo
 
     def add(self, number: int, content: ShardContent) -> None:
@@ -176,9 +162,7 @@ class TableBuilder:
         record: dict = {"skipped": content.skipped, "converted": content.converted, "shard": None}
         if len(content.labels_N):
             table = self.plan.table
-            check_rows(
-                content.codes_NCL, content.labels_N, table.vocab_size, table.classes, f"shard {number}"
-            )
+            check_rows(content.codes_NCL, content.labels_N, table.vocab_size, table.classes, f"shard {number}")
             name = f"data-{number:05d}-of-{self.plan.shards:05d}.arrow"
             record["shard"] = asdict(write_shard(self.work / name, content.codes_NCL, content.labels_N))
             record["label_histogram"] = histogram(content.labels_N, table.classes)
@@ -227,11 +211,7 @@ class TableBuilder:
 
     def _clean(self) -> None:
         """Remove the files that were needed only to build the table."""
-        leftovers = (
-            *self.folder.glob("rank*.lock"),
-            *self.folder.glob(".*.partial"),
-            self.folder / "plan.json",
-        )
+        leftovers = (*self.folder.glob("rank*.lock"), *self.folder.glob(".*.partial"), self.folder / "plan.json")
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "records", ignore_errors=True)
@@ -331,9 +311,7 @@ def build_shards(
             content = produce(builder.plan.rows(number), advance)
             builder.add(number, content)
             skipped += len(content.skipped)
-            if (
-                skipped > allowed_share * builder.plan.images
-            ):  # this rank's; all ranks' are counted at the end
+            if skipped > allowed_share * builder.plan.images:  # this rank's; all ranks' are counted at the end
                 builder.check_skipped(allowed_share)
         return builder.finish(allowed_share)
 

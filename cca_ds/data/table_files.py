@@ -25,14 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cca_ds.data.manifest import (
-    MANIFEST_NAME,
-    CodesError,
-    Manifest,
-    Shard,
-    histogram,
-    read_manifest,
-)
+from cca_ds.data.manifest import MANIFEST_NAME, CodesError, Manifest, Shard, histogram, read_manifest
 from cca_ds.files import FORBIDDEN, FULL, file_hash, partial_name, sync_folder, write_atomic, write_streamed
 
 SHARD_BYTES = 512 * 2**20  # datasets' own default size of a shard
@@ -57,9 +50,7 @@ def _features(crops: int, sequence_length: int):
     return datasets.Features({"codes": codes, "label": datasets.Value("int32")})
 
 
-def check_rows(
-    codes_NCL: np.ndarray, labels_N: np.ndarray, vocab_size: int, classes: int, source: str
-) -> None:
+def check_rows(codes_NCL: np.ndarray, labels_N: np.ndarray, vocab_size: int, classes: int, source: str) -> None:
     """Raise CodesError unless all codes are inside the vocabulary and all labels inside the classes."""
     if vocab_size > 2**16:
         raise CodesError(f"{source}: a vocabulary of {vocab_size} codes does not fit uint16 (at most 65536)")
@@ -104,9 +95,7 @@ def write_shard(path: str | Path, codes_NCL: np.ndarray, labels_N: np.ndarray) -
     table = pyarrow.Table.from_arrays([column, labels], schema=features.arrow_schema)
 
     def write(stream: BinaryIO) -> None:
-        writer = offline_datasets().arrow_writer.ArrowWriter(
-            stream=stream, features=features, writer_batch_size=images
-        )
+        writer = offline_datasets().arrow_writer.ArrowWriter(stream=stream, features=features, writer_batch_size=images)
         writer.write_table(table, writer_batch_size=images)
         writer.finalize(close_stream=False)
 
@@ -148,9 +137,7 @@ def one_line_errors(target: str | Path) -> Iterator[None]:
                 f"no space left while writing {target}: free some and run again, or choose another disk"
             ) from error
         if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST):
-            raise CodesError(
-                f"{target} cannot be written ({error.strerror}): choose another output folder"
-            ) from error
+            raise CodesError(f"{target} cannot be written ({error.strerror}): choose another output folder") from error
         raise
 
 
@@ -212,11 +199,7 @@ def write_codes(
 
 
 def _write_table(
-    folder: Path,
-    manifest: Manifest,
-    codes_NCL: np.ndarray,
-    labels_N: np.ndarray,
-    images_per_shard: int | None,
+    folder: Path, manifest: Manifest, codes_NCL: np.ndarray, labels_N: np.ndarray, images_per_shard: int | None
 ) -> None:
     """Write shards and descriptions into a hidden sibling, then rename it."""
     if images_per_shard is None:

@@ -16,9 +16,7 @@ from cca_ds.files import write_atomic
 GRID_SIDE = 4  # images in a row and in a column
 
 
-def verify_table(
-    table: CodeTable, tokenizer: nn.Module, device: str, png: str | Path, seed: int = 0
-) -> list[str]:
+def verify_table(table: CodeTable, tokenizer: nn.Module, device: str, png: str | Path, seed: int = 0) -> list[str]:
     """Read a whole table, compare it with its manifest, and write a grid of 4 x 4 random crops, decoded, to `png`.
 
     Args:

@@ -23,10 +23,5 @@ class LikelihoodHead(nn.Linear):
         if targets_BL is None:
             return linear(hidden_BLD, self.weight, self.bias)
         return linear_sequence_logp(
-            hidden_BLD,
-            self.weight,
-            targets_BL,
-            self.bias,
-            accumulate=self.accumulate,
-            chunk_rows=self.chunk_rows,
+            hidden_BLD, self.weight, targets_BL, self.bias, accumulate=self.accumulate, chunk_rows=self.chunk_rows
         )

@@ -39,12 +39,7 @@ def sequence_logp_eager(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
 
 
 def linear_sequence_logp_eager(
-    hidden_BLD: Tensor,
-    weight_VD: Tensor,
-    targets_BL: Tensor,
-    bias: Tensor | None = None,
-    *,
-    accumulate: str = "fp32",
+    hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, bias: Tensor | None = None, *, accumulate: str = "fp32"
 ) -> Tensor:
     """Plain version of `linear_sequence_logp`: builds all of the logits [B, L, V]."""
     if accumulate == "fp32":
@@ -107,9 +102,7 @@ def _linear_gradient(ctx, grad, _residual):
 def _register() -> None:
     fake, differentiate = torch.library.register_fake, torch.library.register_autograd
     fake("cca_ds::sequence_logp", _fake_sequence_logp)
-    fake(
-        "cca_ds::sequence_logp_backward", lambda grad, logits, targets, stats: logits.new_empty(logits.shape)
-    )
+    fake("cca_ds::sequence_logp_backward", lambda grad, logits, targets, stats: logits.new_empty(logits.shape))
     fake("cca_ds::linear_sequence_logp", _fake_linear_sequence_logp)
     fake("cca_ds::linear_sequence_logp_backward", _fake_linear_backward)
     differentiate("cca_ds::sequence_logp", _sequence_gradient, setup_context=_save_for_sequence)
@@ -194,11 +187,5 @@ def linear_sequence_logp(
         inputs = (hidden_BLD, weight_VD, bias)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         return torch.ops.cca_ds.linear_sequence_logp(
-            hidden_BLD,
-            weight_VD,
-            targets_BL,
-            bias,
-            accumulate == "fp32",
-            chunk_rows or 0,
-            keep and chunk_rows is None,
+            hidden_BLD, weight_VD, targets_BL, bias, accumulate == "fp32", chunk_rows or 0, keep and chunk_rows is None
         )[0]

@@ -76,9 +76,7 @@ def _inputs(images: np.ndarray) -> np.ndarray:
     levels = np.asarray(images)
     levels = levels.reshape(len(levels), -1)
     if levels.shape[1] != PIXELS or not np.issubdtype(levels.dtype, np.integer):
-        raise ValueError(
-            f"digits of shape {np.shape(images)} and dtype {levels.dtype}: integers [N, 64] are needed"
-        )
+        raise ValueError(f"digits of shape {np.shape(images)} and dtype {levels.dtype}: integers [N, 64] are needed")
     if len(levels) and (levels.min() < 0 or levels.max() >= LEVELS):
         raise ValueError(f"grey levels {levels.min()} to {levels.max()}: the digits have 0 to {LEVELS - 1}")
     return levels.astype(np.float64) / (LEVELS - 1)

@@ -55,9 +55,7 @@ class DigitsExtractor:
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ImagesError for images of another size than 8 x 8."""
         if shape[:2] != (8, 8):
-            raise ImagesError(
-                f"images of {shape[1]} x {shape[0]}: the digits are 8 x 8; choose another --recipe"
-            )
+            raise ImagesError(f"images of {shape[1]} x {shape[0]}: the digits are 8 x 8; choose another --recipe")
 
     def __call__(self, images_BHWC: np.ndarray) -> Features:
         """Features of the first channel's grey levels; D = 64, K = 10."""
@@ -146,9 +144,7 @@ def digits_features(codes: np.ndarray) -> Features:
     """Features of digits given as grey levels [N, 64] or [N, 8, 8]."""
     classifier = digits_classifier()
     return Features(
-        classifier.features(codes).astype(np.float32),
-        None,
-        classifier.probabilities(codes).astype(np.float32),
+        classifier.features(codes).astype(np.float32), None, classifier.probabilities(codes).astype(np.float32)
     )
 
 

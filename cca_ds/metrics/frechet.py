@@ -55,9 +55,7 @@ def frechet_distance_of_statistics(a: FeatureStatistics, b: FeatureStatistics) -
         )
     difference_D = a.mean_D - b.mean_D
     traces = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
-    return float(
-        difference_D @ difference_D + traces - 2.0 * _trace_of_root(a.covariance_DD, b.covariance_DD)
-    )
+    return float(difference_D @ difference_D + traces - 2.0 * _trace_of_root(a.covariance_DD, b.covariance_DD))
 
 
 def _trace_of_root(a_DD: np.ndarray, b_DD: np.ndarray) -> float:

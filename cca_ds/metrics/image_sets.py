@@ -64,9 +64,7 @@ def read_statistics(path: str | Path) -> tuple[FeatureStatistics, FeatureStatist
             pool = FeatureStatistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
             spatial = None
             if "mu_s" in arrays and "sigma_s" in arrays:
-                spatial = FeatureStatistics(
-                    arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64)
-                )
+                spatial = FeatureStatistics(arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64))
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ImagesError(f"{path}: statistics cannot be read ({error})") from error
     for statistics in (pool, spatial):
@@ -155,9 +153,7 @@ class FolderImages:
                 )
         self.shape = (sizes[0][1], sizes[0][0], 3)
         parents = [file.parent.name for file in self.files]
-        numbered = all(parent.isdigit() for parent in parents) and root not in {
-            file.parent for file in self.files
-        }
+        numbered = all(parent.isdigit() for parent in parents) and root not in {file.parent for file in self.files}
         self.labels_N = np.array([int(parent) for parent in parents]) if numbered else None
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -182,9 +178,7 @@ class FolderImages:
         try:
             with Image.open(file) as image:
                 if image.mode not in ("RGB", "L", "P", "1"):
-                    raise ImagesError(
-                        f"{file}: mode {image.mode}; 8-bit RGB or grey is needed, without transparency"
-                    )
+                    raise ImagesError(f"{file}: mode {image.mode}; 8-bit RGB or grey is needed, without transparency")
                 return image.size
         except UnidentifiedImageError as error:
             raise ImagesError(f"{file}: not an image") from error
@@ -198,9 +192,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np
     """Shape, order and dtype of the array that `file` begins with; the file is then at the first number."""
     try:
         version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read(file)
     except ValueError as error:
         raise ImagesError(f"{path}: arr_0 is not an array of numpy's ({error})") from error

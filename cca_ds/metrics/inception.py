@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 WEIGHTS_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -203,11 +202,7 @@ def _block_35(inputs: int, pool_channels: int) -> Mixed:
 
 
 def _halve_to_17(inputs: int) -> Mixed:
-    double = (
-        Conv("branch3x3dbl_1", 64),
-        Conv("branch3x3dbl_2", 96, 3),
-        Conv("branch3x3dbl_3", 96, 3, stride=2),
-    )
+    double = (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3), Conv("branch3x3dbl_3", 96, 3, stride=2))
     return Mixed(inputs, ((Conv("branch3x3", 384, 3, stride=2),), double), "halve", 0)
 
 

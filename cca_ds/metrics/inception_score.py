@@ -16,9 +16,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """
     probabilities_NC = np.asarray(probabilities, dtype=np.float64)
     if probabilities_NC.ndim != 2 or len(probabilities_NC) == 0:
-        raise ValueError(
-            f"probabilities of shape {probabilities_NC.shape}: a non-empty [images, classes] is needed"
-        )
+        raise ValueError(f"probabilities of shape {probabilities_NC.shape}: a non-empty [images, classes] is needed")
     if not (probabilities_NC >= 0).all() or np.abs(probabilities_NC.sum(axis=1) - 1).max() > 1e-3:
         raise ValueError("rows of the probabilities do not sum to one; give softmax outputs, not logits")
     starts = range(0, len(probabilities_NC), split_size)
@@ -29,7 +27,5 @@ def _score_of_split(probabilities_NC: np.ndarray) -> float:
     """exp(mean_x KL(p(y|x) || p(y))) with p(y) the mean over this split."""
     marginal_C = probabilities_NC.mean(axis=0, keepdims=True)
     # 0 log 0 = 0; a class absent from the split has marginal 0 and only zero entries
-    ratio_NC = np.divide(
-        probabilities_NC, marginal_C, out=np.ones_like(probabilities_NC), where=probabilities_NC > 0
-    )
+    ratio_NC = np.divide(probabilities_NC, marginal_C, out=np.ones_like(probabilities_NC), where=probabilities_NC > 0)
     return float(np.exp((probabilities_NC * np.log(ratio_NC)).sum(axis=1).mean()))

@@ -40,8 +40,7 @@ def precision_recall(
     reference_ND, sample_MD = _centred(reference_features, sample_features, device)
     if min(len(reference_ND), len(sample_MD)) <= neighbours:
         raise ValueError(
-            f"{len(reference_ND)} reference and {len(sample_MD)} sample vectors: "
-            f"each set needs more than {neighbours}"
+            f"{len(reference_ND)} reference and {len(sample_MD)} sample vectors: each set needs more than {neighbours}"
         )
     reference_radii_N = _squared_radii(reference_ND, neighbours, block)
     sample_radii_M = _squared_radii(sample_MD, neighbours, block)
@@ -61,9 +60,7 @@ def _centred(
     """Both sets minus the references' mean: |u|^2 - 2 u.v + |v|^2 then cancels fewer digits."""
     sets = [torch.as_tensor(np.asarray(features)) for features in (reference, sample)]
     if any(features.ndim != 2 for features in sets) or sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(
-            f"features of shapes {tuple(sets[0].shape)} and {tuple(sets[1].shape)}: [N, D] and [M, D]"
-        )
+        raise ValueError(f"features of shapes {tuple(sets[0].shape)} and {tuple(sets[1].shape)}: [N, D] and [M, D]")
     dtype = torch.float64 if all(features.dtype == torch.float64 for features in sets) else torch.float32
     centre_D = sets[0].mean(dim=0, dtype=torch.float64)
     reference_ND, sample_MD = (features.to(device, dtype) - centre_D.to(device, dtype) for features in sets)

@@ -44,9 +44,7 @@ def reference_of(features: Features) -> Reference:
     return Reference(feature_statistics(features.pool_ND), spatial, features.pool_ND)
 
 
-def score(
-    samples: Features, reference: Reference, labels_N: np.ndarray | None = None, device: str = "cpu"
-) -> Scores:
+def score(samples: Features, reference: Reference, labels_N: np.ndarray | None = None, device: str = "cpu") -> Scores:
     """FID, sFID, inception score, precision, recall, and class accuracy when labels are given.
 
     Args:
@@ -67,17 +65,13 @@ def score(
         raise ValueError(f"{count} image: a Frechet distance needs at least {MINIMUM}")
     notes = []
     if count <= width:
-        notes.append(
-            f"{count} images are no more than the {width} features: FID is biased upwards, not comparable"
-        )
+        notes.append(f"{count} images are no more than the {width} features: FID is biased upwards, not comparable")
     values: dict[str, float | None] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SingularCovarianceWarning)
         values["fid"] = frechet_distance_of_statistics(feature_statistics(samples.pool_ND), reference.pool)
         if samples.spatial_NS is not None and reference.spatial is not None:
-            values["sfid"] = frechet_distance_of_statistics(
-                feature_statistics(samples.spatial_NS), reference.spatial
-            )
+            values["sfid"] = frechet_distance_of_statistics(feature_statistics(samples.spatial_NS), reference.spatial)
     notes += list(dict.fromkeys(str(warning.message) for warning in caught))
     values["inception_score"] = inception_score(samples.probabilities_NK, SPLIT)
     values["precision"] = values["recall"] = None
@@ -96,6 +90,4 @@ def order_note(labels_N: np.ndarray | None) -> list[str]:
         return []
     if (np.diff(labels_N.astype(np.int64)) < 0).any():
         return []
-    return [
-        f"images are in the order of their classes: a split of {SPLIT} for the inception score holds few; shuffle"
-    ]
+    return [f"images are in the order of their classes: a split of {SPLIT} for the inception score holds few; shuffle"]

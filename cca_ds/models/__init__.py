@@ -2,24 +2,10 @@
 
 from cca_ds.models.base import CodeModel, Family
 from cca_ds.models.llamagen import LlamaGenConfig
-from cca_ds.models.registry import (
-    FAMILIES,
-    create_model,
-    family_of,
-    family_of_model,
-    model_config,
-    preset_name,
-)
+from cca_ds.models.registry import FAMILIES, create_model, family_of, family_of_model, model_config, preset_name
 from cca_ds.models.var import VARConfig
 from cca_ds.models.weight_files import WeightsError, read_weights, state_hash
-from cca_ds.models.weights import (
-    DTYPES,
-    check_weights,
-    expected_shapes,
-    fix_lambda,
-    load_weights,
-    save_weights,
-)
+from cca_ds.models.weights import DTYPES, check_weights, expected_shapes, fix_lambda, load_weights, save_weights
 
 __all__ = [
     "DTYPES",

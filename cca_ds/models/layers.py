@@ -77,9 +77,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        mask_B = (
-            torch.empty(branch.shape[0], device=branch.device, dtype=branch.dtype).bernoulli_(keep).div_(keep)
-        )
+        mask_B = torch.empty(branch.shape[0], device=branch.device, dtype=branch.dtype).bernoulli_(keep).div_(keep)
         return branch * mask_B.view(-1, *[1] * (branch.ndim - 1))
 
 

@@ -6,11 +6,7 @@ from cca_ds.models.base import Family
 
 
 def model_card(
-    name: str,
-    family: Family,
-    base_model: str,
-    recipe: str,
-    metrics: Mapping[str, float] | None = None,
+    name: str, family: Family, base_model: str, recipe: str, metrics: Mapping[str, float] | None = None
 ) -> str:
     """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.
 

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from cca_ds.models.base import Family
 from cca_ds.models.layers import LambdaEmbedding
 from cca_ds.models.registry import FAMILIES, family_of_model
-from cca_ds.models.weight_files import (
-    KINDS,
-    WeightsError,
-    WeightsKind,
-    read_metadata,
-    read_weights,
-    replace_file,
-)
+from cca_ds.models.weight_files import KINDS, WeightsError, WeightsKind, read_metadata, read_weights, replace_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as recipes name them
 SAFETENSORS = "safetensors"  # the layout that every module can be saved in
@@ -39,9 +32,7 @@ def layouts() -> list[str]:
 def expected_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Key -> shape of everything a weights file must hold for `module`; the full shape under ZeRO-3, too."""
     state, computed = module.state_dict(keep_vars=True), _computed()
-    return {
-        key: getattr(value, "ds_shape", value.shape) for key, value in state.items() if key not in computed
-    }
+    return {key: getattr(value, "ds_shape", value.shape) for key, value in state.items() if key not in computed}
 
 
 def _computed() -> set[str]:
@@ -68,9 +59,7 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
     """
     kind, own_kind = _kind(state), _kind(expected)
     if kind and own_kind and kind is not own_kind:
-        raise WeightsError(
-            f"weights file {path} holds {kind.name}, but {own_kind.name} is needed: name the other file"
-        )
+        raise WeightsError(f"weights file {path} holds {kind.name}, but {own_kind.name} is needed: name the other file")
     conditioned = any(key.startswith(_LAMBDA) for key in expected)
     if not conditioned and any(key.startswith(_LAMBDA) for key in state):
         raise WeightsError(
@@ -86,9 +75,7 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
         for key, shape in expected.items()
         if key in state and state[key].shape != shape
     }
-    misshaped = [
-        f"{key} is {found} in the file and {wanted} in the model" for key, (found, wanted) in shapes.items()
-    ]
+    misshaped = [f"{key} is {found} in the file and {wanted} in the model" for key, (found, wanted) in shapes.items()]
     problems = _named("missing", missing) + _named("unexpected", unexpected) + _named("mis-shaped", misshaped)
     if problems:
         hint = _size_hint(own_kind, shapes)
@@ -164,9 +151,7 @@ def save_weights(
     if layout != SAFETENSORS and (family is None or layout not in family.layouts):
         owner = next(other.name for other in FAMILIES.values() if layout in other.layouts)
         own = family.name if family else type(module).__name__
-        raise WeightsError(
-            f"layout {layout!r} is for {owner} models, this one is {own}: choose another layout"
-        )
+        raise WeightsError(f"layout {layout!r} is for {owner} models, this one is {own}: choose another layout")
     tensors = _detached(module.state_dict() if state is None else state, dtype)
     if layout == SAFETENSORS:
         header = {"format": "pt", **_described(module), **(metadata or {})}
@@ -202,9 +187,7 @@ def _detached(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
     """Contiguous copies where needed, so that a file holds each tensor's own values and nothing else."""
     tensors = {}
     for key, value in state.items():
-        value = value.detach().to(
-            "cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype
-        )
+        value = value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype)
         if value.untyped_storage().nbytes() != value.nbytes:  # a view: torch.save would write all behind it
             value = value.clone()
         tensors[key] = value.contiguous()
@@ -216,8 +199,6 @@ def _described(module: nn.Module) -> dict[str, str]:
     if _family(module) is None:
         return {}
     entries = {
-        key: str(value)
-        for key, value in asdict(module.config).items()
-        if not key.endswith(("dropout", "drop_path"))
+        key: str(value) for key, value in asdict(module.config).items() if not key.endswith(("dropout", "drop_path"))
     }
     return {**entries, "family": module.family, "sequence_length": str(module.sequence_length)}

@@ -55,9 +55,7 @@ def adaln_linear(
     if not has_kernel(x_BLD):
         return adaln_linear_eager(x_BLD, scale_BD, shift_BD, eps, weight_FD, bias_F)
     weight_FD, bias_F = weight_FD.to(x_BLD.dtype), bias_F.to(x_BLD.dtype)
-    return _AdaLNLinear.apply(
-        x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F, transient
-    )
+    return _AdaLNLinear.apply(x_BLD, scale_BD.float() + 1.0, shift_BD.float(), eps, weight_FD, bias_F, transient)
 
 
 def gated_residual_linear_eager(
@@ -85,9 +83,7 @@ def _layer_norm(x_BLD: Tensor, weight_BD: Tensor, bias_BD: Tensor, eps: float, o
     """Layer norm with float32 weight and bias per image, written into `out_BLD`; returns [B, 2, L, 1]: mean, 1/std."""
     statistics = []
     for image, (weight_D, bias_D) in enumerate(zip(weight_BD, bias_BD, strict=True)):
-        out_BLD[image], *of_image = torch.native_layer_norm(
-            x_BLD[image], weight_D.shape, weight_D, bias_D, eps
-        )
+        out_BLD[image], *of_image = torch.native_layer_norm(x_BLD[image], weight_D.shape, weight_D, bias_D, eps)
         statistics.append(torch.stack(of_image))
     return torch.stack(statistics)
 
@@ -166,13 +162,7 @@ class _GatedResidualLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x_BLF: Tensor,
-        stream_BLD: Tensor,
-        gate_BD: Tensor,
-        weight_DF: Tensor,
-        bias_D: Tensor,
-        gelu: bool,
+        ctx, x_BLF: Tensor, stream_BLD: Tensor, gate_BD: Tensor, weight_DF: Tensor, bias_D: Tensor, gelu: bool
     ) -> Tensor:
         ctx.save_for_backward(x_BLF, gate_BD, weight_DF, bias_D)
         ctx.gelu = gelu
@@ -193,9 +183,7 @@ class _GatedResidualLinear(torch.autograd.Function):
             own_DF = weight_gradient(grad_LD, _gelu(x_LF, active_LF) if ctx.gelu else x_LF, own_DF)
             grad_weight_DF.addcmul_(own_DF, gate_D[:, None])
             torch.add(own_DF.mul_(weight_DF).sum(1), sum_D * bias_D, out=grad_gate_D)
-        gated_BLD = torch.mul(
-            grad_BLD, gate_BD[:, None], out=scratch.take("narrow", grad_BLD.shape, grad_BLD)
-        )
+        gated_BLD = torch.mul(grad_BLD, gate_BD[:, None], out=scratch.take("narrow", grad_BLD.shape, grad_BLD))
         if ctx.gelu:
             grad_x_BLF = input_gradient(gated_BLD, weight_DF, scratch.take("wide", x_BLF.shape, x_BLF))
             torch.ops.cca_ds.gelu_backward(grad_x_BLF, x_BLF)

@@ -42,14 +42,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_RD, weight_D, factors_R = ctx.saved_tensors
-        grad_x_RD, grad_weight_D = torch.ops.cca_ds.rms_norm_backward(
-            grad_RD, x_RD, weight_D.float(), factors_R
-        )
+        grad_x_RD, grad_weight_D = torch.ops.cca_ds.rms_norm_backward(grad_RD, x_RD, weight_D.float(), factors_R)
         return grad_x_RD, grad_weight_D.to(weight_D.dtype), None
 
 
 register("rms_norm", lambda x, weight, eps, out: weight.new_empty(x.shape[:-1].numel()))
-register(
-    "rms_norm_backward",
-    lambda grad, x, weight, factors: (torch.empty_like(x), torch.empty_like(weight)),
-)
+register("rms_norm_backward", lambda grad, x, weight, factors: (torch.empty_like(x), torch.empty_like(weight)))

@@ -55,9 +55,7 @@ def qk_norm_backward(
     `heads_3BHLC` and `factors_2BHL` are the results of the kernel `qk_norm_heads`.
     """
     grad_qkv_BLD = projection_like(grads_3BHLC)
-    dot_yg_BHL = torch.ops.cca_ds.qk_norm_heads_backward(
-        grads_3BHLC, heads_3BHLC, factors_2BHL, scale_H, grad_qkv_BLD
-    )
+    dot_yg_BHL = torch.ops.cca_ds.qk_norm_heads_backward(grads_3BHLC, heads_3BHLC, factors_2BHL, scale_H, grad_qkv_BLD)
     return grad_qkv_BLD, dot_yg_BHL.sum((0, 2)) / scale_H
 
 
@@ -88,7 +86,4 @@ def _fake_heads(projection: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 register("qk_norm_heads", _fake_heads)
-register(
-    "qk_norm_heads_backward",
-    lambda grad_heads, heads, factors, scale, out: factors.new_empty(factors.shape[1:]),
-)
+register("qk_norm_heads_backward", lambda grad_heads, heads, factors, scale, out: factors.new_empty(factors.shape[1:]))

@@ -23,9 +23,7 @@ def swiglu_linear(gate: Tensor, value: Tensor, weight_DF: Tensor) -> Tensor:
     if not has_kernel(gate) or gate.dtype != weight_DF.dtype:  # the latter: autocast
         return linear(F.silu(gate) * value, weight_DF)
     if not torch.is_grad_enabled():
-        return linear(
-            _swiglu(gate, value, torch.empty_like(gate, memory_format=torch.contiguous_format)), weight_DF
-        )
+        return linear(_swiglu(gate, value, torch.empty_like(gate, memory_format=torch.contiguous_format)), weight_DF)
     out_RD = _SwiGLULinear.apply(gate.flatten(0, -2), value.flatten(0, -2), weight_DF)
     return out_RD.unflatten(0, gate.shape[:-1])
 

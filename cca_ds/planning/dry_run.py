@@ -97,9 +97,7 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     if limited < steps:
         lines[-1] += f" (batch.max_steps; {steps:,} without)"
     if an_epoch == 0:
-        lines.append(
-            f"note: batch.global_size={batch.global_size} is more than the {images} images; lower it"
-        )
+        lines.append(f"note: batch.global_size={batch.global_size} is more than the {images} images; lower it")
     return lines
 
 

@@ -45,9 +45,7 @@ def parse_nodes(text: str, efficiencies: str = "", networks: str = "") -> list[N
         match = GROUP.fullmatch(part)
         if not match or int(match[1]) < 1 or match[3] == "0":
             raise ValueError(f"--nodes {part}: write NODESxDEVICE:GPUS, e.g. 4xh100:8")
-        groups.append(
-            NodeGroup(devices[_known(match[2], "--nodes")], int(match[1]), int(match[3] or GPUS_PER_NODE))
-        )
+        groups.append(NodeGroup(devices[_known(match[2], "--nodes")], int(match[1]), int(match[3] or GPUS_PER_NODE)))
     if not groups:
         raise ValueError("--nodes names no node; write NODESxDEVICE:GPUS, e.g. 4xh100:8")
     return groups

@@ -62,9 +62,7 @@ class Outcome:
     @property
     def even_efficiency(self) -> float:
         """`efficiency` of the even partition, 0 where it does not fit."""
-        return (
-            self.steps * self.ideal_step_seconds / (self.steps * self.even_step_seconds + self.ahead_seconds)
-        )
+        return self.steps * self.ideal_step_seconds / (self.steps * self.even_step_seconds + self.ahead_seconds)
 
     @property
     def gpu_hours(self) -> float:
@@ -73,9 +71,7 @@ class Outcome:
         return gpus * self.epoch_seconds / 3600
 
 
-def outcome(
-    job: Job, groups: Sequence[NodeGroup], placement: Placement | None, checkpointing: bool
-) -> Outcome:
+def outcome(job: Job, groups: Sequence[NodeGroup], placement: Placement | None, checkpointing: bool) -> Outcome:
     """Memory and time of one placement; None where the loss needs no reference."""
     if placement and placement.needs_producers:
         return _streamed(job, list(groups), placement, checkpointing)
@@ -88,9 +84,7 @@ def leaner_outcome(job: Job, groups: Sequence[NodeGroup], own: Outcome) -> Outco
     quicker.
     """
     ordered = sorted(groups, key=lambda group: (-group.device.node_link, -group.device.peak_flops))
-    trials = (
-        outcome(job, ordered[:kept], own.placement, own.checkpointing) for kept in range(1, len(ordered))
-    )
+    trials = (outcome(job, ordered[:kept], own.placement, own.checkpointing) for kept in range(1, len(ordered)))
     quicker = [trial for trial in trials if trial.epoch_seconds < own.epoch_seconds]
     return min(quicker, key=lambda trial: trial.epoch_seconds, default=None)
 
@@ -103,12 +97,7 @@ def reference_seconds(job: Job, groups: Sequence[NodeGroup]) -> float:
 
 
 def _trained(
-    job: Job,
-    trainers: list[NodeGroup],
-    placement: Placement | None,
-    checkpointing: bool,
-    even: bool,
-    **rest: float,
+    job: Job, trainers: list[NodeGroup], placement: Placement | None, checkpointing: bool, even: bool, **rest: float
 ) -> Outcome:
     """The outcome on these trainers; `rest` are `ahead_seconds` and `producer_seconds`."""
     ranks = sum(group.ranks for group in trainers)
@@ -120,9 +109,7 @@ def _trained(
     balanced = step_time(*arguments)
     ideal = job.pairs * reference_seconds(job, trainers) * job.passes
     equal = step_time(*arguments, even=True) if even else None
-    return Outcome(
-        placement, checkpointing, trainers, [], memories, caps, balanced, equal, job.steps, ideal, **rest
-    )
+    return Outcome(placement, checkpointing, trainers, [], memories, caps, balanced, equal, job.steps, ideal, **rest)
 
 
 def _streamed(job: Job, groups: list[NodeGroup], placement: Placement, checkpointing: bool) -> Outcome:
@@ -131,9 +118,7 @@ def _streamed(job: Job, groups: list[NodeGroup], placement: Placement, checkpoin
     More trainers train faster and leave fewer producers, so the best split is where the two times cross.
     """
     nodes = sum(group.nodes for group in groups)
-    ordered = sorted(
-        groups, key=lambda group: -group.device.peak_flops * group.device.efficiency * group.gpus
-    )
+    ordered = sorted(groups, key=lambda group: -group.device.peak_flops * group.device.efficiency * group.gpus)
 
     def split(training: int) -> Outcome:
         trainers, producers = _first_nodes(ordered, training)

@@ -75,11 +75,7 @@ def recommendation(job: Job, outcomes: Sequence[Outcome], leaner: Outcome | None
 
 
 def report(
-    job: Job,
-    groups: Sequence[NodeGroup],
-    outcomes: Sequence[Outcome],
-    shown: Outcome,
-    leaner: Outcome | None = None,
+    job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], shown: Outcome, leaner: Outcome | None = None
 ) -> str:
     """The whole plan as text; `shown` is the recipe's own placement, whose memory and links are shown part by part."""
     flops = job.model.forward_flops() * job.rows_per_pair * job.passes * job.images
@@ -105,9 +101,7 @@ def report(
     return "\n".join(lines)
 
 
-def as_json(
-    job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], leaner: Outcome | None = None
-) -> str:
+def as_json(job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], leaner: Outcome | None = None) -> str:
     """The whole plan as JSON: bytes, seconds, FLOPs."""
     tree = {
         "model": asdict(job.model) | {"forward_flops": job.model.forward_flops()},
@@ -166,9 +160,7 @@ def _memory_lines(shown: Outcome) -> list[str]:
     mode = "with" if shown.checkpointing else "without"
     lines = [f"Memory of a GPU, GiB: reference {shown.placement_name}, {mode} activation checkpointing"]
     parts = ("weights", "gradients", "optimizer", "buffers", "reference", "head", "reserved")
-    lines.append(
-        "GPU         " + "".join(f"{part:>10}" for part in parts) + "  a pair  micro fits  micro used"
-    )
+    lines.append("GPU         " + "".join(f"{part:>10}" for part in parts) + "  a pair  micro fits  micro used")
     used = _largest_used(shown)
     seen = set()
     for group, memory, cap in zip(shown.trainers, shown.memories, shown.caps, strict=True):
@@ -177,9 +169,7 @@ def _memory_lines(shown: Outcome) -> list[str]:
         seen.add(group.device.name)
         figures = "".join(f"{getattr(memory, part) / GIB:10.2f}" for part in parts)
         pair = memory.activations_per_pair / GIB
-        lines.append(
-            f"{group.device.name:<12}{figures}{pair:8.2f}{cap:12}{used.get(group.device.name, 0):12}"
-        )
+        lines.append(f"{group.device.name:<12}{figures}{pair:8.2f}{cap:12}{used.get(group.device.name, 0):12}")
     return lines
 
 
@@ -193,9 +183,7 @@ def _largest_used(outcome: Outcome) -> dict[str, int]:
 
 
 def _placement_lines(outcomes: Sequence[Outcome], shown: Outcome) -> list[str]:
-    lines = [
-        "reference   checkpointing  forwards  step, s   even, s   epoch     GPU hours  share  even  pairs a GPU"
-    ]
+    lines = ["reference   checkpointing  forwards  step, s   even, s   epoch     GPU hours  share  even  pairs a GPU"]
     for outcome in outcomes:
         head = f"{outcome.placement_name:<11} {'on' if outcome.checkpointing else 'off':<14}"
         if not outcome.balanced:

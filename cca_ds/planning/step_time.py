@@ -64,9 +64,7 @@ class StepTime:
     efficiency: float
 
 
-def work_of(
-    model: ModelCost, placement: Placement | None, checkpointing: bool, rows_per_pair: int = 2
-) -> Work:
+def work_of(model: ModelCost, placement: Placement | None, checkpointing: bool, rows_per_pair: int = 2) -> Work:
     """A backward is two forwards, three with the recomputation; a reference on the trainers one forward more."""
     forward = model.forward_flops() * rows_per_pair
     reference = forward if placement and placement.on_trainers else 0.0

@@ -149,9 +149,7 @@ class ReferenceCache:
 
     def producers(self) -> str:
         """One phrase about every producer: rank, host, shard and how long ago it reported."""
-        notes = [
-            json.loads(path.read_text()) for path in sorted((self.folder / "producers").glob("rank_*.json"))
-        ]
+        notes = [json.loads(path.read_text()) for path in sorted((self.folder / "producers").glob("rank_*.json"))]
         if not notes:
             return "no producer has reported; start one with --produce_reference"
         return "; ".join(
@@ -212,9 +210,7 @@ class CachedReference:
         started = reported = time.monotonic()
         while True:
             waited = time.monotonic() - started
-            missing, late = self._agree(
-                step, not self.cache.path(number).is_file(), waited >= self.wait_seconds
-            )
+            missing, late = self._agree(step, not self.cache.path(number).is_file(), waited >= self.wait_seconds)
             if not missing:
                 return
             if late:

@@ -92,23 +92,14 @@ PLACEMENTS.register(
         _build_sharded,
         stored=False,
         on_trainers=True,
-        resident_bytes=lambda weights, gathered, ranks, offload: (
-            gathered + (0.0 if offload else weights / ranks)
-        ),
+        resident_bytes=lambda weights, gathered, ranks, offload: gathered + (0.0 if offload else weights / ranks),
         can_offload=True,
         sharded=True,
     )
 )
-PLACEMENTS.register(
-    Placement("cached", _build_cached, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0)
-)
+PLACEMENTS.register(Placement("cached", _build_cached, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0))
 PLACEMENTS.register(
     Placement(
-        "streamed",
-        _build_streamed,
-        stored=True,
-        on_trainers=False,
-        resident_bytes=lambda *_: 0.0,
-        needs_producers=True,
+        "streamed", _build_streamed, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0, needs_producers=True
     )
 )

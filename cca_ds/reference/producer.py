@@ -52,9 +52,7 @@ def fill_cache(
         write_atomic(cache.folder / COMPLETED, json.dumps({"steps": total_steps}) + "\n")
 
 
-def _compute(
-    reference: ReplicaReference, steps: Steps, order: range, batch_size: int, device: torch.device
-) -> Shard:
+def _compute(reference: ReplicaReference, steps: Steps, order: range, batch_size: int, device: torch.device) -> Shard:
     samples, positive, negative = [], [], []
     for step in order:
         (batch,) = steps[step]

@@ -15,11 +15,7 @@ from cca_ds.models.from_recipe import build_module
 
 def reference_model(model: schema.Model, dropout: bool) -> schema.Model:
     """The `model` section as the reference uses it: no embedding of lambda, no recomputation, dropout only if asked."""
-    changed = {
-        "lambda_conditioning": False,
-        "activation_checkpointing": False,
-        "dropout": dropout and model.dropout,
-    }
+    changed = {"lambda_conditioning": False, "activation_checkpointing": False, "dropout": dropout and model.dropout}
     return model.model_copy(update=changed)
 
 
@@ -53,9 +49,7 @@ class ReplicaReference:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 tensor.copy_(broadcast_weight(weights, name, tensor.shape, device))
         freeze(module, reference.dropout)
-        self.engine = deepspeed.init_inference(
-            module, dtype=DTYPES[precision], replace_with_kernel_inject=False
-        )
+        self.engine = deepspeed.init_inference(module, dtype=DTYPES[precision], replace_with_kernel_inject=False)
         freeze(self.engine.module, reference.dropout)
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -57,9 +57,7 @@ def render(run: RecordedRun) -> str:
         "Configuration": f"<pre>{escape(run.config_text)}</pre>" if run.config_text else "",
         "Missing or unreadable": "".join(f"<p>{escape(problem)}</p>" for problem in run.problems),
     }
-    body = "".join(
-        f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content
-    )
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -93,9 +91,7 @@ def results(run: RecordedRun) -> str:
     cells = [[name, *(_score(key, values.get(key)) for key in shown)] for name, values in rows + references]
     notes = [f"{name}: {note}" for name, report in run.evaluations for note in _list(report.get("notes"))]
     for name, report in run.evaluations:
-        protocol = flattened(
-            {key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")}
-        )
+        protocol = flattened({key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")})
         notes += [f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol)] if protocol else []
     small = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     return table(["", *(COLUMNS[key] for key in shown)], cells, of_paper=len(references)) + small
@@ -158,23 +154,17 @@ def curves(run: RecordedRun) -> str:
 def facts(run: RecordedRun) -> str:
     """Small tables: the summary, throughput and memory, versions, the last step's values."""
     kept = run.summary.get("versions")
-    final = _section(run.summary, "final") or {
-        tag: points[-1][1] for tag, points in run.series.items() if points
-    }
+    final = _section(run.summary, "final") or {tag: points[-1][1] for tag, points in run.series.items() if points}
     of_versions = ("Versions", kept) if isinstance(kept, dict) else ("Versions, of this page", versions())
     own_table = ("versions", "final")
-    summary = {
-        key: value for key, value in run.summary.items() if not (key in own_table and isinstance(value, dict))
-    }
+    summary = {key: value for key, value in run.summary.items() if not (key in own_table and isinstance(value, dict))}
     cards = {
         "Summary": flattened(summary),
         "Throughput and memory": resources(run),
         of_versions[0]: flattened(of_versions[1]),
         "Last step": flattened(final),
     }
-    shown = (
-        f'<div class="card"><h3>{title}</h3>{table([], rows)}</div>' for title, rows in cards.items() if rows
-    )
+    shown = (f'<div class="card"><h3>{title}</h3>{table([], rows)}</div>' for title, rows in cards.items() if rows)
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
@@ -197,9 +187,7 @@ def table(head: list[str], rows: list[list[str]], of_paper: int = 0) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     own, paper = lines[: len(lines) - of_paper], lines[len(lines) - of_paper :]
-    body = "".join(
-        [f"<tr>{line}</tr>" for line in own] + [f'<tr class="paper">{line}</tr>' for line in paper]
-    )
+    body = "".join([f"<tr>{line}</tr>" for line in own] + [f'<tr class="paper">{line}</tr>' for line in paper])
     return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 

@@ -27,18 +27,14 @@ class RecordedRun:
     summary: dict[str, Any] = field(default_factory=dict)
     grids: list[tuple[str, bytes]] = field(default_factory=list)  # (name, PNG), first and last
     comparison: bytes | None = None  # samples.png of `make demo`: models side by side
-    evaluations: list[tuple[str, dict[str, Any]]] = field(
-        default_factory=list
-    )  # (name, cca_ds.evaluate's report)
+    evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (name, cca_ds.evaluate's report)
     problems: list[str] = field(default_factory=list)
 
 
 def read_run(path: Path) -> RecordedRun:
     """Read a run's folder. Raises ValueError when it has none of MARKS."""
     if not path.is_dir():
-        raise ValueError(
-            f"--report {path}: no such folder; give the folder that train.py wrote (its --output)"
-        )
+        raise ValueError(f"--report {path}: no such folder; give the folder that train.py wrote (its --output)")
     if not any((path / mark).is_file() for mark in MARKS):
         raise ValueError(f"--report {path}: no run in this folder; it has none of {', '.join(MARKS)}")
     run = RecordedRun(path)

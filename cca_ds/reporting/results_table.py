@@ -51,9 +51,7 @@ def updated(readme: str, tables: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 when `--check` finds a difference, 2 for files that cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
@@ -67,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"results_table: {error}", file=sys.stderr)
         return 2
     if arguments.check and new != old:
-        print(
-            f"{arguments.readme}: differs from {arguments.results}; run python -m cca_ds.reporting.results_table"
-        )
+        print(f"{arguments.readme}: differs from {arguments.results}; run python -m cca_ds.reporting.results_table")
         return 1
     return 0
 
@@ -109,9 +105,7 @@ def _section(title: str, content: dict[str, Any], path: Path) -> str:
     for row in table["rows"]:
         lines.append([_cell(cell, decimals.get(column)) for column, cell in zip(columns, row, strict=True)])
     facts = [f"{key} {content[key]}" for key in ("date", "commit", "device") if content.get(key)]
-    source = (
-        f"{title} ({', '.join([*facts, f'`{path.parent.parent.name}/{path.parent.name}/{path.name}`'])}):"
-    )
+    source = f"{title} ({', '.join([*facts, f'`{path.parent.parent.name}/{path.parent.name}/{path.name}`'])}):"
     return "\n".join([source, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 

@@ -24,15 +24,7 @@ from cca_ds.sampling.image_folder import SampleFolder, to_pixels
 
 DECODED = 32  # images that the tokenizer decodes at once
 # fields of a recipe's `sampling` that `generate` takes
-_OF_GENERATE = (
-    "guidance_scale",
-    "guidance_schedule",
-    "guidance_interval",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed",
-)
+_OF_GENERATE = ("guidance_scale", "guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "seed")
 
 
 def sampling_lambda(sampling: Sampling, loss_lambda: float, conditioned: bool) -> float | None:

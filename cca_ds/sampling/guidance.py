@@ -102,11 +102,7 @@ def _keep_top_p(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def draw_codes(
-    logits_BV: torch.Tensor,
-    uniforms_B: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
     """One code per row, [B] int64: the inverse of the cumulative distribution at `uniforms_B` (float64, in
     [0, 1)).
@@ -141,9 +137,7 @@ class Draw:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be above 0; for the most probable code use top_k=1"
-            )
+            raise ValueError(f"temperature={self.temperature} must be above 0; for the most probable code use top_k=1")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 keeps every code)")
         if not 0.0 < self.top_p <= 1.0:

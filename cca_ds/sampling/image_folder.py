@@ -32,9 +32,7 @@ from cca_ds.files import write_atomic, write_streamed
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
 # What may differ between two starts that fill one folder.
-FREE = frozenset(
-    {"recipe", "weights", "images_per_class", "classes", "images", "complete", "seconds", "versions"}
-)
+FREE = frozenset({"recipe", "weights", "images_per_class", "classes", "images", "complete", "seconds", "versions"})
 
 
 class SamplesError(ValueError):
@@ -78,13 +76,9 @@ class SampleFolder:
         differing = [key for key in settings if key not in FREE and old and old.get(key) != settings[key]]
         if differing:
             values = ", ".join(f"{key} {old.get(key)} and not {settings[key]}" for key in differing)
-            raise SamplesError(
-                f"--output {self.folder}: holds images drawn with {values}; choose another folder"
-            )
+            raise SamplesError(f"--output {self.folder}: holds images drawn with {values}; choose another folder")
         if not old and (self.folder / "images").is_dir():
-            raise SamplesError(
-                f"--output {self.folder}: holds images without {SETTINGS}; choose another folder"
-            )
+            raise SamplesError(f"--output {self.folder}: holds images without {SETTINGS}; choose another folder")
         try:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(settings, indent=1) + "\n")
@@ -134,14 +128,10 @@ class SampleFolder:
             with Image.open(self.path(index)) as image:
                 pixels = np.asarray(image)
         except OSError as error:
-            raise SamplesError(
-                f"{self.path(index)}: cannot be read ({error}); delete it and start again"
-            ) from None
+            raise SamplesError(f"{self.path(index)}: cannot be read ({error}); delete it and start again") from None
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
-    def write_npz(
-        self, indices: Sequence[int], show: Callable[[Iterable[int]], Iterable[int]] = iter
-    ) -> Path:
+    def write_npz(self, indices: Sequence[int], show: Callable[[Iterable[int]], Iterable[int]] = iter) -> Path:
         """`samples.npz` of the images in this order, streamed: 50,000 of 256 x 256 are 10 GB. Returns its path."""
         path, shape = self.folder / "samples.npz", self.read(indices[0]).shape
         labels_N = np.array([index % self.classes for index in indices], dtype=np.int64)
@@ -150,9 +140,7 @@ class SampleFolder:
     def write_grid(self, indices: Sequence[int], columns: int = 10, rows: int = 8) -> Path:
         """`grid.png`: a column for each of up to `columns` classes spread over all. Returns its path."""
         labels = sorted({index % self.classes for index in indices})
-        shown = [
-            labels[i * len(labels) // min(columns, len(labels))] for i in range(min(columns, len(labels)))
-        ]
+        shown = [labels[i * len(labels) // min(columns, len(labels))] for i in range(min(columns, len(labels)))]
         per_class = min(rows, len(indices) // len(labels))
         picked = [round_ * self.classes + label for round_ in range(per_class) for label in shown]
         images_NHWC = torch.from_numpy(np.stack([self.read(index) for index in picked]))

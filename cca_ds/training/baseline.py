@@ -36,9 +36,7 @@ def check_baseline(
         return
     policy, objective = engines.policy, engines.objective
     stored = objective.spec.needs_reference and PLACEMENTS[run.reference.placement].stored
-    step = (
-        0 if stored else _HELD_OUT_EPOCH * own_steps.steps_per_epoch
-    )  # stored ones hold the run's own steps only
+    step = 0 if stored else _HELD_OUT_EPOCH * own_steps.steps_per_epoch  # stored ones hold the run's own steps only
     policy.engine.eval()
     sums, worst = engines.zero_sums(), 0.0
     for batch in own_steps[step]:

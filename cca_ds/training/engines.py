@@ -74,9 +74,7 @@ class Engines:
             found += batch.sample_indices_B[bad.cpu()].tolist()
         everyone: list[Any] = [None] * ranks.world_size
         torch.distributed.all_gather_object(everyone, (ranks.rank, ranks.host, found[:8]))
-        named = "; ".join(
-            f"rank {rank} ({host}): samples {samples}" for rank, host, samples in everyone if samples
-        )
+        named = "; ".join(f"rank {rank} ({host}): samples {samples}" for rank, host, samples in everyone if samples)
         raise NonFinite(
             f"step {step + 1}: the loss is not finite ({named or 'in the loss itself'}); the optimizer has not "
             "stepped; look at these samples, or lower optimizer.learning_rate or loss.beta"

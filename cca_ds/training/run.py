@@ -125,9 +125,7 @@ def fill_reference_cache(run: RunConfig, ds: dict[str, Any], ahead: bool) -> int
     if run.reference.cache is None:
         raise ReferenceCacheError("name the folder to fill: --set reference.cache=FOLDER")
     return run_on_ranks(
-        lambda ranks: _fill_cache(run, ds, ahead, ranks),
-        run.distributed.timeout_seconds,
-        run.batch.micro_size,
+        lambda ranks: _fill_cache(run, ds, ahead, ranks), run.distributed.timeout_seconds, run.batch.micro_size
     )
 
 
@@ -138,9 +136,7 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
     coordinator = Coordinator(ranks)
     cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
-    reference = ReplicaReference(
-        run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer
-    )
+    reference = ReplicaReference(run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer)
     whole_batches = Steps(inputs.table, inputs.plan, 0, [run.batch.global_size])
     ahead_steps = run.reference.ahead_steps if ahead else None
     fill_cache(cache, reference, whole_batches, inputs.steps, ranks, run.reference.batch_size, ahead_steps)
@@ -191,9 +187,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     engines = _build_engines(run, ds, inputs, balancer, checkpoints, origin, precision, coordinator)
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
-    log = RunLog(
-        folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress
-    )
+    log = RunLog(folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress)
     last_values = last_logged_values(folder / "metrics.jsonl", first_step)
     utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
@@ -261,17 +255,13 @@ def reference_weights(
         return starting_weights(model, run.reference.weights, run.seed, tokenizer)
     if policy_weights is None:
         policy_weights = starting_weights(run.model, run.model.weights, run.seed, tokenizer)
-    return {
-        name: tensor for name, tensor in policy_weights.items() if not name.startswith("lambda_embedding.")
-    }
+    return {name: tensor for name, tensor in policy_weights.items() if not name.startswith("lambda_embedding.")}
 
 
 def _check_start(run: RunConfig, parts: Run) -> bool:
     """Before the first step of all: check the baseline and draw its samples."""
     if parts.progress.step == 0:
-        check_baseline(
-            run, parts.engines, parts.reader.own_steps(), parts.coordinator, parts.progress.log.say
-        )
+        check_baseline(run, parts.engines, parts.reader.own_steps(), parts.coordinator, parts.progress.log.say)
         if parts.grids.due(0):
             parts.grids.draw(parts.engines.policy, 0)
     return True
@@ -286,9 +276,7 @@ def _until_stopped(parts: Run, work: Callable[[Run], bool]) -> bool:
         return False
 
 
-def _announce(
-    run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Balancer, progress: Progress
-) -> None:
+def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Balancer, progress: Progress) -> None:
     """The run's first lines: what runs where, on what, with which kernels; its text and row in TensorBoard."""
     policy, log = engines.policy, progress.log
     log.text("config", dump_recipe(run))
@@ -328,11 +316,7 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
         "ranks": ranks.world_size,
         "devices": ", ".join(f"{count} x {device}" for device, count in devices.items()),
         "precision": parts.engines.precision,
-        "versions": {
-            "cca_ds": cca_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-        },
+        "versions": {"cca_ds": cca_ds.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
         "final": parts.progress.last_values,
     }
     log.finished()

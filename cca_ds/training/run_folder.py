@@ -38,19 +38,13 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
     if resume not in ("auto", "never"):
         _check_resume(Path(resume), folder)
     if not (folder / "config.yaml").exists():
-        if folder.is_dir() and any(
-            (folder / name).exists() for name in ("checkpoints", "metrics.jsonl", COMPLETED)
-        ):
-            raise ConfigError(
-                [f"--output {folder}: holds a run without its config.yaml; choose another folder"]
-            )
+        if folder.is_dir() and any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", COMPLETED)):
+            raise ConfigError([f"--output {folder}: holds a run without its config.yaml; choose another folder"])
         return
     try:
         existing = config_hash(load_recipe(str(folder / "config.yaml")))
     except (ConfigError, yaml.YAMLError) as error:
-        raise ConfigError(
-            [f"--output {folder}: holds a run whose config.yaml is unreadable ({error})"]
-        ) from None
+        raise ConfigError([f"--output {folder}: holds a run whose config.yaml is unreadable ({error})"]) from None
     if existing != config_hash(run):
         raise ConfigError(
             [f"--output {folder}: already holds another run (its config.yaml differs); choose another folder"]
@@ -61,9 +55,7 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
 
 def _check_writable(place: Path, folder: Path) -> None:
     try:
-        with tempfile.TemporaryFile(
-            dir=place
-        ):  # os.access would report a read-only file system as writable to root
+        with tempfile.TemporaryFile(dir=place):  # os.access would report a read-only file system as writable to root
             pass
     except OSError as error:
         raise ConfigError(

@@ -53,9 +53,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(
             total=steps,
             initial=first_step,

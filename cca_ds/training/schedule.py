@@ -7,9 +7,7 @@ import math
 from cca_ds.config.schema import Optimizer, Schedule
 
 
-def learning_rate(
-    step: int, steps: int, steps_per_epoch: int, optimizer: Optimizer, schedule: Schedule
-) -> float:
+def learning_rate(step: int, steps: int, steps_per_epoch: int, optimizer: Optimizer, schedule: Schedule) -> float:
     """Rate of step `step` of `steps`, both counted in optimizer steps from 0.
 
     A warm-up that rises linearly from `warmup_start` of the peak, then `hold` of what is left at the peak,

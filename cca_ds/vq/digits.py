@@ -28,9 +28,7 @@ class DigitsTokenizer(nn.Module):
     def sequence_length(self, image_size: int = IMAGE_SIZE) -> int:
         """Codes per image, L: one per pixel."""
         if image_size != IMAGE_SIZE:
-            raise ValueError(
-                f"the digits tokenizer takes {IMAGE_SIZE} x {IMAGE_SIZE} images, not {image_size}"
-            )
+            raise ValueError(f"the digits tokenizer takes {IMAGE_SIZE} x {IMAGE_SIZE} images, not {image_size}")
         return image_size * image_size
 
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -56,9 +54,7 @@ class DigitsTokenizer(nn.Module):
 
     def hash(self) -> str:
         """SHA-256 of the tokenizer's definition, in hexadecimal (it has no weights to hash)."""
-        return hashlib.sha256(
-            f"digits {IMAGE_SIZE}x{IMAGE_SIZE} levels={GREY_LEVELS} raster".encode()
-        ).hexdigest()
+        return hashlib.sha256(f"digits {IMAGE_SIZE}x{IMAGE_SIZE} levels={GREY_LEVELS} raster".encode()).hexdigest()
 
 
 def load_digit_images() -> tuple[torch.Tensor, torch.Tensor]:

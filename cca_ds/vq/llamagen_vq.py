@@ -46,9 +46,7 @@ class _Level(nn.Module):
     resolution.
     """
 
-    def __init__(
-        self, channels_in: int, channels_out: int, blocks: int, attention: bool, change: str | None
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, attention: bool, change: str | None) -> None:
         super().__init__()
         widths = [channels_in, *[channels_out] * blocks]
         self.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
@@ -80,9 +78,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = convolution(3, channels)
         self.conv_blocks = nn.ModuleList(
-            _Level(
-                [channels, *widths][i], widths[i], BLOCKS_PER_LEVEL, i == last, "down" if i < last else None
-            )
+            _Level([channels, *widths][i], widths[i], BLOCKS_PER_LEVEL, i == last, "down" if i < last else None)
             for i in range(len(widths))
         )
         self.mid = _middle(widths[-1])
@@ -107,9 +103,7 @@ class Decoder(nn.Module):
         self.conv_in = convolution(z_channels, widths[0])
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            _Level(
-                [widths[0], *widths][i], widths[i], BLOCKS_PER_LEVEL + 1, i == 0, "up" if i < last else None
-            )
+            _Level([widths[0], *widths][i], widths[i], BLOCKS_PER_LEVEL + 1, i == 0, "up" if i < last else None)
             for i in range(len(widths))
         )
         self.norm_out = group_norm(widths[-1])
@@ -140,9 +134,7 @@ class _Codebook(nn.Module):
     def nearest(self, z_NE: Tensor) -> Tensor:
         """The code of the smallest angle to each vector, [N] int64, computed in float32."""
         codes_VE = self.directions()
-        half_norm_V = (
-            codes_VE.square().sum(-1) / 2
-        )  # 1/2 but for rounding, which the original's distances see too
+        half_norm_V = codes_VE.square().sum(-1) / 2  # 1/2 but for rounding, which the original's distances see too
         z_NE = F.normalize(z_NE.float(), dim=-1)
         parts = [(rows @ codes_VE.T).sub_(half_norm_V).argmax(-1) for rows in z_NE.split(_ROWS_AT_ONCE)]
         return torch.cat(parts)
@@ -193,9 +185,7 @@ class LlamaGenVQ(LearnedTokenizer):
         """Images [B, 3, H, H] in the weights' dtype, about [-1, 1], of codes [B, L] with L a square number."""
         side = round(codes_BL.shape[1] ** 0.5)
         if side * side != codes_BL.shape[1]:
-            raise ValueError(
-                f"{codes_BL.shape[1]} codes an image are no square: they come from another tokenizer"
-            )
+            raise ValueError(f"{codes_BL.shape[1]} codes an image are no square: they come from another tokenizer")
         codes_BL = checked_codes(codes_BL, self.vocab_size)
         chosen_BHWE = F.embedding(codes_BL, self.quantize.directions()).unflatten(1, (side, side))
         z_BEHW = chosen_BHWE.permute(0, 3, 1, 2).contiguous().to(self.post_quant_conv.weight.dtype)

@@ -46,9 +46,7 @@ class TokenizerSpec:
     def options(self) -> list[str]:
         """Names of the options that `build` takes."""
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return [
-            name for name, option in inspect.signature(self.build).parameters.items() if option.kind in named
-        ]
+        return [name for name, option in inspect.signature(self.build).parameters.items() if option.kind in named]
 
 
 TOKENIZERS: Registry[TokenizerSpec] = Registry("tokenizer.name")
@@ -86,16 +84,12 @@ def _check_options(spec: TokenizerSpec, weights: str | Path | None, shape: dict[
     known = spec.options()
     if not known and not spec.needs_weights and (weights is not None or shape):
         given = ", ".join([*(["weights"] if weights is not None else []), *shape])
-        raise ValueError(
-            f"the {spec.name} tokenizer has neither weights nor shapes to set: leave out {given}"
-        )
+        raise ValueError(f"the {spec.name} tokenizer has neither weights nor shapes to set: leave out {given}")
     if weights is not None and not spec.needs_weights:
         raise ValueError(f"the {spec.name} tokenizer has no weights: leave out weights={weights}")
     unknown = [f"{key}={value!r}" for key, value in shape.items() if key not in known]
     if unknown:
-        raise ValueError(
-            f"the {spec.name} tokenizer has no {', '.join(unknown)}: its options are {', '.join(known)}"
-        )
+        raise ValueError(f"the {spec.name} tokenizer has no {', '.join(unknown)}: its options are {', '.join(known)}")
 
 
 class LearnedTokenizer(nn.Module):

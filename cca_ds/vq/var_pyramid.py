@@ -80,9 +80,7 @@ class ResidualPyramid(nn.Module):
         """The codes of each scale, [B, l] int64; ValueError for another length or a code outside the codebook."""
         if codes_BL.ndim != 2 or codes_BL.shape[1] != self.sequence_length:
             shape = list(codes_BL.shape)
-            raise ValueError(
-                f"codes of shape {shape}: the scales {self.scales} take [B, {self.sequence_length}]"
-            )
+            raise ValueError(f"codes of shape {shape}: the scales {self.scales} take [B, {self.sequence_length}]")
         return codes_BL.long().split([scale**2 for scale in self.scales], dim=1)
 
     def feature_sum(self, codes_BL: Tensor) -> Tensor:

@@ -27,13 +27,7 @@ def test_every_recorded_case(recorded):
         pos = recorded["policy_logp_pos"].double().clone().requires_grad_()
         neg = recorded["policy_logp_neg"].double().clone().requires_grad_()
         loss = LOSSES[match[1]](
-            pos,
-            neg,
-            recorded["ref_logp_pos"],
-            recorded["ref_logp_neg"],
-            positive,
-            float(match[2]),
-            float(match[3]),
+            pos, neg, recorded["ref_logp_pos"], recorded["ref_logp_neg"], positive, float(match[2]), float(match[3])
         )
         loss.backward()
         torch.testing.assert_close(loss, recorded[match[0]], rtol=0, atol=1e-10)
@@ -79,8 +73,7 @@ def test_sums_of_parts_make_the_mean_and_lambda_may_differ_by_pair():
     lambdas = torch.linspace(0.5, 20, 10, dtype=torch.float64)
     whole = cca_loss(*values, mask, 0.5, lambdas)
     parts = sum(
-        cca_loss(*values[:, a:b], mask[a:b], 0.5, lambdas[a:b], reduction="sum")
-        for a, b in [(0, 3), (3, 4), (4, 10)]
+        cca_loss(*values[:, a:b], mask[a:b], 0.5, lambdas[a:b], reduction="sum") for a, b in [(0, 3), (3, 4), (4, 10)]
     )
     torch.testing.assert_close(parts / 10, whole)
     one_by_one = [cca_loss(*values[:, [k]], mask[[k]], 0.5, float(lambdas[k])) for k in range(10)]

@@ -46,10 +46,7 @@ def test_ten_recorded_steps_of_the_public_program(golden, golden_configs):
     policy, reference = (tiny_model(golden, golden_configs) for _ in range(2))
     decaying = [p for p in policy.parameters() if p.ndim >= 2]
     plain = [p for p in policy.parameters() if p.ndim < 2]
-    groups = [
-        {"params": decaying, "weight_decay": settings["weight_decay"]},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decaying, "weight_decay": settings["weight_decay"]}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=settings["betas"])
     objective = Objective(Loss(beta=settings["beta"], lambda_=settings["lambda"]))
     accumulation, micro = settings["accumulation"], settings["micro_batch"]
@@ -59,10 +56,7 @@ def test_ten_recorded_steps_of_the_public_program(golden, golden_configs):
             codes, labels, null = (recorded[name][step, part] for name in ("codes", "labels", "uncond_mask"))
             null_class = torch.full_like(labels, policy.null_class)
             batch = micro_batch(
-                codes,
-                torch.where(null, null_class, labels),
-                torch.where(null, null_class, labels.roll(-1)),
-                null,
+                codes, torch.where(null, null_class, labels), torch.where(null, null_class, labels.roll(-1)), null
             )
             inputs = objective.stacked(batch)
             with torch.no_grad():
@@ -82,9 +76,7 @@ def test_ten_recorded_steps_of_the_public_program(golden, golden_configs):
 
 
 def test_stacked_rows_are_chosen_then_rejected():
-    batch = micro_batch(
-        torch.arange(8).view(2, 4), torch.tensor([1, 2]), torch.tensor([2, 3]), torch.zeros(2).bool()
-    )
+    batch = micro_batch(torch.arange(8).view(2, 4), torch.tensor([1, 2]), torch.tensor([2, 3]), torch.zeros(2).bool())
     codes_BL, labels_B = Objective(Loss()).stacked(batch)
     assert labels_B.tolist() == [1, 2, 2, 3] and (codes_BL[:2] == codes_BL[2:]).all()
     codes_BL, labels_B = Objective(Loss(name="mle")).stacked(batch)
@@ -96,9 +88,7 @@ def test_stacked_rows_are_chosen_then_rejected():
 def test_logged_means_by_hand():
     """Four pairs: two contrasted, one masked, one that met its own label."""
     null = torch.tensor([False, True, False, False])
-    batch = micro_batch(
-        torch.zeros(4, 5).long(), torch.tensor([0, 9, 1, 2]), torch.tensor([1, 9, 1, 0]), null
-    )
+    batch = micro_batch(torch.zeros(4, 5).long(), torch.tensor([0, 9, 1, 2]), torch.tensor([1, 9, 1, 0]), null)
     chosen, rejected = torch.tensor([2.0, 3.0, 5.0, -1.0]), torch.tensor([-4.0, 3.0, 5.0, 1.0])
     log_ratio = torch.cat([chosen, rejected])
     reference_logp = torch.full((8,), -10.0)
@@ -129,9 +119,7 @@ def test_the_initial_loss_is_that_of_r_zero():
     objective = Objective(Loss(lambda_=500.0))
     assert objective.expected_initial_loss(1.0) == pytest.approx(501 * math.log(2) / 500)
     null = torch.tensor([False, False, True, False])
-    batch = micro_batch(
-        torch.zeros(4, 3).long(), torch.tensor([0, 1, 9, 2]), torch.tensor([1, 2, 9, 0]), null
-    )
+    batch = micro_batch(torch.zeros(4, 3).long(), torch.tensor([0, 1, 9, 2]), torch.tensor([1, 2, 9, 0]), null)
     logp = torch.tensor([-5.0, -6, -7, -8] * 2)
     loss, _ = objective(logp, logp, batch)
     assert loss.item() / 4 == pytest.approx(objective.expected_initial_loss(0.75))

@@ -40,14 +40,10 @@ def test_memory_by_hand():
     assert memory.reference == size * 2
     assert memory.buffers == 2e8 * 2 + 1e9 * 2  # reduce bucket, live weights
     assert memory.head == 2**24 * 6 + 4 * 16384 * 3200
-    assert memory.fixed == pytest.approx(
-        sum((2.25 * size, 2.4e9, memory.head, 1.5 * 2**30)) + size * 2, rel=1e-9
-    )
+    assert memory.fixed == pytest.approx(sum((2.25 * size, 2.4e9, memory.head, 1.5 * 2**30)) + size * 2, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("stage", "parts"), [(0, (2, 2, 12)), (1, (2, 2, 3)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))]
-)
+@pytest.mark.parametrize(("stage", "parts"), [(0, (2, 2, 12)), (1, (2, 2, 3)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))])
 def test_each_stage_shards_one_part_more(stage, parts):
     model = model_cost("llamagen-b")
     sharding = Sharding.of({"zero_optimization": {"stage": stage}})
@@ -84,9 +80,7 @@ def test_gradients_are_as_wide_as_the_weights_at_least():
 @pytest.mark.parametrize("sharding", ["zero2", "zero3", "zero3_a40", "zero3_hierarchical", "zero3_offload"])
 def test_measuring_and_planning_count_the_same_bytes(placement, sharding):
     """A measured run's limit follows from the planner's fixed bytes, without what CUDA itself has already taken."""
-    choice = (
-        ["loss.name=mle"] if placement is None else [f"reference.placement={placement}", "reference.cache=C"]
-    )
+    choice = ["loss.name=mle"] if placement is None else [f"reference.placement={placement}", "reference.cache=C"]
     run = load_recipe("llamagen-3b", ["precision=bf16", *choice])
     ds = read_ds_config(DS_CONFIGS / f"{sharding}.json")
     workload = workload_of(run, ds, 16, "bf16")
@@ -148,12 +142,7 @@ def test_activations_against_the_measured_peak_of_var(checkpointing, monkeypatch
     monkeypatch.setattr(adaln, "has_kernel", lambda x: False)
     scales = (1, 2, 3, 4, 5, 6, 8)
     tokenizer = create_tokenizer(
-        "var-vqvae",
-        channels=32,
-        channel_multipliers=[1, 1, 1, 1, 2],
-        z_channels=32,
-        codebook_size=64,
-        scales=scales,
+        "var-vqvae", channels=32, channel_multipliers=[1, 1, 1, 1, 2], z_channels=32, codebook_size=64, scales=scales
     )
     overrides = {"depth": 3, "num_classes": 10, "vocab_size": 64, "scales": scales, "drop_path": 0.0}
     model = create_model(VARConfig(**overrides), tokenizer=tokenizer).train()

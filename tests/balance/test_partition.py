@@ -8,13 +8,7 @@ import time
 import pytest
 import torch
 
-from cca_ds.balance.partition import (
-    BalanceError,
-    largest_micro,
-    lockstep_seconds,
-    measure_speed,
-    partition_batch,
-)
+from cca_ds.balance.partition import BalanceError, largest_micro, lockstep_seconds, measure_speed, partition_batch
 
 
 def brute_force_seconds(pairs, seconds, caps, seconds_per_forward):
@@ -101,9 +95,7 @@ def test_the_stated_loss_scale_makes_the_average_over_ranks_that_of_the_whole_ba
 def test_lockstep_counts_the_slowest_rank_of_each_forward():
     assert lockstep_seconds([(2, 2), (1, 0)], [1.0, 3.0]) == 3.0 + 2.0
     result = partition_batch(5, [1.0, 3.0], [2, 2], 0.25)
-    assert (
-        result.lockstep_seconds == lockstep_seconds(result.micro_sizes, [1.0, 3.0]) + result.forwards * 0.25
-    )
+    assert result.lockstep_seconds == lockstep_seconds(result.micro_sizes, [1.0, 3.0]) + result.forwards * 0.25
     assert result.lockstep_seconds >= result.seconds
 
 
@@ -171,9 +163,7 @@ def test_speed_is_the_slope_whatever_a_pass_costs_at_least(monkeypatch):
 
 def test_warm_up_and_bursts_do_not_count(monkeypatch):
     """The first pass of a size and two of the five timed ones are a hundred times slower."""
-    speed, _ = measured(
-        monkeypatch, lambda size, call: size * (100.0 if call % 6 in (0, 2, 4) else 1.0), [2, 4]
-    )
+    speed, _ = measured(monkeypatch, lambda size, call: size * (100.0 if call % 6 in (0, 2, 4) else 1.0), [2, 4])
     assert speed == pytest.approx(1.0)
 
 

@@ -3,24 +3,12 @@
 import pytest
 
 from cca_ds.balance.partition import BalanceError
-from cca_ds.balance.peers import (
-    Peer,
-    average_equal_ranks,
-    describe_speeds,
-    given_caps,
-    given_seconds,
-    look_up,
-)
+from cca_ds.balance.peers import Peer, average_equal_ranks, describe_speeds, given_caps, given_seconds, look_up
 from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.config.schema import Balance
 
 H100, A100, A40 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA A40"
-PEERS = [
-    Peer(0, "n1.cluster", H100),
-    Peer(1, "n2.cluster", A100),
-    Peer(2, "n3.cluster", A40),
-    Peer(3, "cpu4", "cpu"),
-]
+PEERS = [Peer(0, "n1.cluster", H100), Peer(1, "n2.cluster", A100), Peer(2, "n3.cluster", A40), Peer(3, "cpu4", "cpu")]
 
 
 def test_a_rank_is_found_by_number_then_host_then_device():

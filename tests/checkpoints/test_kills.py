@@ -80,9 +80,7 @@ def test_a_crash_before_any_call_that_changes_the_disk_loses_no_published_step(t
         assert writer.returncode == 9, errors
         if crash_at % 7 == 0:
             again, errors = start_writer(root, 4).communicate(timeout=60)
-            assert [int(line) for line in again.split()] == list(
-                range((found[1].step if found else 0) + 1, 4)
-            ), errors
+            assert [int(line) for line in again.split()] == list(range((found[1].step if found else 0) + 1, 4)), errors
     assert crash_at > 50 and acknowledged == [1, 2, 3]
 
 

@@ -59,9 +59,7 @@ def test_hashes_are_sha256(tmp_path):
     partial = begin(tmp_path, 1)
     (partial / "abc").write_bytes(b"abc")
     manifest = verify(publish(partial, [partial / "abc"]))
-    assert manifest.files["abc"]["sha256"].startswith(
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61"
-    )
+    assert manifest.files["abc"]["sha256"].startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61")
 
 
 def test_nothing_is_visible_before_the_last_rank(tmp_path):
@@ -142,9 +140,7 @@ def damage(folder, how):
     else:
         victim = folder / "COMPLETE.json"
         text = victim.read_text()
-        victim.write_text(
-            text[: len(text) // 2] if how == "manifest cut" else text.replace('"step": 2', '"step": 3')
-        )
+        victim.write_text(text[: len(text) // 2] if how == "manifest cut" else text.replace('"step": 2', '"step": 3'))
     return victim.name
 
 
@@ -273,9 +269,7 @@ def test_a_folder_that_is_really_read_only(small_disk):
     with pytest.raises(CheckpointError, match="not writable") as caught:
         begin(small_disk, 3)
     with (
-        pytest.raises(
-            CheckpointError, match=r"not writable \(Read-only file system\); make it"
-        ) as from_torch,
+        pytest.raises(CheckpointError, match=r"not writable \(Read-only file system\); make it") as from_torch,
         clear_errors(partial / "rank_0.pt"),  # as where it turns read-only while a thread writes
     ):
         torch.save(torch.zeros(2), partial / "rank_0.pt")

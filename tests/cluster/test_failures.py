@@ -32,10 +32,7 @@ def test_out_of_memory_names_the_micro_batch_that_would_fit():
 @pytest.mark.parametrize(
     ("text", "worker"),
     [
-        (
-            "DataLoader worker (pid 123) is killed by signal: Killed. ",
-            "worker 123 is killed by signal: Killed",
-        ),
+        ("DataLoader worker (pid 123) is killed by signal: Killed. ", "worker 123 is killed by signal: Killed"),
         ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "worker 12, 13 exited unexpectedly"),
     ],
 )

@@ -3,27 +3,12 @@
 import pytest
 
 from cca_ds.cluster.launch import LaunchError, expand_counts, expand_hosts, find_ranks, slurm_master
-from tests.support.launcher_environments import (
-    DEEPSPEED,
-    HETEROGENEOUS,
-    HYDRA,
-    OPEN_MPI,
-    SRUN,
-    TORCH,
-    TORCHRUN,
-)
+from tests.support.launcher_environments import DEEPSPEED, HETEROGENEOUS, HYDRA, OPEN_MPI, SRUN, TORCH, TORCHRUN
 
 
 def place(environ, cuda_devices=0):
     ranks = find_ranks(environ, cuda_devices)
-    return (
-        ranks.launcher,
-        ranks.rank,
-        ranks.world_size,
-        ranks.local_rank,
-        ranks.local_world_size,
-        ranks.node_rank,
-    )
+    return (ranks.launcher, ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, ranks.node_rank)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +47,7 @@ def test_master_of_a_heterogeneous_job_is_not_the_first_name_of_the_list():
     # a step of the third component alone has its master there
     assert slurm_master({**HETEROGENEOUS, "SLURM_STEP_NODELIST": "a40"}) == "a40"
     # a step on a part of the first component's nodes
-    part = {
-        **HETEROGENEOUS,
-        "SLURM_JOB_NODELIST_HET_GROUP_0": "h[100-103]",
-        "SLURM_STEP_NODELIST": "a40,h[102-103]",
-    }
+    part = {**HETEROGENEOUS, "SLURM_JOB_NODELIST_HET_GROUP_0": "h[100-103]", "SLURM_STEP_NODELIST": "a40,h[102-103]"}
     assert slurm_master(part) == "h102"
 
 
@@ -87,14 +68,8 @@ def test_master_of_a_heterogeneous_job_is_not_the_first_name_of_the_list():
             {**SRUN, **TORCH, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
             "RANK=0 and WORLD_SIZE=1 contradict SLURM_PROCID=9 and SLURM_NTASKS=10",
         ),
-        (
-            {**OPEN_MPI, **TORCH, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-            "contradict OMPI_COMM_WORLD_RANK",
-        ),
-        (
-            {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"},
-            "not started by srun: put `srun`",
-        ),
+        ({**OPEN_MPI, **TORCH, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "contradict OMPI_COMM_WORLD_RANK"),
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, "not started by srun: put `srun`"),
         ({"SLURM_JOB_ID": "77"}, "not started by srun"),
         ({**SRUN, "SLURM_STEP_ID": str(0xFFFFFFFA)}, "not started by srun"),  # an interactive step's shell
         ({**SRUN, "SLURM_NTASKS": ""}, "SLURM_NTASKS missing"),
@@ -103,10 +78,7 @@ def test_master_of_a_heterogeneous_job_is_not_the_first_name_of_the_list():
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "has no node SLURM_NODEID=2"),
         ({**SRUN, "SLURM_STEP_NODELIST": "gpu[08-"}, "is not a Slurm node list"),
         ({**HETEROGENEOUS, "SLURM_GTIDS": "0,1"}, "not among this node's SLURM_GTIDS=0,1"),
-        (
-            {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "gpu10"},
-            "rank 0 runs on gpu10",
-        ),
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "gpu10"}, "rank 0 runs on gpu10"),
         ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK"),
         ({"PMI_RANK": "0"}, "PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS missing"),
     ],
@@ -119,13 +91,7 @@ def test_wrong_environment_is_one_clear_line(environ, message):
 
 
 def test_dropping_any_variable_of_a_launcher_never_gives_a_world_of_one():
-    optional = {
-        "TORCHELASTIC_RUN_ID",
-        "CROSS_SIZE",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURMD_NODENAME",
-        "SLURM_HET_SIZE",
-    }
+    optional = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS", "SLURMD_NODENAME", "SLURM_HET_SIZE"}
     for environ in (TORCHRUN, DEEPSPEED, SRUN, HETEROGENEOUS, OPEN_MPI, HYDRA):
         whole = find_ranks(environ, 0)
         for name in environ.keys() - optional:

@@ -20,9 +20,7 @@ def reports(**changes):
     for rank, host in enumerate(HOSTS):
         same = {"the version of torch": "2.13.0", "the git commit": "abc", "the configuration": "3f1c"}
         host_same = {"devices of the host": "H100, H100" if rank < 2 else "A40"}
-        made.append(
-            {"rank": rank, "host": host, "device_id": f"GPU-{rank}", "same": same, "host_same": host_same}
-        )
+        made.append({"rank": rank, "host": host, "device_id": f"GPU-{rank}", "same": same, "host_same": host_same})
     for name, (rank, value) in changes.items():
         if name == "device_id":
             made[rank]["device_id"] = value
@@ -54,9 +52,7 @@ def test_the_rank_that_differs_is_named(name, rank, value, line):
 
 
 def test_two_ranks_on_one_device_are_refused():
-    with pytest.raises(
-        LaunchError, match=r"^ranks 0 and 1 on h100-1 share one device \(GPU-0\): start one rank"
-    ):
+    with pytest.raises(LaunchError, match=r"^ranks 0 and 1 on h100-1 share one device \(GPU-0\): start one rank"):
         compare(reports(device_id=(1, "GPU-0")))
 
 
@@ -77,9 +73,7 @@ def test_a_lone_process_agrees_with_itself():
 
 @pytest.mark.dist
 def test_ranks_that_agree():
-    outputs = run_ranks(
-        "tests/dist/checked.py", 2, arguments=["20", "nothing"], timeout=60, group=ForkedRanks
-    )
+    outputs = run_ranks("tests/dist/checked.py", 2, arguments=["20", "nothing"], timeout=60, group=ForkedRanks)
     assert all(o.stdout.endswith("2 ranks agree; any stops: True False\n") for o in outputs)
 
 
@@ -100,13 +94,7 @@ def test_ranks_that_agree():
 )
 def test_ranks_that_do_not_agree(trouble, line):
     outputs = run_ranks(
-        "tests/dist/checked.py",
-        2,
-        arguments=["2", trouble],
-        timeout=60,
-        grace=1.5,
-        check=False,
-        group=ForkedRanks,
+        "tests/dist/checked.py", 2, arguments=["2", trouble], timeout=60, grace=1.5, check=False, group=ForkedRanks
     )
     assert outputs[0].returncode == 3
     assert line in outputs[0].stdout

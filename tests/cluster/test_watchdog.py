@@ -15,9 +15,7 @@ LIMIT = 3.0
 
 
 def seen(**changes):
-    return Seen(
-        **{"life": 5, "progress": 40, "where": "training, step 20", "host": "h100", "pid": 7, **changes}
-    )
+    return Seen(**{"life": 5, "progress": 40, "where": "training, step 20", "host": "h100", "pid": 7, **changes})
 
 
 def test_no_verdict_while_every_rank_reports():
@@ -33,10 +31,7 @@ def test_a_silent_process_is_named_before_those_that_wait_for_it():
 
 
 def test_the_main_thread_that_is_behind_is_named_once_no_rank_makes_progress():
-    ahead, behind = (
-        seen(progress_silent=11.0),
-        seen(progress=39, progress_silent=12.0, where="reading data, step 20"),
-    )
+    ahead, behind = (seen(progress_silent=11.0), seen(progress=39, progress_silent=12.0, where="reading data, step 20"))
     assert judge([ahead, behind], 10.0) == (
         "no progress for 10 s; behind the others: rank 1 on h100 in reading data, step 20"
     )
@@ -51,9 +46,7 @@ def test_a_rank_that_closed_its_watchdog_is_not_named():
 @pytest.mark.dist
 @pytest.mark.parametrize("stopped", [0, 2])
 def test_a_stopped_rank_ends_the_run_within_the_limit(stopped):
-    with start_ranks(
-        "tests/dist/watched.py", 3, arguments=[str(LIMIT), "-1", "0"], group=ForkedRanks
-    ) as ranks:
+    with start_ranks("tests/dist/watched.py", 3, arguments=[str(LIMIT), "-1", "0"], group=ForkedRanks) as ranks:
         for rank in range(3):
             ranks.wait_for("step 5\n", rank=rank, timeout=90)
         start = time.monotonic()
@@ -71,9 +64,7 @@ def test_a_stopped_rank_ends_the_run_within_the_limit(stopped):
 
 @pytest.mark.dist
 def test_a_main_thread_that_hangs_ends_the_run_with_its_place_named():
-    with start_ranks(
-        "tests/dist/watched.py", 2, arguments=[str(LIMIT), "1", "0"], group=ForkedRanks
-    ) as ranks:
+    with start_ranks("tests/dist/watched.py", 2, arguments=[str(LIMIT), "1", "0"], group=ForkedRanks) as ranks:
         outputs = ranks.wait(timeout=90)
     assert outputs[1].returncode == EXIT_SILENT
     for output in outputs:
@@ -83,7 +74,5 @@ def test_a_main_thread_that_hangs_ends_the_run_with_its_place_named():
 
 @pytest.mark.dist
 def test_a_run_without_a_silent_rank_ends_normally():
-    outputs = run_ranks(
-        "tests/dist/watched.py", 2, arguments=["1", "-1", "40"], timeout=90, group=ForkedRanks
-    )
+    outputs = run_ranks("tests/dist/watched.py", 2, arguments=["1", "-1", "40"], timeout=90, group=ForkedRanks)
     assert all(output.stdout.endswith("step 40\nclosed\n") for output in outputs)

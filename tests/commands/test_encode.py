@@ -27,27 +27,17 @@ def expected():
 
 
 def test_folder_of_images(tmp_path, digits_folder, expected, device):
-    assert (
-        run("--source", digits_folder, "--output", tmp_path / "t", "--images_per_shard", 16, device=device)
-        == 0
-    )
+    assert run("--source", digits_folder, "--output", tmp_path / "t", "--images_per_shard", 16, device=device) == 0
     table = CodeTable.open(tmp_path / "t")
     assert_expected(table, expected)
     manifest = table.manifest
-    assert (manifest.images, manifest.classes, manifest.crops, manifest.sequence_length) == (
-        IMAGES,
-        10,
-        1,
-        64,
-    )
+    assert (manifest.images, manifest.classes, manifest.crops, manifest.sequence_length) == (IMAGES, 10, 1, 64)
     assert manifest.vocab_size == 17 and manifest.tokenizer == "digits" and len(manifest.tokenizer_hash) == 64
     assert manifest.crop_settings == {"kind": "none", "image_size": 8, "mode": "L"}
     assert manifest.class_names == tuple(f"class{digit}" for digit in range(10))
     assert len(manifest.shards) == 4 and re.match(r"\d+\.\d+", manifest.package_version)
     assert [path for path in os.listdir(tmp_path) if path != "t"] == []
-    assert not [
-        name for name in os.listdir(tmp_path / "t") if name.startswith((".", "rank", "records", "plan"))
-    ]
+    assert not [name for name in os.listdir(tmp_path / "t") if name.startswith((".", "rank", "records", "plan"))]
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "xz"])
@@ -93,13 +83,8 @@ def dataset_folder(tmp_path_factory, digits_folder):
 
     folder = tmp_path_factory.mktemp("dataset") / "set"
     source = open_images(digits_folder)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)}
-    )
-    rows = [
-        {"image": {"bytes": source.read(i), "path": None}, "label": int(source.labels_N[i])}
-        for i in range(IMAGES)
-    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)})
+    rows = [{"image": {"bytes": source.read(i), "path": None}, "label": int(source.labels_N[i])} for i in range(IMAGES)]
     whole = datasets.Dataset.from_list(rows, features=features)
     splits = datasets.DatasetDict({"train": whole, "validation": whole.select(range(0, IMAGES, 2))})
     splits.save_to_disk(str(folder), num_shards={"train": 3, "validation": 1})

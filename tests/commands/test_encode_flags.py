@@ -58,10 +58,7 @@ def test_verify_refuses_a_changed_table_and_another_tokenizer(tmp_path, digits_f
     [
         (["--output", "t"], "--source is missing"),
         (["--source", "."], "--output is missing"),
-        (
-            ["--source", ".", "--output", "t", "--set", "tokenizer.name=llamagen-vq16"],
-            "tokenizer.weights is missing",
-        ),
+        (["--source", ".", "--output", "t", "--set", "tokenizer.name=llamagen-vq16"], "tokenizer.weights is missing"),
         (["--import_npy", ".", "--output", "t"], "takes LlamaGen's codes"),
         (["--set", "data.crop=none"], "did you mean crops"),
         (["--verify", "--output", "t"], "no table of codes"),
@@ -93,7 +90,5 @@ def test_deepspeeds_argument_is_accepted(tmp_path, digits_folder):
 def test_nothing_heavy_is_imported_for_the_command_line():
     heavy = "{'torch', 'datasets', 'pyarrow', 'PIL', 'numpy'}"
     code = f"import sys, cca_ds.encode; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"

@@ -39,9 +39,7 @@ def photographs(tmp_path_factory):
     for number, (width, height) in enumerate([(90, 70), (32, 32), (33, 75), (70, 50)]):
         coarse = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         (folder / f"n0{number % 2}").mkdir(exist_ok=True)
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(
-            folder / f"n0{number % 2}" / f"{number}.png"
-        )
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"n0{number % 2}" / f"{number}.png")
     return folder
 
 
@@ -68,9 +66,7 @@ def test_table_holds_the_codes_of_every_crop(tmp_path, golden, photographs, devi
     assert manifest.family == name and manifest.vocab_size == 64
     assert manifest.crop_settings["ranges"] == list(family["crops"].ranges)
     assert manifest.label_histogram == (2, 2)
-    tokenizer = create_tokenizer(family["name"], weights=golden / family["file"], **family["shape"]).to(
-        device
-    )
+    tokenizer = create_tokenizer(family["name"], weights=golden / family["file"], **family["shape"]).to(device)
     assert manifest.tokenizer_hash == tokenizer.hash()
     different = 0
     for index, path in enumerate(sorted(photographs.rglob("*.png"))):

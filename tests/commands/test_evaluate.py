@@ -116,9 +116,7 @@ def test_scores_against_stored_statistics_equal_those_against_images():
 
     def features(count: int, shift: float) -> Features:
         probabilities = random.dirichlet(np.ones(5), count)
-        return Features(
-            random.normal(shift, 1, (count, 12)), random.normal(2 * shift, 1, (count, 9)), probabilities
-        )
+        return Features(random.normal(shift, 1, (count, 12)), random.normal(2 * shift, 1, (count, 9)), probabilities)
 
     real, drawn = features(300, 0.0), features(200, 0.5)
     against_images = score(drawn, reference_of(real))
@@ -200,9 +198,7 @@ def test_missing_inception_weights_and_reference_are_one_line_each(samples, tmp_
     assert "https://github.com/toshas/torch-fidelity/releases" in error
     assert "sha256" in error
     torch.save(InceptionFID().state_dict(), tmp_path / "weights.pth")
-    code, _, error = run(
-        capsys, samples, "--recipe", "var-d16", "--inception_weights", tmp_path / "weights.pth"
-    )
+    code, _, error = run(capsys, samples, "--recipe", "var-d16", "--inception_weights", tmp_path / "weights.pth")
     assert code == 2
     assert "--reference is missing" in error
 
@@ -271,9 +267,7 @@ def test_unknown_recipe_keys_are_reported_together(samples, capsys):
 
 def test_help_answers_without_torch():
     process = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "cca_ds.evaluate", "--help"],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-X", "importtime", "-m", "cca_ds.evaluate", "--help"], capture_output=True, text=True
     )
     assert process.returncode == 0
     assert "--inception_weights" in process.stdout

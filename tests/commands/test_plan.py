@@ -51,17 +51,13 @@ def test_the_answer_in_words(capsys):
     ):
         assert phrase in out
     table = [
-        line.split()[0]
-        for line in out.splitlines()
-        if line.startswith(("inference", "zero3", "cached", "stream"))
+        line.split()[0] for line in out.splitlines() if line.startswith(("inference", "zero3", "cached", "stream"))
     ]
     assert table == [name for name in ("inference", "zero3", "cached", "streamed") for _ in range(2)]
 
 
 def test_the_answer_as_json(capsys):
-    code, out, _ = run_plan(
-        capsys, "--recipe", "var-d30", "--nodes", "1xa40:4", "--json", "--images", "25600"
-    )
+    code, out, _ = run_plan(capsys, "--recipe", "var-d30", "--nodes", "1xa40:4", "--json", "--images", "25600")
     tree = json.loads(out)
     assert code == 0 and tree["steps"] == 100 and tree["model"]["parameters"] == 2_010_020_356
     by_name = {(one["placement"], one["activation_checkpointing"]): one for one in tree["outcomes"]}

@@ -65,12 +65,7 @@ def test_files_by_class_and_index(drawn):
     for name in names:
         _, label, file = Path(name).parts
         assert int(file.removesuffix(".png")) % 10 == int(label)
-    assert sorted(path.name for path in drawn.iterdir()) == [
-        "grid.png",
-        "images",
-        "samples.npz",
-        "sampling.json",
-    ]
+    assert sorted(path.name for path in drawn.iterdir()) == ["grid.png", "images", "samples.npz", "sampling.json"]
     assert not [path for path in drawn.rglob("*") if "partial" in path.name]
 
 
@@ -100,9 +95,7 @@ def test_archive_is_the_evaluators(drawn):
 def test_settings_reach_the_evaluations_report(drawn):
     run = load_recipe("digits")
     for where in (drawn / "images", drawn / "samples.npz"):
-        settings, origin = sampler_settings(
-            where, run.name, run.sampling.model_dump(mode="json", by_alias=True)
-        )
+        settings, origin = sampler_settings(where, run.name, run.sampling.model_dump(mode="json", by_alias=True))
         assert origin == "sampling.json"
         assert (settings["seed"], settings["guidance_scale"], settings["guidance_of_family"]) == (0, 0.0, 1.0)
         assert settings["weights_sha256"] and settings["tokenizer_hash"] and settings["recipe"] == "digits"
@@ -142,9 +135,7 @@ def test_interrupted_and_continued(drawn, small, tmp_path, monkeypatch, capsys):
     assert sample(tmp_path / "s", *batches, "--npz") == 0
     assert [index for batch in calls for index in batch] == [5, *range(12, 20)]  # nothing is drawn twice
     assert hashes(tmp_path / "s") == hashes(drawn)
-    assert (tmp_path / "s" / "samples.npz").read_bytes()[-4096:] == (drawn / "samples.npz").read_bytes()[
-        -4096:
-    ]
+    assert (tmp_path / "s" / "samples.npz").read_bytes()[-4096:] == (drawn / "samples.npz").read_bytes()[-4096:]
     calls.clear()
     assert sample(tmp_path / "s", *small) == 0 and calls == []
 
@@ -193,10 +184,7 @@ def test_other_settings_are_refused_in_the_same_folder(drawn, small, capsys):
         (["--recipe", "var-d16", "--weights", "x.pth"], "tokenizer.weights is missing"),
         (["--classes", "10"], "classes 0 to 9"),
         (["--resize", "0"], "--resize 0"),
-        (
-            ["--ema", "--weights", str(BASE)],
-            "run's",
-        ),
+        (["--ema", "--weights", str(BASE)], "run's"),
         (["--set", "loss.bta=1"], "did you mean beta?"),
     ],
 )
@@ -214,17 +202,7 @@ def test_ranks_and_run_folder(tmp_path):
     one_each = ["--set", "sampling.images_per_class=1", "precision=fp32"]
     assert sample(alone, "--weights", str(run_folder), *one_each) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        "-m",
-        "cca_ds.sample",
-        "--weights",
-        str(run_folder),
-        "--output",
-        str(two),
-        "--npz",
-        *FEW,
-        *one_each,
-    ]
+    command += ["-m", "cca_ds.sample", "--weights", str(run_folder), "--output", str(two), "--npz", *FEW, *one_each]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]

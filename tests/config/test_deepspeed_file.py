@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cca_ds.config.deepspeed_file import (
-    conflicts,
-    fill_ds_config,
-    read_ds_config,
-    resolve_precision,
-    zero_stage,
-)
+from cca_ds.config.deepspeed_file import conflicts, fill_ds_config, read_ds_config, resolve_precision, zero_stage
 from cca_ds.config.recipes import ConfigError, load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,10 +22,7 @@ def test_every_shipped_file_goes_with_every_recipe(path):
 
 def filled(ds: dict, **sizes: int) -> dict:
     return fill_ds_config(
-        ds,
-        load_recipe("var-d30"),
-        **({"world_size": 4, "forwards": 8, "micro_size": 8} | sizes),
-        precision="bf16",
+        ds, load_recipe("var-d30"), **({"world_size": 4, "forwards": 8, "micro_size": 8} | sizes), precision="bf16"
     )
 
 
@@ -42,18 +33,13 @@ def test_no_auto_is_left(path):
     assert '"auto"' not in json.dumps(result)
     assert result["train_batch_size"] == 256 and result["gradient_accumulation_steps"] == 8
     assert result["train_micro_batch_size_per_gpu"] == 8 and result["gradient_clipping"] == 2.0
-    assert result["optimizer"]["params"]["lr"] == 2e-5 and result["optimizer"]["params"]["betas"] == [
-        0.9,
-        0.95,
-    ]
+    assert result["optimizer"]["params"]["lr"] == 2e-5 and result["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert (result["bf16"]["enabled"], result["fp16"]["enabled"]) == (True, False)
     assert ds == read_ds_config(path)  # the file as read is left alone
 
 
 def test_linear_of_the_whole_process_is_left_alone():
-    assert (
-        filled({"zero_optimization": {"stage": 3}})["zero_optimization"]["memory_efficient_linear"] is False
-    )
+    assert filled({"zero_optimization": {"stage": 3}})["zero_optimization"]["memory_efficient_linear"] is False
 
 
 @pytest.mark.parametrize(
@@ -90,10 +76,7 @@ def test_a_conflict_names_both(ds, both):
 def test_fp16_wants_a_stage_that_scales_the_loss(stage):
     by_file = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True}}
     by_recipe = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": "auto"}}
-    found = [
-        conflicts(by_file, load_recipe("digits")),
-        conflicts(by_recipe, load_recipe("digits", ["precision=fp16"])),
-    ]
+    found = [conflicts(by_file, load_recipe("digits")), conflicts(by_recipe, load_recipe("digits", ["precision=fp16"]))]
     for problems in found:
         assert len(problems) == (stage == 0)
         assert all("stage=0 with precision=fp16" in line and "use stage 1" in line for line in problems)
@@ -105,11 +88,7 @@ def test_all_conflicts_at_once():
 
 
 def test_values_equal_to_the_recipes_are_no_conflict():
-    ds = {
-        "train_batch_size": 256,
-        "gradient_clipping": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-05}},
-    }
+    ds = {"train_batch_size": 256, "gradient_clipping": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-05}}}
     assert conflicts(ds, load_recipe("llamagen-3b")) == []
 
 
@@ -124,9 +103,7 @@ def test_precision():
         resolve_precision({"fp16": {"enabled": True}}, run, has_gpu=False)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"), [("{", "not JSON"), ("[1]", "holds a list"), (None, "no such file")]
-)
+@pytest.mark.parametrize(("content", "told"), [("{", "not JSON"), ("[1]", "holds a list"), (None, "no such file")])
 def test_bad_files(tmp_path, content, told):
     path = tmp_path / "ds.json"
     if content is not None:

@@ -20,22 +20,14 @@ NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 
 
 def test_all_that_were_promised_are_there():
-    assert [file.stem for file in FILES] == [
-        "zero2",
-        "zero3",
-        "zero3_a40",
-        "zero3_hierarchical",
-        "zero3_offload",
-    ]
+    assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_a40", "zero3_hierarchical", "zero3_offload"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_leaves_to_the_recipe_what_stands_there_and_nothing_else(file):
     ds = read_ds_config(file)
     assert all(conflicts(ds, load_recipe(name)) == [] for name in recipe_names())
-    filled = fill_ds_config(
-        ds, load_recipe("digits"), world_size=2, forwards=3, micro_size=4, precision="bf16"
-    )
+    filled = fill_ds_config(ds, load_recipe("digits"), world_size=2, forwards=3, micro_size=4, precision="bf16")
     assert filled["train_batch_size"] == 24
     assert '"auto"' not in json.dumps(filled)
     assert filled["zero_optimization"] == ds["zero_optimization"]
@@ -44,8 +36,7 @@ def test_a_file_leaves_to_the_recipe_what_stands_there_and_nothing_else(file):
 
 def test_files_differ_in_sharding_alone():
     outside = [
-        {key: value for key, value in read_ds_config(file).items() if key != "zero_optimization"}
-        for file in FILES
+        {key: value for key, value in read_ds_config(file).items() if key != "zero_optimization"} for file in FILES
     ]
     assert all(one == outside[0] for one in outside)
     stages = {file.stem: read_ds_config(file)["zero_optimization"]["stage"] for file in FILES}
@@ -70,10 +61,7 @@ def plain_losses():
     )
     data, losses = torch.Generator().manual_seed(2), []
     for _ in range(3):
-        codes_BL, labels_B = (
-            torch.randint(17, (8, 64), generator=data),
-            torch.randint(10, (8,), generator=data),
-        )
+        codes_BL, labels_B = (torch.randint(17, (8, 64), generator=data), torch.randint(10, (8,), generator=data))
         loss = -model(codes_BL, labels_B).mean() / 64
         losses.append(loss.item())
         adamw.zero_grad()
@@ -94,9 +82,7 @@ def test_each_trains_on_two_ranks_like_plain_pytorch_and_holds_what_was_planned(
         assert list(found) == [file.stem for file in FILES]
         for file in FILES:
             one = found[file.stem]
-            assert one["losses"] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 5e-3), (
-                file.stem
-            )
+            assert one["losses"] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 5e-3), file.stem
             if precision == "bf16":  # hierarchical partitions and offload move bytes elsewhere, not these
                 planned = memory_of(
                     model, Sharding(one["stage"], False, False, 0, 0, 1, 4), 2, False, reference_bytes=0.0

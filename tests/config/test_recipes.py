@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from cca_ds.config.original_names import KEYS
-from cca_ds.config.recipes import (
-    ConfigError,
-    add_recipe_arguments,
-    config_hash,
-    load_recipe,
-    recipe_from_arguments,
-)
+from cca_ds.config.recipes import ConfigError, add_recipe_arguments, config_hash, load_recipe, recipe_from_arguments
 from cca_ds.training.checks import recipe_problems
 
 REPOSITORY = Path(__file__).parents[2]
@@ -160,12 +154,8 @@ def test_a_file_extends_a_shipped_recipe(tmp_path):
 
 
 def test_numbers_as_people_write_them():
-    run = load_recipe(
-        "digits", ["optimizer.learning_rate=1e-5", "optimizer.betas=[0.9, 99e-2]", "batch.epochs=2"]
-    )
-    assert (
-        run.optimizer.learning_rate == 1e-5 and run.optimizer.betas == (0.9, 0.99) and run.batch.epochs == 2
-    )
+    run = load_recipe("digits", ["optimizer.learning_rate=1e-5", "optimizer.betas=[0.9, 99e-2]", "batch.epochs=2"])
+    assert run.optimizer.learning_rate == 1e-5 and run.optimizer.betas == (0.9, 0.99) and run.batch.epochs == 2
 
 
 def test_hash_is_of_what_shapes_the_trajectory():
@@ -190,9 +180,7 @@ def test_help_answers_at_once(entry):
             "print('used', used.ru_utime + used.ru_stime, slow or '', file=sys.stderr)"
         )
         path = REPOSITORY / "cca_ds" / f"{entry}.py"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout and "cca_ds" in done.stdout  # the commands that run it
         word, used, *slow = done.stderr.splitlines()[-1].split()
@@ -204,9 +192,7 @@ def test_help_answers_at_once(entry):
 def test_a_config_of_an_older_version_is_read_where_retired_keys_change_nothing(tmp_path):
     new, old = tmp_path / "new.yaml", tmp_path / "old.yaml"
     new.write_text("seed: 3\n")
-    old.write_text(
-        "seed: 3\nreference: {tensor_parallel: 1}\nbalance: {slowdown: {}, slowdown_seconds: null}\n"
-    )
+    old.write_text("seed: 3\nreference: {tensor_parallel: 1}\nbalance: {slowdown: {}, slowdown_seconds: null}\n")
     assert load_recipe(str(old)) == load_recipe(str(new))
     (tmp_path / "config.yaml").write_text("reference: {tensor_parallel: 2}\n")
     assert "tensor_parallel: unknown key" in problems(recipe=str(tmp_path / "config.yaml"))[0]

@@ -76,10 +76,7 @@ def test_llamagen(name):
     assert run.tokenizer.name == "llamagen-vq16"
     assert (run.data.image_size, run.data.crops, run.data.crop_ranges) == (384, "ten_crop", [1.1, 1.05])
     config = model_config(run.model.preset, **run.model.overrides)
-    assert (config.sequence_length, config.vocab_size) == (
-        data["llamagen_codes"],
-        data["llamagen_vocabulary"],
-    )
+    assert (config.sequence_length, config.vocab_size) == (data["llamagen_codes"], data["llamagen_vocabulary"])
     assert (config.token_dropout, config.resid_dropout, config.ffn_dropout) == (0.1, 0.1, 0.1)
 
 

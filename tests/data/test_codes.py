@@ -99,9 +99,7 @@ def test_opening_imports_neither_datasets_nor_torch(tmp_path):
     write_codes(tmp_path / "t", *rows(), **FIELDS)
     code = "import sys; from cca_ds.data.codes import CodeTable; CodeTable.open(sys.argv[1]);"
     code += "print('datasets' in sys.modules, 'torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
 
 

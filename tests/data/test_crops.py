@@ -133,9 +133,7 @@ def test_flips_mirror_about_half_of_the_random_crops():
     )
     flipped = 0
     for crop in crops:
-        is_straight, is_mirrored = (
-            bool((found == crop.ravel()).all(1).any()) for found in (straight, mirrored)
-        )
+        is_straight, is_mirrored = (bool((found == crop.ravel()).all(1).any()) for found in (straight, mirrored))
         assert is_straight != is_mirrored
         flipped += is_mirrored
     assert 70 < flipped < 130
@@ -155,9 +153,7 @@ def test_eight_bit_modes_become_rgb(mode, form):
     image, was = decode_image(encoded, "RGB", 90)
     assert was == ("RGB" if mode == "YCbCr" else mode)
     assert image.mode == "RGB" and image.size == (40, 30)
-    np.testing.assert_array_equal(
-        np.asarray(image), np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    )
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")))
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +185,7 @@ def test_bad_images_give_one_line(name):
 
 def test_a_hundred_megapixels_are_refused_before_they_are_decoded(hundred_megapixels, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(
-        UnreadableImage, match=r"12500 x 8000 = 100 megapixels, more than 90 \(--max_megapixels\)"
-    ):
+    with pytest.raises(UnreadableImage, match=r"12500 x 8000 = 100 megapixels, more than 90 \(--max_megapixels\)"):
         decode_image(hundred_megapixels, "RGB", 90)
 
 

@@ -86,10 +86,7 @@ def test_padding_of_the_originals_sampler_is_left_out(tmp_path, capsys, padding)
 
 def test_hash_of_the_tokenizer_is_kept_when_its_weights_are_given(tmp_path, golden):
     source = write_folder(tmp_path / "s", *rows(4, 2))
-    more = [
-        f"tokenizer.weights={golden / 'vq16_ch32.pt'}",
-        "tokenizer.options.channel_multipliers=[1,1,1,1,2]",
-    ]
+    more = [f"tokenizer.weights={golden / 'vq16_ch32.pt'}", "tokenizer.options.channel_multipliers=[1,1,1,1,2]"]
     assert encode.main([*SETTINGS, *more, "--import_npy", str(source), "--output", str(tmp_path / "t")]) == 0
     assert len(CodeTable.open(tmp_path / "t").manifest.tokenizer_hash) == 64
 
@@ -191,22 +188,14 @@ def test_labels_that_differ_between_the_folders(tmp_path, capsys):
     codes_NCL, labels_N = rows(6, 2)
     other = labels_N.copy()
     other[4] += 1
-    folders = [
-        write_folder(tmp_path / "a", codes_NCL, labels_N),
-        write_folder(tmp_path / "b", codes_NCL, other),
-    ]
+    folders = [write_folder(tmp_path / "a", codes_NCL, labels_N), write_folder(tmp_path / "b", codes_NCL, other)]
     assert run("--import_npy", *folders, "--output", tmp_path / "t") == 2
     assert "image 4 has the labels" in capsys.readouterr().err
 
 
 def test_imported_table_is_verified_against_the_grid_only(tmp_path, golden, capsys):
-    source = write_folder(
-        tmp_path / "s", np.random.default_rng(0).integers(0, VOCABULARY, (5, 2, 16)), [0, 0, 1, 1, 1]
-    )
-    more = [
-        f"tokenizer.weights={golden / 'vq16_ch32.pt'}",
-        "tokenizer.options.channel_multipliers=[1,1,1,1,2]",
-    ]
+    source = write_folder(tmp_path / "s", np.random.default_rng(0).integers(0, VOCABULARY, (5, 2, 16)), [0, 0, 1, 1, 1])
+    more = [f"tokenizer.weights={golden / 'vq16_ch32.pt'}", "tokenizer.options.channel_multipliers=[1,1,1,1,2]"]
     assert run("--import_npy", source, "--output", tmp_path / "t") == 0
     assert json.loads((tmp_path / "t" / "manifest.json").read_text())["tokenizer_hash"] == ""
     assert encode.main([*SETTINGS, *more, "--output", str(tmp_path / "t"), "--verify"]) == 0

@@ -17,12 +17,7 @@ def test_negatives_are_the_global_batch_rolled_by_one():
     pairs = pairs_of([7, 8, 9, 5], [3, 1, 1, 2])
     assert pairs.positive_labels_K.tolist() == [3, 1, 1, 2]
     assert pairs.negative_labels_K.tolist() == [1, 1, 2, 3]
-    assert pairs.positive_mask_K.tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]  # pair 1 and its negative share a label
+    assert pairs.positive_mask_K.tolist() == [False, True, False, False]  # pair 1 and its negative share a label
     assert not pairs.null_mask_K.any()
 
 
@@ -80,9 +75,7 @@ def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():
     assert (order != epoch_order(1000, 0, 1)).any() and (order != epoch_order(1000, 1, 0)).any()
 
 
-@pytest.mark.parametrize(
-    "sizes_per_rank", [[[32]], [[8] * 4], [[16], [16]], [[5, 6], [11, 10]], [[0, 1], [16, 15]]]
-)
+@pytest.mark.parametrize("sizes_per_rank", [[[32]], [[8] * 4], [[16], [16]], [[5, 6], [11, 10]], [[0, 1], [16, 15]]])
 def test_every_partition_of_a_batch_has_the_same_pairs(tmp_path, sizes_per_rank):
     table = digits_table(tmp_path)
     plan = BatchPlan(global_size=32, seed=3, mask_probability=0.1, null_class=10)

@@ -162,15 +162,7 @@ def test_the_command_killed_while_it_encodes(tmp_path, many_images):
 
 def test_disk_that_fills_up_while_encoding(tmp_path, many_images, monkeypatch, capsys):
     """Writing fails after three shards; the next start has space."""
-    arguments = [
-        *RUN,
-        "--source",
-        str(many_images),
-        "--images_per_shard",
-        "50",
-        "--output",
-        str(tmp_path / "t"),
-    ]
+    arguments = [*RUN, "--source", str(many_images), "--images_per_shard", "50", "--output", str(tmp_path / "t")]
     fsync, records = os.fsync, tmp_path / "t.partial" / "records"
 
     def full(descriptor):
@@ -203,18 +195,12 @@ def test_a_full_file_system(tmp_path, many_images, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
-    if (
-        os.geteuid()
-        or not shutil.which("mount")
-        or subprocess.run(mount, capture_output=True, check=False).returncode
-    ):
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs root and the right to mount a tmpfs")
     arguments = [*RUN, "--source", str(many_images), "--images_per_shard", "50", "--output", str(disk / "t")]
     try:
         assert encode.main(arguments) == 2
-        lines = [
-            line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "encode:" in line
-        ]
+        lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "encode:" in line]
         assert len(lines) == 1 and "no space left while writing" in lines[0]
         assert not (disk / "t").exists() and not list(disk.rglob(".*.partial"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)

@@ -59,14 +59,7 @@ def test_rows_as_the_gpu_shares_them(rows_program, types, vocabulary, threads):
     target = vocabulary // 3
     for bias, shifts in ((None, (0, 0)), (bias_V, (0, 0)), (None, (1, 1)), (None, (1, 0)), (bias_V, (3, 3))):
         logp, _, gradient_V, visits = run_rows(
-            rows_program,
-            logits_V,
-            target,
-            threads=threads,
-            weight=-0.75,
-            shifts=shifts,
-            types=types,
-            bias_V=bias,
+            rows_program, logits_V, target, threads=threads, weight=-0.75, shifts=shifts, types=types, bias_V=bias
         )
         expected, expected_V = exact(logits_V if bias is None else logits_V + bias, target, -0.75)
         assert visits == [1] * vocabulary  # each element by one thread, once, aligned or not
@@ -133,19 +126,9 @@ def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     compiled = tmp_path / "kernels.o"
-    command = [
-        nvcc,
-        "-std=c++17",
-        "-O3",
-        "--extended-lambda",
-        "-Werror=all-warnings",
-        *COMMON_NVCC_FLAGS,
-        *TARGETS,
-    ]
+    command = [nvcc, "-std=c++17", "-O3", "--extended-lambda", "-Werror=all-warnings", *COMMON_NVCC_FLAGS, *TARGETS]
     done = subprocess.run(
-        [*command, "-Xptxas=-v", "-c", str(CSRC / source), "-o", str(compiled)],
-        capture_output=True,
-        text=True,
+        [*command, "-Xptxas=-v", "-c", str(CSRC / source), "-o", str(compiled)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(re.findall(r"for '(sm_\d+)'", done.stderr)) == {"sm_80", "sm_86", "sm_90"}
@@ -159,9 +142,7 @@ def test_bindings_of_the_cuda_kernels_compile(tmp_path):
     nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
     if nvcc is None or compiler is None:
         pytest.skip("nvcc or g++ is not installed")
-    dryrun = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
-    ).stderr
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     cuda = re.search(r'INCLUDES="-I([^"]+)"', dryrun)[1]
     torch_headers = Path(torch.__file__).parent / "include"
     if not (torch_headers / "c10/cuda/impl/cuda_cmake_macros.h").exists():

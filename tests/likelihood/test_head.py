@@ -5,13 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cca_ds.likelihood import (
-    LikelihoodHead,
-    backend,
-    linear_sequence_logp,
-    sequence_logp,
-    sequence_logp_eager,
-)
+from cca_ds.likelihood import LikelihoodHead, backend, linear_sequence_logp, sequence_logp, sequence_logp_eager
 from tests.support.likelihood_inputs import sample
 
 kernels = pytest.mark.skipif(backend() == "torch", reason="no kernels are built")

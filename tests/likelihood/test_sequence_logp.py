@@ -32,8 +32,7 @@ def by_hand(logits_BLV, targets_BL):
     for rows, targets in zip(logits_BLV.double(), targets_BL, strict=True):
         sums.append(
             sum(
-                (row[t] - row.max() - (row - row.max()).exp().sum().log())
-                for row, t in zip(rows, targets, strict=True)
+                (row[t] - row.max() - (row - row.max()).exp().sum().log()) for row, t in zip(rows, targets, strict=True)
             )
         )
     return torch.stack([torch.as_tensor(s, dtype=torch.float64, device=logits_BLV.device) for s in sums])
@@ -103,9 +102,7 @@ def test_linear(device, dtype, with_bias, options):
             tolerance = GRADIENT[dtype] * (1.5 if options.get("accumulate") else 1)
             assert relative(found.grad, exact.grad) < tolerance
     with torch.no_grad():
-        torch.testing.assert_close(
-            linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], **options), logp
-        )
+        torch.testing.assert_close(linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], **options), logp)
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "native"])
@@ -184,8 +181,7 @@ def test_non_contiguous_input(device):
     slow = weight.t().contiguous().t()
     turned_hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(
-        linear_sequence_logp(turned_hidden, slow, targets, bias),
-        linear_sequence_logp(hidden, weight, targets, bias),
+        linear_sequence_logp(turned_hidden, slow, targets, bias), linear_sequence_logp(hidden, weight, targets, bias)
     )
 
 
@@ -243,8 +239,7 @@ def test_opcheck(device):
         detached = [None if t is None else t.detach() for t in (hidden, weight, targets, b)]
         needed = [True, True, b is not None]
         torch.library.opcheck(
-            torch.ops.cca_ds.linear_sequence_logp_backward.default,
-            (grad, *detached, residual, True, rows, needed),
+            torch.ops.cca_ds.linear_sequence_logp_backward.default, (grad, *detached, residual, True, rows, needed)
         )
     out = torch.empty(14, 33, device=device)
     rows = (logits.detach().view(14, 33), bias.detach(), targets.view(-1), out)
@@ -275,9 +270,7 @@ def test_forward_only_keeps_nothing(device):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability):
     """This file's numbers once more, on the kernels that other processors would use."""
-    environment = dict(
-        os.environ, ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
-    )
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     chosen = "(from_logits and (17 or 4097)) or (test_linear and options1) or not_finite or large_logits"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -286,8 +279,7 @@ def test_every_instruction_set(capability):
 
 def test_without_libraries_the_plain_version_runs_with_a_warning(tmp_path):
     with pytest.warns(
-        UserWarning,
-        match=r"not built; the slower plain-torch versions are used.*pip install --no-build-isolation",
+        UserWarning, match=r"not built; the slower plain-torch versions are used.*pip install --no-build-isolation"
     ):
         assert library._load_libraries(tmp_path) == "torch"
     capability = torch.backends.cpu.get_cpu_capability().lower()

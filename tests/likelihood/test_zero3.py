@@ -21,9 +21,7 @@ def test_zero3_gathers_the_head_in_forward_and_in_backward(tmp_path):
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(output)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*launch, str(SCRIPT), str(output)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(output, weights_only=True)
 

@@ -65,9 +65,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
         (folder / "a.png").write_text("text")
         return folder
     if kind == "cut picture":
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
-            folder / "a.png"
-        )
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "a.png")
         (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:90])
         return folder
     if kind == "text":

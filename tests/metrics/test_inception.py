@@ -65,9 +65,7 @@ def test_weights_have_the_published_number_of_entries():
 
 def test_an_image_is_the_same_in_any_batch(weights_file):
     network = load_inception(weights_file)
-    images = torch.randint(
-        0, 256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     together, alone = network(images), network(images[1:2])
     torch.testing.assert_close(together.pool_BD[1:2], alone.pool_BD, rtol=1e-4, atol=1e-4)
 
@@ -89,11 +87,7 @@ def test_resize_by_hand():
 
 @pytest.mark.parametrize(
     "images",
-    [
-        torch.zeros(1, 3, 8, 8),
-        torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
-        torch.zeros(3, 8, 8, dtype=torch.uint8),
-    ],
+    [torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
 )
 def test_other_tensors_than_uint8_batches_are_refused(images):
     with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\]"):
@@ -117,11 +111,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, weights_file):
     torch.save(state, tmp_path / "incomplete.pth")
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "cut.pth").write_bytes(weights_file.read_bytes()[:1000])
-    for name, part in [
-        ("incomplete.pth", "fc.bias"),
-        ("text.pth", "not the FID"),
-        ("cut.pth", "not the FID"),
-    ]:
+    for name, part in [("incomplete.pth", "fc.bias"), ("text.pth", "not the FID"), ("cut.pth", "not the FID")]:
         with pytest.raises(InceptionWeightsError, match=part) as error:
             load_inception(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -31,9 +31,7 @@ def gaussian_features(seed: int, count: int, width: int, decades: float = 2.0) -
     """Correlated features whose variances span 10 ** (2 * decades)."""
     random = np.random.default_rng(seed)
     rotation, _ = np.linalg.qr(random.normal(size=(width, width)))
-    return random.normal(size=(count, width)) * np.logspace(0, -decades, width) @ rotation + random.normal(
-        size=width
-    )
+    return random.normal(size=(count, width)) * np.logspace(0, -decades, width) @ rotation + random.normal(size=width)
 
 
 def two_overlapping_sets(references: int, samples: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,11 +117,7 @@ def test_full_rank_covariance_warns_of_nothing():
 
 @pytest.mark.parametrize(
     ("features", "message"),
-    [
-        (np.ones((1, 4)), "at least two"),
-        (np.ones(4), "at least two"),
-        (np.full((4, 4), np.nan), "NaN"),
-    ],
+    [(np.ones((1, 4)), "at least two"), (np.ones(4), "at least two"), (np.full((4, 4), np.nan), "NaN")],
 )
 def test_unusable_features_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
@@ -168,10 +162,7 @@ def test_logits_are_refused_as_probabilities():
 
 def test_precision_and_recall_equal_the_recorded_ones(recorded, device):
     result = precision_recall(
-        recorded["ref_features"],
-        recorded["sample_features"],
-        int(recorded["pr_neighbourhood"]),
-        device=device,
+        recorded["ref_features"], recorded["sample_features"], int(recorded["pr_neighbourhood"]), device=device
     )
     assert result.precision == pytest.approx(float(recorded["precision"]), abs=1e-6)
     assert result.recall == pytest.approx(float(recorded["recall"]), abs=1e-6)
@@ -275,11 +266,7 @@ def test_digits_metrics_separate_digits_from_noise():
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [
-        (np.zeros((2, 63), dtype=int), "integers"),
-        (np.zeros((2, 64)), "integers"),
-        (np.full((2, 64), 17), "0 to 16"),
-    ],
+    [(np.zeros((2, 63), dtype=int), "integers"), (np.zeros((2, 64)), "integers"), (np.full((2, 64), 17), "0 to 16")],
 )
 def test_other_arrays_than_digits_are_refused(images, message):
     with pytest.raises(ValueError, match=message):

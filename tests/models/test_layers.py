@@ -36,9 +36,7 @@ def test_bfloat16_norm_is_the_rounded_float32_one():
     x = torch.randn(64, 32).bfloat16()
     norm = RMSNorm(32).bfloat16()
     nn.init.normal_(norm.weight)
-    exact = (
-        x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
-    )
+    exact = x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
     error = (norm(x).double() - exact).abs() / exact.abs().clamp(min=1e-2)
     assert error.max() < 2**-7  # two roundings to 8 bits
 

@@ -65,9 +65,7 @@ def test_keys_and_shapes_of_the_published_models(golden, size):
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == recorded["state_dict"]
     assert sum(parameter.numel() for parameter in model.parameters()) == recorded["params"]
     config = model.config
-    assert (config.n_layer, config.n_head, config.dim) == tuple(
-        recorded[k] for k in ("n_layer", "n_head", "dim")
-    )
+    assert (config.n_layer, config.n_head, config.dim) == tuple(recorded[k] for k in ("n_layer", "n_head", "dim"))
 
 
 def test_digits_preset_is_about_eight_hundred_thousand_parameters():
@@ -125,9 +123,7 @@ def test_rotary_table_stays_float32_through_casts_and_to_empty(golden, recorded,
     with torch.inference_mode():
         model(recorded["codes"], recorded["labels"])
     assert torch.equal(model.freqs_cis, exact)
-    model(
-        recorded["codes"], recorded["labels"]
-    ).sum().backward()  # the table made above is no inference tensor
+    model(recorded["codes"], recorded["labels"]).sum().backward()  # the table made above is no inference tensor
 
 
 def test_half_precision_is_near_float32(golden, recorded, device):

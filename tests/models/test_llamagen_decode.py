@@ -23,12 +23,7 @@ def model(golden, device) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "scale", "interval"),
-    [
-        ("cfg_1.0", 0.0, None),
-        ("cfg_1.5", 0.5, None),
-        ("cfg_3.0", 2.0, None),
-        ("cfg_3.0_interval_5", 2.0, (0, 7)),
-    ],
+    [("cfg_1.0", 0.0, None), ("cfg_1.5", 0.5, None), ("cfg_3.0", 2.0, None), ("cfg_3.0_interval_5", 2.0, (0, 7))],
 )
 def test_greedy_decodes_equal_the_originals(model, golden, name, scale, interval):
     recorded = load_file(golden / "llamagen_greedy.safetensors")
@@ -76,9 +71,7 @@ def test_sampled_codes_equal_decoding_without_a_cache(model, device, schedule, i
 def test_an_image_does_not_depend_on_its_batch(model):
     labels = torch.arange(12) % 10
     whole = generate(model, labels, guidance_scale=0.7, seed=5)
-    alone = [
-        generate(model, labels[i : i + 1], guidance_scale=0.7, seed=5, image_indices_B=[i]) for i in range(12)
-    ]
+    alone = [generate(model, labels[i : i + 1], guidance_scale=0.7, seed=5, image_indices_B=[i]) for i in range(12)]
     assert torch.equal(whole, torch.cat(alone))
     odd = generate(model, labels[1::2], guidance_scale=0.7, seed=5, image_indices_B=range(1, 12, 2))
     assert torch.equal(whole[1::2], odd)
@@ -90,9 +83,7 @@ class RowCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self.rows: list[int] = []
-        model.layers[0].attention_norm.register_forward_pre_hook(
-            lambda _, inputs: self.rows.append(len(inputs[0]))
-        )
+        model.layers[0].attention_norm.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
 
 
 def test_guidance_free_never_runs_the_unconditional_half(model):
@@ -149,9 +140,7 @@ def test_lambda_is_chosen_at_sampling_time(device):
     model = create_model(TINY, lambda_conditioning=True).to(device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    low, high = (
-        generate(model, torch.arange(5), guidance_scale=0.5, log_lambda=value) for value in (0.0, 9.0)
-    )
+    low, high = (generate(model, torch.arange(5), guidance_scale=0.5, log_lambda=value) for value in (0.0, 9.0))
     assert not torch.equal(low, high)
     with pytest.raises(ValueError, match="log_lambda must be given"):
         generate(model, torch.arange(5))

@@ -4,15 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cca_ds.models import (
-    FAMILIES,
-    create_model,
-    family_of,
-    family_of_model,
-    model_config,
-    preset_name,
-    state_hash,
-)
+from cca_ds.models import FAMILIES, create_model, family_of, family_of_model, model_config, preset_name, state_hash
 from cca_ds.models.registry import preset_problem, presets
 from cca_ds.vq import TOKENIZERS
 

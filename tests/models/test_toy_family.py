@@ -124,10 +124,7 @@ def test_the_sample_command_draws_with_it(model, tmp_path, capsys):
     with TOKENIZERS.temporarily(TOY_TOKENIZER):
         tokenizer = create_tokenizer(TOY_TOKENIZER.name)
         save_weights(tokenizer, tmp_path / "t.safetensors")
-        settings += [
-            f"tokenizer.name={TOY_TOKENIZER.name}",
-            f"tokenizer.weights={tmp_path / 't.safetensors'}",
-        ]
+        settings += [f"tokenizer.name={TOY_TOKENIZER.name}", f"tokenizer.weights={tmp_path / 't.safetensors'}"]
         assert sample.main([*flags, "--cfg_scale", "10.5", "--npz", "--grid", "--set", *settings]) == 0
     assert "guidance s = 0.5 (the toy's weight = 10.5)" in capsys.readouterr().err
     described = json.loads((folder / "sampling.json").read_text())

@@ -64,9 +64,7 @@ def test_names_and_shapes_of_the_published_models(golden, depth):
     assert (model.sequence_length, model.vocab_size, model.null_class) == (680, 4096, 1000)
 
 
-def test_a_model_made_on_the_meta_device_loads_and_asks_for_its_tokenizer(
-    golden, device, tokenizer, recorded
-):
+def test_a_model_made_on_the_meta_device_loads_and_asks_for_its_tokenizer(golden, device, tokenizer, recorded):
     with torch.device("meta"):
         model = create_model(CONFIG)
     load_weights(model, golden / "var_depth2.pth")
@@ -288,17 +286,9 @@ def test_another_tokenizer_or_sequence_is_refused(tokenizer, model, recorded):
 
 def test_a_tiny_model_of_explicit_width_learns(device):
     torch.manual_seed(0)
-    shape = {
-        "channels": 32,
-        "channel_multipliers": (1,),
-        "z_channels": 4,
-        "codebook_size": 16,
-        "scales": (1, 2, 4),
-    }
+    shape = {"channels": 32, "channel_multipliers": (1,), "z_channels": 4, "codebook_size": 16, "scales": (1, 2, 4)}
     tokenizer = create_tokenizer("var-vqvae", **shape).to(device)
-    config = VARConfig(
-        depth=2, width=32, heads=4, num_classes=3, vocab_size=16, scales=(1, 2, 4), code_channels=4
-    )
+    config = VARConfig(depth=2, width=32, heads=4, num_classes=3, vocab_size=16, scales=(1, 2, 4), code_channels=4)
     model = create_model(config, tokenizer=tokenizer).to(device)
     codes, labels = torch.randint(0, 16, (3, 21), device=device), torch.arange(3, device=device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

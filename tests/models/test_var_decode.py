@@ -42,9 +42,7 @@ def slow_sampler(model, labels, strengths, uniforms, **draw):
         cond = model.logits(codes, labels)[:, span]
         uncond = model.logits(codes, torch.full_like(labels, model.null_class))[:, span]
         logits = cond + strength * (cond - uncond)
-        codes[:, span] = draw_codes(logits.flatten(0, 1), uniforms[:, span].flatten(), **draw).view(
-            len(labels), -1
-        )
+        codes[:, span] = draw_codes(logits.flatten(0, 1), uniforms[:, span].flatten(), **draw).view(len(labels), -1)
         start = span.stop
     return codes
 
@@ -69,8 +67,7 @@ def test_greedy_images_are_the_recorded_ones(model, tokenizer, recorded, scale):
     ],
 )
 @pytest.mark.parametrize(
-    "draw",
-    [{"top_k": 1}, {"top_k": 12, "top_p": 0.9}, {"temperature": 0.7}, {"top_p": 0.5, "temperature": 1.3}],
+    "draw", [{"top_k": 1}, {"top_k": 12, "top_p": 0.9}, {"temperature": 0.7}, {"top_p": 0.5, "temperature": 1.3}]
 )
 @torch.no_grad()
 def test_same_codes_as_the_slow_sampler(model, device, scale, schedule, interval, draw):
@@ -93,12 +90,7 @@ def test_same_codes_as_the_slow_sampler(model, device, scale, schedule, interval
 
 @pytest.mark.parametrize(
     ("scale", "interval", "rows"),
-    [
-        (0.0, None, [3, 3, 3, 3]),
-        (1.5, None, [6, 6, 6, 6]),
-        (1.5, (0, 2), [6, 6, 3, 3]),
-        (1.5, (1, 3), [6, 6, 6, 3]),
-    ],
+    [(0.0, None, [3, 3, 3, 3]), (1.5, None, [6, 6, 6, 6]), (1.5, (0, 2), [6, 6, 3, 3]), (1.5, (1, 3), [6, 6, 6, 3])],
 )
 def test_the_unconditional_half_runs_only_while_needed(model, device, monkeypatch, scale, interval, rows):
     seen = []

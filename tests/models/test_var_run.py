@@ -201,10 +201,7 @@ def test_the_exported_file_and_the_average_are_sampled_as_the_runs_folder_is(tmp
     recipe = str(var_run() / "config.yaml")
     of_run = pixels(sample(tmp_path / "run", "--weights", str(var_run())))
     averages = pixels(sample(tmp_path / "ema", "--weights", str(var_run()), "--ema"))
-    for name, flags, expected in (
-        ("a.pth", ["--layout", "var"], of_run),
-        ("b.safetensors", ["--ema"], averages),
-    ):
+    for name, flags, expected in (("a.pth", ["--layout", "var"], of_run), ("b.safetensors", ["--ema"], averages)):
         file = exported(var_run(), tmp_path / name, *flags)
         again = sample(tmp_path / f"of_{name}", "--recipe", recipe, "--weights", str(file))
         assert np.array_equal(pixels(again), expected)

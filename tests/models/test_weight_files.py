@@ -55,9 +55,7 @@ LAYOUTS = {
     "trainer": lambda state: {"epoch": 1, "iter": 0, "trainer": state, "args": {"depth": 16}},
     "trainer.var_wo_ddp": lambda state: {"trainer": {"config": {"patch_nums": (1, 2)}, "var_wo_ddp": state}},
     "compiled": lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
-    "ddp of compiled": lambda state: {
-        "model": {f"module._orig_mod.{key}": value for key, value in state.items()}
-    },
+    "ddp of compiled": lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
     "with freqs_cis": lambda state: {"model": {**state, "freqs_cis": torch.zeros(17, 8, 2)}},
 }
 
@@ -74,9 +72,7 @@ def test_the_recorded_files_load(golden, published):
     for name in ("llamagen_ddp.pt", "llamagen_fsdp.pt", "llamagen_after10.pt"):
         model = create_model(TINY)
         load_weights(model, golden / name)
-        assert torch.equal(model.state_dict()["norm.weight"], published["norm.weight"].float()) == (
-            "after" not in name
-        )
+        assert torch.equal(model.state_dict()["norm.weight"], published["norm.weight"].float()) == ("after" not in name)
 
 
 def test_the_old_pickle_format_loads(published, tmp_path):
@@ -140,9 +136,7 @@ def test_a_view_is_saved_without_what_is_behind_it(tmp_path):
 def test_safetensors_carry_metadata_and_a_model_card(tmp_path):
     model = random_model()
     card = model_card("digits-cca", FAMILIES["llamagen"], "digits_base", "name: digits\n", {"fid": 1.25})
-    save_weights(
-        model, tmp_path / "a.safetensors", metadata={"recipe": "name: digits", "step": "56"}, model_card=card
-    )
+    save_weights(model, tmp_path / "a.safetensors", metadata={"recipe": "name: digits", "step": "56"}, model_card=card)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = file.metadata()
     assert header["recipe"] == "name: digits" and header["step"] == "56"
@@ -273,9 +267,7 @@ def test_a_file_that_cannot_be_read_gets_one_clear_line(golden, tmp_path, name, 
 
 def test_the_other_familys_file_is_refused(golden, tmp_path):
     model = create_model(TINY)
-    with pytest.raises(
-        WeightsError, match="holds a VAR transformer, but a LlamaGen transformer is asked for"
-    ):
+    with pytest.raises(WeightsError, match="holds a VAR transformer, but a LlamaGen transformer is asked for"):
         load_weights(model, golden / "var_depth2.pth")
     with pytest.raises(WeightsError, match="holds LlamaGen's tokenizer, but a LlamaGen transformer"):
         load_weights(model, golden / "vq16_ch32.pt")

@@ -18,16 +18,7 @@ SMALL = {
 @pytest.mark.dist
 @pytest.mark.parametrize("recipe", SMALL)
 def test_a_model_is_trained_and_sampled(recipe, tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/speed/whole_models.py",
-        "--recipes",
-        recipe,
-        "--pairs",
-        "4",
-        "--steps",
-        "3",
-    ]
+    command = [sys.executable, "benchmarks/speed/whole_models.py", "--recipes", recipe, "--pairs", "4", "--steps", "3"]
     command += ["--images", "2", "--output", str(tmp_path), "--set", SMALL[recipe], "precision=fp32"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -119,9 +119,9 @@ def test_large_scores_keep_their_precision_in_bf16(device):
     plain = [qkv.clone().requires_grad_(), scale.clone().requires_grad_()]
     q, k, v = qk_norm_eager(*plain)
     level = torch.cat([torch.full((size**2,), size) for size in SCALES_256]).to(device)
-    F.scaled_dot_product_attention(q, k, v, attn_mask=level[:, None] >= level, scale=1.0).transpose(
-        1, 2
-    ).flatten(2).backward(grad)
+    F.scaled_dot_product_attention(q, k, v, attn_mask=level[:, None] >= level, scale=1.0).transpose(1, 2).flatten(
+        2
+    ).backward(grad)
     # no worse than PyTorch's own attention with a mask
     assert error(inputs[0].grad, exact[0].grad) < 1.2 * error(plain[0].grad, exact[0].grad)
 

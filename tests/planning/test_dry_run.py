@@ -48,14 +48,10 @@ def test_parameters_are_the_originals(name, golden):
 
 
 def test_a_dry_run_imports_no_deepspeed():
-    program = (
-        "import sys; from cca_ds.train import main; main(sys.argv[1:]); assert 'deepspeed' not in sys.modules"
-    )
+    program = "import sys; from cca_ds.train import main; main(sys.argv[1:]); assert 'deepspeed' not in sys.modules"
     arguments = ["--ds_config", str(ZERO3), "--dry_run"]
     environment = os.environ | {"PYTHONPATH": str(ZERO3.parents[1])}
-    subprocess.run(
-        [sys.executable, "-c", program, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
-    )
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 def table(lines: list[str]) -> dict[str, list[float]]:

@@ -33,9 +33,7 @@ def simulated_pass(layers, computes, gather):
     for layer in range(layers):
         window = max(done[max(0, layer - 1)])  # two layers ahead: prefetch buckets are finite
         link_free = max(link_free, window) + gather
-        done.append(
-            [max(before, link_free) + compute for before, compute in zip(done[-1], computes, strict=True)]
-        )
+        done.append([max(before, link_free) + compute for before, compute in zip(done[-1], computes, strict=True)])
     return max(done[-1])
 
 
@@ -81,9 +79,7 @@ def test_one_gpu_by_hand():
     flops = 6 * job.model.forward_flops() * job.pairs
     h100 = DEVICES["h100"]
     update = 28 * job.model.parameters / h100.memory_bandwidth
-    assert found.balanced.seconds == pytest.approx(
-        flops / (h100.peak_flops * h100.efficiency) + update, rel=1e-9
-    )
+    assert found.balanced.seconds == pytest.approx(flops / (h100.peak_flops * h100.efficiency) + update, rel=1e-9)
     assert found.balanced.link_bytes == found.balanced.link_seconds == 0
     ahead = 1_281_167 * 2 * job.model.forward_flops() / (h100.peak_flops * h100.efficiency)
     assert found.epoch_seconds == pytest.approx(5004 * found.balanced.seconds + ahead, rel=1e-9)
@@ -96,9 +92,7 @@ def test_links_by_hand():
     job, groups = job_of("llamagen-3b"), parse_nodes("2xa40:4")
     size = job.model.parameters * 2
     links = links_of(groups, job.model, ZERO3)
-    assert links.far == pytest.approx(
-        max(size / 2, size * 7 / 8) / (0.8 * 25e9), rel=3e-3
-    )  # PCIe is the slower here
+    assert links.far == pytest.approx(max(size / 2, size * 7 / 8) / (0.8 * 25e9), rel=3e-3)  # PCIe is the slower here
     found = outcome(job, groups, PLACEMENTS["inference"], True).balanced
     assert found.link_bytes == pytest.approx(3 * found.partition.forwards * size * 7 / 8, rel=1e-9)
     four = outcome(job, groups, PLACEMENTS["zero3"], True).balanced

@@ -14,13 +14,7 @@ import torch
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
 from cca_ds.models.weight_files import state_hash
-from cca_ds.reference.cache import (
-    CachedReference,
-    ReferenceCache,
-    ReferenceCacheError,
-    Shard,
-    cache_key,
-)
+from cca_ds.reference.cache import CachedReference, ReferenceCache, ReferenceCacheError, Shard, cache_key
 from tests.support.digits_table import digits_table
 
 KEY = {"reference": "abc", "seed": 0, "global_size": 4, "shard_steps": 2}
@@ -49,9 +43,7 @@ def test_a_shard_comes_back_and_names_step_and_sample(tmp_path):
 def test_another_runs_cache_is_refused_with_what_differs(tmp_path):
     ReferenceCache(tmp_path, KEY)
     ReferenceCache(tmp_path, dict(KEY))
-    with pytest.raises(
-        ReferenceCacheError, match=r"another run: reference \('abc' there\), seed \(0 there\) differ"
-    ):
+    with pytest.raises(ReferenceCacheError, match=r"another run: reference \('abc' there\), seed \(0 there\) differ"):
         ReferenceCache(tmp_path, KEY | {"reference": "xyz", "seed": 4})
     assert json.loads((tmp_path / "key.json").read_text()) == KEY
 
@@ -60,9 +52,7 @@ def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
     cache = ReferenceCache(tmp_path, KEY)
     cache.write(0, shard())
     cache.path(0).write_bytes(cache.path(0).read_bytes()[:-40])
-    with pytest.raises(
-        ReferenceCacheError, match=r"shard_000000\.arrow is damaged .* delete it and compute it again"
-    ):
+    with pytest.raises(ReferenceCacheError, match=r"shard_000000\.arrow is damaged .* delete it and compute it again"):
         cache.read(0)
 
 
@@ -70,15 +60,9 @@ def batch_of(step: int, positions: slice):
     """A micro-batch whose samples are those of `shard()`."""
     table = type("Table", (), {"manifest": type("M", (), {"crops": 1}), "labels": np.zeros(8, np.int64)})
     table.__len__ = lambda self: 8
-    table.take = lambda self, indices, crops: (
-        np.zeros((len(indices), 1), np.int64),
-        np.zeros(len(indices), np.int64),
-    )
+    table.take = lambda self, indices, crops: (np.zeros((len(indices), 1), np.int64), np.zeros(len(indices), np.int64))
     steps = Steps(
-        table(),
-        BatchPlan(4, 0, 0.0, 9, contrastive=False),
-        positions.start,
-        [positions.stop - positions.start],
+        table(), BatchPlan(4, 0, 0.0, 9, contrastive=False), positions.start, [positions.stop - positions.start]
     )
     (batch,) = steps[step]
     batch.sample_indices_B = torch.arange(4 * (step % 2), 4 * (step % 2) + 4)[positions]
@@ -107,17 +91,13 @@ def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path
 
     reference = CachedReference(cache, 0.5, reports=True, agree=alone)
     started = time.monotonic()
-    with pytest.raises(
-        ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"
-    ):
+    with pytest.raises(ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"):
         reference(batch_of(2, slice(0, 4)), ())
     assert 0.5 <= time.monotonic() - started < 5
     assert set(asked[:-1]) == {(2, True, False)} and asked[-1] == (2, True, True)
     assert cache.trainer_step() == 2  # producers see how far training has come
     cache.note_producer(1, "a40-7", 5)
-    with pytest.raises(
-        ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last heard of [01] s ago"
-    ):
+    with pytest.raises(ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last heard of [01] s ago"):
         reference(batch_of(2, slice(0, 4)), ())
     with pytest.raises(ReferenceCacheError, match="which is missing: producer 1"):
         CachedReference(cache)(batch_of(2, slice(0, 4)), ())

@@ -19,9 +19,7 @@ from cca_ds.reporting.charts import COLOURS, line_chart, value_range
 from cca_ds.reporting.page import columns_of, write_report
 from cca_ds.reporting.recorded_run import read_run
 
-HOSTILE = (
-    "</pre></title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"&"
-)
+HOSTILE = "</pre></title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"&"
 MAGENTA, GREEN = (255, 0, 255), (0, 200, 0)
 CHARTS_OF_RUN = ["Loss", "Rewards", "Learning rate", "Throughput", "Peak memory"]  # of `run_folder`
 
@@ -119,16 +117,9 @@ def test_everything_from_the_run_is_escaped(run_folder):
     """Markup in names, tags, notes, the summary or the configuration adds no tag to the page."""
     _, clean = report_of(run_folder)
     config = (run_folder / "config.yaml").read_text()
-    (run_folder / "config.yaml").write_text(
-        config.replace("name: llamagen-l", f"name: {json.dumps(HOSTILE)}", 1)
-    )
+    (run_folder / "config.yaml").write_text(config.replace("name: llamagen-l", f"name: {json.dumps(HOSTILE)}", 1))
     (run_folder / "summary.json").write_text(json.dumps({HOSTILE: HOSTILE, "versions": {HOSTILE: HOSTILE}}))
-    hostile = {
-        "metrics": {"fid": HOSTILE},
-        "notes": [HOSTILE],
-        "protocol": {HOSTILE: HOSTILE},
-        "sampler": HOSTILE,
-    }
+    hostile = {"metrics": {"fid": HOSTILE}, "notes": [HOSTILE], "protocol": {HOSTILE: HOSTILE}, "sampler": HOSTILE}
     (run_folder / "after.json").write_text(json.dumps(hostile))
     (run_folder / f"{HOSTILE.replace('/', '_')[:60]}.json").write_text(json.dumps(hostile))
     with open(run_folder / "metrics.jsonl", "a") as file:
@@ -160,10 +151,7 @@ def test_missing_and_damaged_parts_are_named(tmp_path):
     folder = tmp_path / "run"
     (folder / "samples").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(
-        metrics_line(1)
-        + "\n"
-        + metrics_line(2)
-        + '\n[1]\n{"step": 3, "loss": NaN, "lr": true}\n{"step": 4, "lo'
+        metrics_line(1) + "\n" + metrics_line(2) + '\n[1]\n{"step": 3, "loss": NaN, "lr": true}\n{"step": 4, "lo'
     )
     (folder / "samples" / "step_000001.png").write_bytes(solid_grid(GREEN)[:60])
     (folder / "summary.json").write_text("{")
@@ -176,12 +164,7 @@ def test_missing_and_damaged_parts_are_named(tmp_path):
 
 
 def test_steps_logged_twice_count_once_and_the_later_line_wins(tmp_path):
-    lines = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "loss": 2.5},
-        {"step": 3, "loss": 1.0},
-    ]
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 2.5}, {"step": 3, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(tmp_path).series["loss"] == [(1, 3.0), (2, 2.5), (3, 1.0)]
 
@@ -254,9 +237,7 @@ def test_chart_without_points_is_empty_and_one_point_is_a_dot():
     ],
 )
 def test_extreme_values_are_drawn(points):
-    assert len(
-        rows_of(pixels_of(line_chart({"$x_{$ <b> \u2603\U0001f600": points, "": points}, "$")), COLOURS[1])
-    )
+    assert len(rows_of(pixels_of(line_chart({"$x_{$ <b> \u2603\U0001f600": points, "": points}, "$")), COLOURS[1]))
 
 
 @pytest.mark.parametrize(
@@ -289,17 +270,13 @@ def test_odd_values_in_files_leave_the_page_whole(run_folder):
     scores = f'{{"metrics": {{"fid": NaN, "inception_score": {huge}, "precision": true, "recall": []}}, "notes": 3}}'
     (run_folder / "after.json").write_text(scores)
     (run_folder / "demo.json").write_text(f'{{"rows": [{{"fid": -Infinity, "s": {huge}, "seconds": NaN}}]}}')
-    (run_folder / "summary.json").write_text(
-        f'{{"steps": {huge}, "final": [], "versions": null, "loss": NaN}}'
-    )
+    (run_folder / "summary.json").write_text(f'{{"steps": {huge}, "final": [], "versions": null, "loss": NaN}}')
     _, page = report_of(run_folder)
     assert "metrics.jsonl: 5 lines could not be read" in page.text
     assert "56 steps" in page.text
     run = read_run(run_folder)
     assert len(run.series["loss"]) == 56
-    assert [
-        alt for tag, name, alt in page.attributes if (tag, name) == ("img", "alt") and alt
-    ] == CHARTS_OF_RUN
+    assert [alt for tag, name, alt in page.attributes if (tag, name) == ("img", "alt") and alt] == CHARTS_OF_RUN
 
 
 def test_headless_chromium_shows_pictures_and_curves_and_runs_no_script(run_folder, tmp_path):
@@ -314,9 +291,7 @@ def test_headless_chromium_shows_pictures_and_curves_and_runs_no_script(run_fold
                "--disable-background-networking", "--disable-component-update", "--disable-quic",
                "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
     picture = tmp_path / "page.png"
-    subprocess.run(
-        [*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120
-    )
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3).astype(int)
 
     def share_of(colour: tuple[int, int, int]) -> float:

@@ -26,13 +26,7 @@ def project(tmp_path):
 
 
 def arguments(project: Path, *more: str) -> list[str]:
-    return [
-        "--readme",
-        str(project / "README.md"),
-        "--results",
-        str(project / "benchmarks" / "results"),
-        *more,
-    ]
+    return ["--readme", str(project / "README.md"), "--results", str(project / "benchmarks" / "results"), *more]
 
 
 def test_readme_of_this_repository_equals_its_committed_results():
@@ -100,11 +94,7 @@ def test_both_markers_are_required_once(readme):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ("{", "not JSON"),
-        ("{}", 'no "table"'),
-        ('{"table": {"columns": ["a"], "rows": [[1, 2]]}}', "as many cells"),
-    ],
+    [("{", "not JSON"), ("{}", 'no "table"'), ('{"table": {"columns": ["a"], "rows": [[1, 2]]}}', "as many cells")],
 )
 def test_unusable_results_are_one_line(project, content, message, capsys):
     (project / "benchmarks" / "results" / "demo.json").write_text(content)

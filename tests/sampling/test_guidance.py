@@ -72,9 +72,7 @@ def test_codes_are_drawn_with_their_probabilities():
     logits = torch.randn(12) * 2
     for temperature in (1.0, 0.5, 3.0):
         wanted = (logits.double() / temperature).softmax(-1).float()
-        torch.testing.assert_close(
-            drawn_frequencies(logits, temperature=temperature), wanted, atol=2e-5, rtol=0
-        )
+        torch.testing.assert_close(drawn_frequencies(logits, temperature=temperature), wanted, atol=2e-5, rtol=0)
 
 
 def test_top_k_keeps_the_k_most_probable_and_ties():
@@ -112,8 +110,6 @@ def test_top_1_is_argmax_whatever_the_number():
 
 def test_on_many_codes_the_tail_is_reached():
     logits = torch.zeros(1, 16384)
-    uniforms = torch.tensor(
-        [(code + 0.5) / 16384 for code in (0, 1, 8191, 16382, 16383)], dtype=torch.float64
-    )
+    uniforms = torch.tensor([(code + 0.5) / 16384 for code in (0, 1, 8191, 16382, 16383)], dtype=torch.float64)
     codes = draw_codes(logits.expand(5, -1), uniforms)
     assert codes.tolist() == [0, 1, 8191, 16382, 16383]

@@ -35,9 +35,7 @@ def missing() -> str | None:
     """Why a cluster cannot be started here, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
     if absent:
-        return (
-            f"{', '.join(absent)} not installed: apt-get install slurmctld slurmd slurm-client munge iproute2"
-        )
+        return f"{', '.join(absent)} not installed: apt-get install slurmctld slurmd slurm-client munge iproute2"
     if os.geteuid() != 0:
         return "needs root"
     namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "true"]
@@ -57,9 +55,7 @@ class Cluster:
         self._net = f"10.{64 + os.getpid() // 256 % 64}.{os.getpid() % 256}"
         self._daemons: dict[str, subprocess.Popen] = {}
         self.python = sys.executable
-        self.environment = clean_environment(
-            {"SLURM_CONF": f"{self.folder}/slurm.conf", "CUDA_VISIBLE_DEVICES": ""}
-        )
+        self.environment = clean_environment({"SLURM_CONF": f"{self.folder}/slurm.conf", "CUDA_VISIBLE_DEVICES": ""})
         self.environment["PATH"] += os.pathsep + SYSTEM_PATH
 
     def __enter__(self) -> Cluster:
@@ -121,9 +117,7 @@ class Cluster:
 
     def wait(self, number: int, seconds: float) -> set[str]:
         """Until all parts of the job have ended; their states."""
-        self._until(
-            lambda: self.job_states(number) <= ENDED, seconds, f"the end of job {number}", str(number)
-        )
+        self._until(lambda: self.job_states(number) <= ENDED, seconds, f"the end of job {number}", str(number))
         return self.job_states(number)
 
     def wait_for(self, condition, seconds: float, what: str, job: int) -> None:
@@ -141,12 +135,7 @@ class Cluster:
             except OSError:
                 continue
             in_step = any(variable.startswith(b"SLURM_STEP_ID=") for variable in environment)
-            if (
-                marks <= environment
-                and in_step
-                and b"python" in command[0]
-                and argument.encode() in [b"", *command]
-            ):
+            if marks <= environment and in_step and b"python" in command[0] and argument.encode() in [b"", *command]:
                 found.append(int(process.name))
         return found
 
@@ -207,11 +196,7 @@ class Cluster:
                 f"Gres=gpu:{node}:{gpus} Feature={node}\n"
             )
         text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
-        names = [
-            line
-            for line in Path("/etc/nsswitch.conf").read_text().splitlines()
-            if not line.startswith("hosts:")
-        ]
+        names = [line for line in Path("/etc/nsswitch.conf").read_text().splitlines() if not line.startswith("hosts:")]
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text("".join(gres))
         (self.folder / "hosts").write_text("".join(hosts))
@@ -267,9 +252,7 @@ class Cluster:
         while not condition():
             if time.monotonic() > end:
                 shown = self.run(["scontrol", "show", "job", "-d", job]) if job else ""
-                raise AssertionError(
-                    f"waited {seconds} s for {what}\n{shown}\n{self.states()}\n{self.logs()}"
-                )
+                raise AssertionError(f"waited {seconds} s for {what}\n{shown}\n{self.states()}\n{self.logs()}")
             time.sleep(0.2)
 
 

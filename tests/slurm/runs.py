@@ -24,12 +24,7 @@ class Run:
         self.cluster, self.folder, self.log = cluster, folder / "run", folder / "job.log"
 
     def submit(self, *flags: str, script: str = "slurm/cca_3b.sh", **environment: str) -> int:
-        environment = {
-            "CCA_RECIPE": "digits",
-            "CCA_SET": SETTINGS,
-            "CCA_OUTPUT": str(self.folder),
-            **environment,
-        }
+        environment = {"CCA_RECIPE": "digits", "CCA_SET": SETTINGS, "CCA_OUTPUT": str(self.folder), **environment}
         self.job = self.cluster.submit(script, f"--output={self.log}", *flags, environment=environment)
         return self.job
 

@@ -47,9 +47,7 @@ def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, 
         CCA_SET="sampling.images_per_class=8",
     )
     encoded = Run(cluster, tmp_path / "encoded")
-    encoded.submit(
-        *two, script="slurm/encode.sh", CCA_DATA=str(digits_as_images(tmp_path / "images")), CCA_SET=""
-    )
+    encoded.submit(*two, script="slurm/encode.sh", CCA_DATA=str(digits_as_images(tmp_path / "images")), CCA_SET="")
     for job in (cache, sampled, encoded):
         assert job.end() == {"COMPLETED"}, job.output()
         assert "done: " in job.output()
@@ -114,9 +112,7 @@ def test_ranks_of_a_heterogeneous_step(run, tmp_path):
             ("a100", 2, 1, 2),
             ("a40", 3, 0, 1),
         ], run.output()
-        assert {(h["launcher"], h["master_address"], h["total"]) for h in printed} == {
-            ("slurm", "h100", 15.0)
-        }
+        assert {(h["launcher"], h["master_address"], h["total"]) for h in printed} == {("slurm", "h100", 15.0)}
 
 
 def digits_as_images(folder: Path) -> Path:

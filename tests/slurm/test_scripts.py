@@ -84,11 +84,7 @@ def test_every_script_can_be_requeued_and_is_warned_of_the_time_limit(script):
 
 
 def test_array_tasks_take_their_word_and_a_folder_of_their_own():
-    sweep = {
-        "CCA_SWEEP": "loss.lambda=10 loss.lambda=100",
-        "SLURM_ARRAY_JOB_ID": "40",
-        "SLURM_ARRAY_TASK_ID": "1",
-    }
+    sweep = {"CCA_SWEEP": "loss.lambda=10 loss.lambda=100", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
     printed = dry_run("cca_3b.sh", {**sweep, "CCA_SET": "loss.beta=0.1"})
     assert " --output runs/cca-3b-40/loss.lambda=100 " in printed
     assert printed.endswith(" --set loss.lambda=100 loss.beta=0.1 \n")
@@ -106,13 +102,7 @@ def test_a_script_outside_the_repository_says_what_to_do():
         capture_output=True,
         text=True,
     )
-    assert (
-        printed.returncode,
-        "call sbatch in the repository's root, or set CCA_HOME" in printed.stderr,
-    ) == (
-        2,
-        True,
-    )
+    assert (printed.returncode, "call sbatch in the repository's root, or set CCA_HOME" in printed.stderr) == (2, True)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,7 @@ class ToyTokenizer(LearnedTokenizer):
         return self.values[checked_codes(codes_BL, self.vocab_size)].view(-1, 1, self.side, self.side)
 
 
-TOY_TOKENIZER = TokenizerSpec(
-    name="toy-levels", build=ToyTokenizer, needs_weights=True, family="toy", image_mode="L"
-)
+TOY_TOKENIZER = TokenizerSpec(name="toy-levels", build=ToyTokenizer, needs_weights=True, family="toy", image_mode="L")
 
 
 def margin_loss(
@@ -152,6 +150,4 @@ def margin_loss(
     return terms.sum() if reduction == "sum" else terms.mean()
 
 
-TOY_LOSS = LossSpec(
-    "margin", margin_loss, initial_loss=lambda contrasted, lambda_: 1.0, options={"margin": 1.0}
-)
+TOY_LOSS = LossSpec("margin", margin_loss, initial_loss=lambda contrasted, lambda_: 1.0, options={"margin": 1.0})

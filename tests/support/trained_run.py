@@ -27,12 +27,7 @@ def trained_run() -> Path:
     command += ["cca_ds/train.py", "--ds_config", "ds_configs/zero3.json", "--output", str(folder)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "--set", *SETTINGS],
-        cwd=REPOSITORY,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*command, "--set", *SETTINGS], cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -17,12 +17,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = GOLDEN / "var_depth2.pth"
 SHAPE = {"depth": 2, "num_classes": 10, "vocab_size": 64, "scales": [1, 2, 3, 4]}
 DECAY = 0.75
-TOKENIZER_SHAPE = {
-    "channels": 32,
-    "channel_multipliers": [1, 1, 1, 1, 2],
-    "codebook_size": 64,
-    "scales": [1, 2, 3, 4],
-}
+TOKENIZER_SHAPE = {"channels": 32, "channel_multipliers": [1, 1, 1, 1, 2], "codebook_size": 64, "scales": [1, 2, 3, 4]}
 TOKENIZER = (f"tokenizer.weights={GOLDEN / 'var_vae_ch32.pth'}", f"tokenizer.options={TOKENIZER_SHAPE}")
 SETTINGS = (
     *TOKENIZER, *QUIET, f"model.overrides={SHAPE}", f"model.weights={BASE}", "model.activation_checkpointing=true",

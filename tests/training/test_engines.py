@@ -36,9 +36,7 @@ def models():
 
 def engines(policy, reference, name="cca"):
     objective = Objective(load_recipe("digits", [f"loss.name={name}"]).loss)
-    frozen = (
-        (lambda batch, inputs: reference(*inputs[:2]).detach()) if objective.spec.needs_reference else None
-    )
+    frozen = (lambda batch, inputs: reference(*inputs[:2]).detach()) if objective.spec.needs_reference else None
     return Engines(policy, frozen, objective, torch.device("cpu"), "fp32")
 
 
@@ -49,9 +47,7 @@ def test_a_forward_is_the_loss_of_policy_and_reference(batch):
     labels = (batch.positive_labels_B, batch.negative_labels_B)
     own, frozen = ([m(batch.codes_BL, label) for label in labels] for m in (policy, reference))
     settings = load_recipe("digits").loss
-    expected = cca_loss(
-        *own, *frozen, batch.positive_mask_B, settings.beta, settings.lambda_, reduction="sum"
-    )
+    expected = cca_loss(*own, *frozen, batch.positive_mask_B, settings.beta, settings.lambda_, reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert loss.requires_grad and not logps.requires_grad and logps.shape == (16,)
     assert sums[SUMS.index("pairs")] == 8 and sums.dtype == torch.float64

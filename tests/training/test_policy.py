@@ -28,8 +28,7 @@ def test_the_reference_has_dropout_only_where_asked():
 
 def test_fresh_weights_follow_the_seed():
     first, again, other = (
-        starting_weights(load_recipe("digits").model, None, seed)["tok_embeddings.weight"]
-        for seed in (0, 0, 1)
+        starting_weights(load_recipe("digits").model, None, seed)["tok_embeddings.weight"] for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 

@@ -19,9 +19,7 @@ def sums_of(pairs: float, loss: float) -> torch.Tensor:
 def started(folder, first_step=0, log_every=1, steps=4) -> Progress:
     log = RunLog(folder, True, steps, first_step, tensorboard=False, bar=False)
     last = last_logged_values(folder / "metrics.jsonl", first_step)
-    return Progress(
-        first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every
-    )
+    return Progress(first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every)
 
 
 def test_a_recorded_step_is_averaged_counted_and_logged(tmp_path):
@@ -39,10 +37,7 @@ def test_every_second_step_and_the_last_are_written(tmp_path):
     for _ in range(3):
         progress.record(sums_of(8, 4.0), {}, compared=False)
     progress.log.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        2,
-        3,
-    ]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 3]
 
 
 def test_a_process_that_resumes_finds_the_values_of_its_step(tmp_path):

@@ -42,12 +42,7 @@ def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run
 
 def test_habits_of_logging_may_change_what_shapes_the_trajectory_not(tmp_path, run):
     run_folder.open_folder(tmp_path, run)
-    for override in (
-        "logging.every_steps=7",
-        "checkpoint.keep_last=9",
-        "data.workers=5",
-        "balance.mode=measured",
-    ):
+    for override in ("logging.every_steps=7", "checkpoint.keep_last=9", "data.workers=5", "balance.mode=measured"):
         run_folder.check_output(tmp_path, load_recipe("digits", [override]), "auto")
     for override in ("seed=1", "loss.beta=0.1", "batch.global_size=64", "batch.max_steps=3"):
         assert "already holds another run" in problem(tmp_path, load_recipe("digits", [override]))
@@ -58,9 +53,7 @@ def test_completion_is_marked_last(tmp_path, run, monkeypatch):
     assert not run_folder.is_completed(tmp_path)
     written = []
     usual = run_folder.write_atomic
-    monkeypatch.setattr(
-        run_folder, "write_atomic", lambda path, text: (written.append(path.name), usual(path, text))
-    )
+    monkeypatch.setattr(run_folder, "write_atomic", lambda path, text: (written.append(path.name), usual(path, text)))
     run_folder.finish(tmp_path, {"steps": 56, "loss": 0.5})
     assert written == ["summary.json", "COMPLETED"]
     assert run_folder.is_completed(tmp_path)

@@ -100,10 +100,7 @@ def test_tensorboard_has_the_values_the_picture_and_no_undone_step(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert "samples" in events.Tags()["images"]
     assert [event.step for event in events.Tensors("config/text_summary")] == [0, 2]  # of both processes
-    assert set(events.PluginTagToContent("hparams")) == {
-        "_hparams_/session_start_info",
-        "_hparams_/session_end_info",
-    }
+    assert set(events.PluginTagToContent("hparams")) == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert (np.asarray(Image.open(tmp_path / "samples/step_3.png")) == grid[..., 0]).all()
 
 

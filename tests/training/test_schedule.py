@@ -31,9 +31,7 @@ def test_linear_goes_from_the_peak_to_its_final_fraction_at_the_last_step():
 
 def test_hold_keeps_the_peak_then_falls_to_the_same_end():
     found = rates(11, 11, name="linear", hold=0.5, final_fraction=0.0)
-    assert found == pytest.approx(
-        [2e-4] * 6 + [2e-4 * share for share in (0.8, 0.6, 0.4, 0.2, 0.0)], abs=1e-12
-    )
+    assert found == pytest.approx([2e-4] * 6 + [2e-4 * share for share in (0.8, 0.6, 0.4, 0.2, 0.0)], abs=1e-12)
 
 
 def test_cosine_is_half_way_down_in_the_middle():
@@ -46,9 +44,7 @@ def test_cosine_is_half_way_down_in_the_middle():
 def test_vars_linear_with_hold():
     """VAR's "lin0": after warm-up, 5% of what is left at the peak, then straight down."""
     steps, per_epoch = 1000, 100
-    found = rates(
-        steps, per_epoch, name="linear", warmup_epochs=2, warmup_start=0.005, hold=0.05, final_fraction=0.01
-    )
+    found = rates(steps, per_epoch, name="linear", warmup_epochs=2, warmup_start=0.005, hold=0.05, final_fraction=0.01)
     for step in (0, 77, 199, 200, 239, 300, 777, 999):
         if step < 200:
             expected = 0.005 + 0.995 * step / 200
@@ -69,11 +65,5 @@ def test_weight_decay_stays_or_follows_half_a_cosine():
     assert [weight_decay(step, 3, ADAMW) for step in range(3)] == [0.05] * 3
     falling = ADAMW.model_copy(update={"final_weight_decay": 0.01})
     assert [weight_decay(step, 5, falling) for step in range(5)] == pytest.approx(
-        [
-            0.05,
-            0.01 + 0.04 * (0.5 + 0.5 * math.sqrt(0.5)),
-            0.03,
-            0.01 + 0.04 * (0.5 - 0.5 * math.sqrt(0.5)),
-            0.01,
-        ]
+        [0.05, 0.01 + 0.04 * (0.5 + 0.5 * math.sqrt(0.5)), 0.03, 0.01 + 0.04 * (0.5 - 0.5 * math.sqrt(0.5)), 0.01]
     )

@@ -78,9 +78,7 @@ def test_nearest_is_the_smallest_angle_whatever_the_lengths():
     with torch.no_grad():
         codebook.embedding.weight.mul_(torch.rand(50, 1) * 5 + 0.1)
         found = codebook.nearest(z)
-    cosine = torch.nn.functional.cosine_similarity(
-        z.double()[:, None], codebook.embedding.weight.double(), dim=-1
-    )
+    cosine = torch.nn.functional.cosine_similarity(z.double()[:, None], codebook.embedding.weight.double(), dim=-1)
     best = cosine.max(-1).values
     torch.testing.assert_close(cosine.gather(1, found[:, None])[:, 0], best, atol=1e-6, rtol=0)
 

@@ -44,9 +44,7 @@ def test_its_weights_load_and_have_a_hash(tmp_path):
 
 
 def test_unknown_options_and_names_are_one_line():
-    with pytest.raises(
-        ValueError, match="the toy-levels tokenizer has no depth=3: its options are levels, side"
-    ):
+    with pytest.raises(ValueError, match="the toy-levels tokenizer has no depth=3: its options are levels, side"):
         create_tokenizer("toy-levels", depth=3)
     with pytest.raises(ValueError, match="did you mean toy-levels"):
         create_tokenizer("toy-level")

@@ -34,9 +34,7 @@ def test_an_image_has_the_same_codes_alone_and_in_a_batch(tokenizer, recorded):
 
 
 def test_decoded_images_are_the_recorded_ones(tokenizer, recorded):
-    torch.testing.assert_close(
-        tokenizer.decode(recorded["codes"]), recorded["reconstruction"], atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(tokenizer.decode(recorded["codes"]), recorded["reconstruction"], atol=1e-3, rtol=0)
 
 
 def test_any_integer_dtype_decodes(tokenizer, recorded):
@@ -45,9 +43,7 @@ def test_any_integer_dtype_decodes(tokenizer, recorded):
 
 
 def test_teacher_input_is_the_recorded_one(tokenizer, recorded):
-    torch.testing.assert_close(
-        tokenizer.teacher_input(recorded["codes"]), recorded["var_input"], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(tokenizer.teacher_input(recorded["codes"]), recorded["var_input"], atol=1e-5, rtol=0)
 
 
 def test_names_and_shapes_of_the_published_tokenizer(golden):
@@ -87,10 +83,7 @@ def test_the_hash_outlives_a_cast_and_knows_the_weights(tokenizer, golden):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda t, io: t.encode(io["image"][..., :32]),
-            r"takes images \[B, \[3, 64, 64\]\], not \[3, 3, 64, 32\]",
-        ),
+        (lambda t, io: t.encode(io["image"][..., :32]), r"takes images \[B, \[3, 64, 64\]\], not \[3, 3, 64, 32\]"),
         (lambda t, io: t.encode(io["image"][:, :1]), r"not \[3, 1, 64, 64\]"),
         (lambda t, io: t.decode(io["codes"][:, :29]), r"codes of shape \[3, 29\].*take \[B, 30\]"),
         (lambda t, io: t.decode(io["codes"] + 64), "code .* is outside the tokenizer's codebook 0..63"),

@@ -115,9 +115,7 @@ class _GraphedStep:
         self.table = model.rotary(keys_RHSC.device)
         self.slots_S = torch.arange(keys_RHSC.shape[2], device=keys_RHSC.device)
         self.step_1 = torch.zeros(1, dtype=torch.int64, device=keys_RHSC.device)
-        self.x_RD = torch.empty(
-            len(keys_RHSC), model.config.dim, device=keys_RHSC.device, dtype=keys_RHSC.dtype
-        )
+        self.x_RD = torch.empty(len(keys_RHSC), model.config.dim, device=keys_RHSC.device, dtype=keys_RHSC.dtype)
         self.graphs = GraphCache()
 
     def keep_rows(self, rows: int) -> "_GraphedStep":

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from cca_ds.likelihood import LikelihoodHead
 from cca_ds.models.base import CodeModel
-from cca_ds.models.layers import (
-    DropPath,
-    Embedding,
-    LambdaEmbedding,
-    Linear,
-    RMSNorm,
-    SwiGLULinear,
-)
+from cca_ds.models.layers import DropPath, Embedding, LambdaEmbedding, Linear, RMSNorm, SwiGLULinear
 from cca_ds.ops.attention import causal_attention, rope_qkv
 from cca_ds.ops.rope import rotary_table
 
@@ -47,15 +40,7 @@ class LlamaGenConfig:
     lambda_conditioning: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_layer",
-            "n_head",
-            "dim",
-            "vocab_size",
-            "sequence_length",
-            "num_classes",
-            "multiple_of",
-        ):
+        for name in ("n_layer", "n_head", "dim", "vocab_size", "sequence_length", "num_classes", "multiple_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LlamaGen: {name}={getattr(self, name)} must be at least 1")
         if self.dim % (4 * self.n_head):

@@ -23,12 +23,7 @@ def _build(config: VARConfig, tokenizer: nn.Module | None) -> VAR:
 
 def _shortened(config: VARConfig, blocks: int) -> dict[str, Any]:
     """Width, heads and stochastic depth follow the depth unless given, so they are given."""
-    return {
-        "depth": blocks,
-        "width": config.dim,
-        "heads": config.n_head,
-        "drop_path": config.drop_path_rate,
-    }
+    return {"depth": blocks, "width": config.dim, "heads": config.n_head, "drop_path": config.drop_path_rate}
 
 
 def _published(config: VARConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

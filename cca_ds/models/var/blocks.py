@@ -27,9 +27,7 @@ class AdaLNLinear(Linear):
         super().__init__(in_features, out_features, bias, std)
         self.eps = eps
 
-    def forward(
-        self, x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, bias_F: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, bias_F: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, F]; `bias_F` for a layer that has no bias of its own."""
         bias_F = self.bias if bias_F is None else bias_F
         return adaln_linear(x_BLD, scale_BD, shift_BD, self.eps, self.weight, bias_F, self.transient)
@@ -91,13 +89,7 @@ class Attention(nn.Module):
         return self.proj(mixed_BLD, x_BLD, gate_BD)
 
     def step(
-        self,
-        x_BLD: Tensor,
-        scale_BD: Tensor,
-        shift_BD: Tensor,
-        gate_BD: Tensor,
-        cache_2BHLC: Tensor,
-        start: int,
+        self, x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, gate_BD: Tensor, cache_2BHLC: Tensor, start: int
     ) -> Tensor:
         """One scale, whose codes begin at `start`, attends to itself and to the coarser scales in the cache."""
         end = start + x_BLD.shape[1]
@@ -149,9 +141,7 @@ class Block(nn.Module):
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, config.dim))
             self.reset_parameters()
         else:
-            self.ada_lin = nn.Sequential(
-                nn.SiLU(), BlockAdaLN(config.dim, 6 * config.dim, bias=True, std=std)
-            )
+            self.ada_lin = nn.Sequential(nn.SiLU(), BlockAdaLN(config.dim, 6 * config.dim, bias=True, std=std))
 
     def reset_parameters(self) -> None:
         """The block's own offsets to the shared gates, scales and shifts; those of the gates near 0."""

@@ -47,9 +47,7 @@ class VARConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"VAR: {name}={getattr(self, name)} must be at least 1")
         if not self.scales or list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
-            raise ValueError(
-                f"VAR: scales={self.scales} must be growing sizes of at least 1, such as (1, 2, 3, 4)"
-            )
+            raise ValueError(f"VAR: scales={self.scales} must be growing sizes of at least 1, such as (1, 2, 3, 4)")
         if self.dim % self.n_head:
             raise ValueError(f"VAR: width={self.dim} must be a multiple of heads={self.n_head}")
         if not 0.0 <= self.drop_path_rate < 1.0:
@@ -144,9 +142,7 @@ class VAR(CodeModel):
     def require_pyramid(self) -> nn.Module:
         """The tokenizer's frozen part; ValueError when the model was made without a tokenizer."""
         if self.pyramid is None:
-            raise ValueError(
-                "this VAR has no tokenizer: give create_model(..., tokenizer=) or call attach_tokenizer"
-            )
+            raise ValueError("this VAR has no tokenizer: give create_model(..., tokenizer=) or call attach_tokenizer")
         return self.pyramid
 
     def positions(self) -> Tensor:
