@@ -165,7 +165,6 @@ def main() -> None:
             "safetensors>=0.4.3",
             "tqdm>=4.66",
             "numpy>=1.26",
-            "scipy>=1.11",
             "pillow>=10",
             "matplotlib>=3.8",
         ],

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cca_ds.config.registry import Registry
+from cca_ds.config.variants import Registry
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cca_ds.config.registry import Registry
+from cca_ds.config.variants import Registry
 from cca_ds.metrics.digits_classifier import LEVELS, digits_classifier
 from cca_ds.metrics.image_sets import Images, ImagesError
 

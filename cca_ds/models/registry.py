@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cca_ds.config.original_names import canonical_model
-from cca_ds.config.registry import Registry
+from cca_ds.config.variants import Registry
 from cca_ds.models.base import CodeModel, Family
 
 FAMILIES: Registry[Family] = Registry("family")

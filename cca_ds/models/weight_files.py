@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cca_ds.config.registry import Registry
+from cca_ds.config.variants import Registry
 from cca_ds.files import atomic_path
 
 # where the programs keep the model's own state, the outermost first

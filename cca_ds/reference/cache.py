@@ -30,7 +30,7 @@ from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
 from cca_ds.files import write_atomic
 from cca_ds.models.weight_files import state_hash
-from cca_ds.reference.base import ReferenceInputs
+from cca_ds.reference.interface import ReferenceInputs
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
@@ -184,7 +184,7 @@ class CachedReference:
         self._number, self._shard = -1, None
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """[2B] float32, [positive, negative]; see `base.Reference`."""
+        """[2B] float32, [positive, negative]; see `interface.Reference`."""
         shard = self._get(batch.step)
         first = (batch.step % self.cache.shard_steps) * self.cache.global_size
         places = first + batch.positions_B.cpu().numpy()

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cca_ds.config.registry import Registry
-from cca_ds.reference.base import Reference, ReferenceInputs
+from cca_ds.config.variants import Registry
 from cca_ds.reference.cache import CachedReference, open_cache
+from cca_ds.reference.interface import Reference, ReferenceInputs
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class ReplicaReference:
         freeze(self.engine.module, reference.dropout)
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """See `base.Reference`."""
+        """See `interface.Reference`."""
         return self.log_likelihoods(*inputs[:2])
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ class ShardedReference:
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        """See `base.Reference`."""
+        """See `interface.Reference`."""
         return self.engine(*inputs[:2])
 
 

@@ -16,7 +16,7 @@ from cca_ds.alignment.objective import SUMS, Objective
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
-from cca_ds.reference.base import Reference
+from cca_ds.reference.interface import Reference
 from cca_ds.training import schedule
 from cca_ds.training.policy import NonFinite, Policy
 

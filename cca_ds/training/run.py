@@ -33,8 +33,8 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import Steps
 from cca_ds.likelihood import backend
 from cca_ds.models.from_recipe import starting_weights
-from cca_ds.reference.base import Reference, ReferenceInputs
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
+from cca_ds.reference.interface import Reference, ReferenceInputs
 from cca_ds.reference.placements import PLACEMENTS
 from cca_ds.reference.producer import fill_cache
 from cca_ds.reference.replica import ReplicaReference, reference_model

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cca_ds.models.weight_files import KINDS, WeightsKind
-from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
+from cca_ds.vq.conv_blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 
 CODE_DIM = 8

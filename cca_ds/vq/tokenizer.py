@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cca_ds.config.registry import Registry
+from cca_ds.config.variants import Registry
 from cca_ds.models.weight_files import WeightsKind, state_hash
 from cca_ds.models.weights import load_weights
 

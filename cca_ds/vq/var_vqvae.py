@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cca_ds.models.var.model import SCALES_256
 from cca_ds.models.weight_files import KINDS, WeightsKind
-from cca_ds.vq.blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
+from cca_ds.vq.conv_blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid
 
