@@ -178,13 +178,13 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
-    torch.manual_seed(run.seed + ranks.rank)
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
     metadata = {"config": compared["the configuration"], "stage": zero_stage(ds), "precision": precision}
     checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata)
     origin = checkpoints.to_resume(resume)
     engines = _build_engines(run, ds, inputs, balancer, checkpoints, origin, precision, coordinator)
+    torch.manual_seed(run.seed + ranks.rank)  # after building: dropout does not depend on how the reference is held
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
     log = RunLog(folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress)
