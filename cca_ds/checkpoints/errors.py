@@ -17,20 +17,26 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or must not be read; the message names the file and the remedy."""
 
 
+class StorageError(CheckpointError):
+    """The disk is full or not writable: a failure of the machine, not of the input."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def clear_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full disk or a read-only folder raises, in torch.save too, into one `CheckpointError`."""
+    """Turn what a full disk or a read-only folder raises, in torch.save too, into one `StorageError`."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(_explain(error, folder)) from error
+        raise StorageError(_explain(error, folder)) from error
     except RuntimeError as error:
         if not any(mark in str(error) for mark in _TORCH_SAVE):
             raise
         if number := _errno_of_torch_save(str(error), folder):
-            raise CheckpointError(_explain(OSError(number, os.strerror(number)), folder)) from error
+            raise StorageError(_explain(OSError(number, os.strerror(number)), folder)) from error
         free = shutil.disk_usage(folder.parent).free / 2**20
-        raise CheckpointError(
+        raise StorageError(
             f"checkpoint {folder}: torch.save could not write ({free:.0f} MiB free); free some space or "
             "lower checkpoint.keep_last; older checkpoints are untouched"
         ) from error

@@ -84,7 +84,7 @@ def test_memory_too_short_for_the_micro_batch_times_fewer_pairs(device, monkeypa
 def test_a_short_var_keeps_its_width():
     run = load_recipe("var-d30", ["model.weights=null"])
     with torch.device("meta"):
-        module = build_shortened(run, 4)
+        module = build_shortened(run.model, 4)
     assert len(module.blocks) == 4 and module.config.dim == 1920 and module.config.n_head == 30
 
 

@@ -45,8 +45,12 @@ class Fork:
             self.returncode = int(self._exit.read_text())
         return self.returncode
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
+        """As `subprocess.Popen.wait`."""
+        end = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked rank", timeout)
             time.sleep(0.01)
         return self.returncode
 
