@@ -159,7 +159,7 @@ def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
             Engines(policy, reference if objective.spec.needs_reference else None, objective, device, "fp32"),
             Progress(0, total, history, {}, recipe.batch.global_size, Utilization(0.0, ["cpu"]), device, 1),
             WholeBatches(own_steps, total),
-            OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch),
+            OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch, print),
             Never(),
             Never(),
             Coordinator(Ranks(0, 0, 1, 1, 0, "localhost", "cpu", "alone")),

@@ -6,7 +6,7 @@ Letters: B pairs of a micro-batch, R rows of its forward ([chosen, rejected] sta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,12 +90,13 @@ class OptimizerSteps:
         policy: stepped.
         optimizer, settings: the recipe's `optimizer` and `schedule` sections.
         steps, steps_per_epoch: of the run.
+        say: prints a line on rank 0's console.
     """
 
     def __init__(self, policy: Policy, optimizer: schema.Optimizer, settings: schema.Schedule, steps: int,
-                 steps_per_epoch: int):  # fmt: skip
+                 steps_per_epoch: int, say: Callable[[str], None]):  # fmt: skip
         self.policy, self.optimizer, self.settings = policy, optimizer, settings
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+        self.steps, self.steps_per_epoch, self.say = steps, steps_per_epoch, say
 
     def __call__(self, step: int) -> dict[str, float]:
         """Take step `step` (from 0). Returns its tags: lr, grad_norm, and in fp16 loss_scale and skipped_steps.
@@ -117,6 +118,12 @@ class OptimizerSteps:
                 "with a lower optimizer.learning_rate"
             ) from None
         tags = {"lr": rate} if norm is None else {"lr": rate, "grad_norm": norm}
-        if scale is not None:
-            tags |= {"loss_scale": policy.loss_scale, "skipped_steps": float(policy.skipped_steps)}
-        return tags
+        if scale is None:
+            return tags
+        scale_now, skipped = policy.loss_scale, policy.skipped_steps
+        if norm is None:
+            self.say(
+                f"WARNING: step {step + 1} was skipped: its gradient overflowed in fp16 at loss scale {scale:.10g}; "
+                f"loss scale now {scale_now:.10g}, {skipped} step(s) skipped so far"
+            )
+        return tags | {"loss_scale": scale_now, "skipped_steps": float(skipped)}

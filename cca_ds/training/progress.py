@@ -56,11 +56,6 @@ class Progress:
         values["throughput/images_per_second"] = self.global_size / seconds
         values |= self.utilization.tags(self.global_size, seconds)
         values["memory/peak_gib"] = peak_memory(self.device) / 2**30
-        if "loss_scale" in tags and "grad_norm" not in tags:
-            self.log.say(
-                f"WARNING: step {self.step} was skipped: its gradient overflowed in fp16; "
-                f"loss scale now {tags['loss_scale']:.10g}, {tags['skipped_steps']:.0f} step(s) skipped so far"
-            )
         self.log.step(self.step, values, write=self.step % self.log_every == 0 or self.step == self.steps)
         self.last_values = values
         return self.step

@@ -200,7 +200,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         engines,
         progress,
         BatchReader(inputs, run.data, balancer, coordinator, log.say),
-        OptimizerSteps(engines.policy, run.optimizer, run.schedule, inputs.steps, inputs.steps_per_epoch),
+        OptimizerSteps(engines.policy, run.optimizer, run.schedule, inputs.steps, inputs.steps_per_epoch, log.say),
         SampleGrids(run, inputs.tokenizer, precision, coordinator.device, inputs.steps, log),
         checkpoints,
         coordinator,

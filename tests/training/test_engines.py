@@ -94,12 +94,15 @@ class FakeScaler:
 def test_a_skipped_step_does_not_advance_the_schedule():
     run = load_recipe("digits", ["schedule.name=cosine", "optimizer.learning_rate=1"])
     policy = FakeScaler()
-    step = OptimizerSteps(policy, run.optimizer, run.schedule, 10, 10)
+    lines = []
+    step = OptimizerSteps(policy, run.optimizer, run.schedule, 10, 10, lines.append)
     tags = [step(index) for index in range(3)]
     rates = [learning_rate(taken, 10, 10, run.optimizer, run.schedule) for taken in (0, 1, 1)]
     assert policy.rates == rates and rates[0] > rates[1]
     assert tags[0] == {"lr": rates[0], "grad_norm": 2.5, "loss_scale": 8.0, "skipped_steps": 0.0}
     assert "grad_norm" not in tags[1] and tags[1]["loss_scale"] == 4.0 and tags[2]["skipped_steps"] == 1.0
+    (line,) = lines
+    assert line.startswith("WARNING: step 2 was skipped") and "at loss scale 8; loss scale now 4, 1 step(s)" in line
 
 
 def test_the_inputs_decide_the_number_of_steps(tmp_path):

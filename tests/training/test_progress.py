@@ -63,10 +63,3 @@ def test_the_last_line_of_a_stopped_run(tmp_path, capsys, step, line):
     progress.say_stopped()
     progress.log.close()
     assert line in capsys.readouterr().err
-
-
-def test_a_step_that_the_scaler_skipped_is_a_warning(tmp_path, capsys):
-    progress = started(tmp_path)
-    progress.record(sums_of(8, 4.0), {"lr": 0.1, "loss_scale": 4.0, "skipped_steps": 1.0}, compared=False)
-    progress.log.close()
-    assert "WARNING: step 1 was skipped" in capsys.readouterr().err
