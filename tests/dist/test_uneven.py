@@ -76,6 +76,6 @@ def test_a_rank_without_a_given_speed_is_named(tmp_path):
     output = run_ranks(
         "cca_ds/train.py", 1, arguments=[*arguments, "--set", *SETTINGS, *given], timeout=200, check=False
     )[0]
-    assert output.returncode == 1
+    assert output.returncode == 2
     (line,) = [line for line in output.stderr.splitlines() if "balance.speeds" in line]
     assert "rank 0 on" in line and "(cpu)" in line and "H100" in line
