@@ -208,5 +208,5 @@ def test_a_trainer_whose_producers_are_dead_names_them_within_the_limit(tmp_path
     assert (
         "which is missing after 4 s: producer 0 on " in line
         and "producer 1 on " in line
-        and "last heard of" in line
+        and "last report " in line
     )
