@@ -113,7 +113,7 @@ def test_rows_sum_in_a_fixed_order(rows_program):
 
 def test_cuda_file_has_no_torch_header_and_no_atomics():
     for name in ("sequence_logp_cuda.cu", "sequence_logp_cuda.h", "sequence_logp.h"):
-        text = (CSRC / name).read_text()
+        text = (CSRC / "likelihood" / name).read_text()
         assert not re.findall(r"#include <(torch|ATen|c10)", text)
         assert "atomic" not in text
 
@@ -128,7 +128,9 @@ def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
     compiled = tmp_path / "kernels.o"
     command = [nvcc, "-std=c++17", "-O3", "--extended-lambda", "-Werror=all-warnings", *COMMON_NVCC_FLAGS, *TARGETS]
     done = subprocess.run(
-        [*command, "-Xptxas=-v", "-c", str(CSRC / source), "-o", str(compiled)], capture_output=True, text=True
+        [*command, "-Xptxas=-v", "-c", str(CSRC / "likelihood" / source), "-o", str(compiled)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(re.findall(r"for '(sm_\d+)'", done.stderr)) == {"sm_80", "sm_86", "sm_90"}
@@ -152,5 +154,5 @@ def test_bindings_of_the_cuda_kernels_compile(tmp_path):
     command = [compiler, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{CSRC}", "-isystem", tmp_path]
     for folder in (torch_headers, torch_headers / "torch/csrc/api/include", cuda):
         command += ["-isystem", folder]
-    done = subprocess.run([*command, CSRC / "bindings_cuda.cpp"], capture_output=True, text=True)
+    done = subprocess.run([*command, CSRC / "likelihood" / "bindings_cuda.cpp"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

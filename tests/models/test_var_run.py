@@ -58,7 +58,8 @@ def shards(run_folder: Path) -> dict[str, torch.Tensor]:
 def averaged(run_folder: Path) -> dict[str, torch.Tensor]:
     """The moving average, worked out in float64 from the weights after each step."""
     second, first = (consolidated_weights(path) for path in complete_checkpoints(run_folder / "checkpoints"))
-    base = starting_weights(recipe_of_run(run_folder), str(BASE))
+    run = recipe_of_run(run_folder)
+    base = starting_weights(run.model, str(BASE), run.seed)
     once = {key: DECAY * base[key].double() + (1 - DECAY) * first[key].double() for key in first}
     return {key: DECAY * once[key] + (1 - DECAY) * second[key].double() for key in first}
 

@@ -267,7 +267,7 @@ def test_a_file_that_cannot_be_read_gets_one_clear_line(golden, tmp_path, name, 
 
 def test_the_other_familys_file_is_refused(golden, tmp_path):
     model = create_model(TINY)
-    with pytest.raises(WeightsError, match="holds a VAR transformer, but a LlamaGen transformer is asked for"):
+    with pytest.raises(WeightsError, match="holds a VAR transformer, but a LlamaGen transformer is needed"):
         load_weights(model, golden / "var_depth2.pth")
     with pytest.raises(WeightsError, match="holds LlamaGen's tokenizer, but a LlamaGen transformer"):
         load_weights(model, golden / "vq16_ch32.pt")

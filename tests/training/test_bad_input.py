@@ -153,7 +153,7 @@ def test_codes_that_do_not_fit_the_model(tmp_path):
     line = started_and_refused(tmp_path, f"data.codes={table(tmp_path / 'more', vocab_size=20)}")
     assert "vocabulary of 20, but digits takes 64 from 17" in line
     line = started_and_refused(tmp_path, f"data.codes={table(tmp_path / 'classes', classes=12)}")
-    assert "12 classes, but digits knows 10" in line
+    assert "12 classes, but digits has 10" in line
 
 
 def test_labels_codes_and_tables_that_are_damaged(tmp_path):
