@@ -91,13 +91,13 @@ def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path
 
     reference = CachedReference(cache, 0.5, reports=True, agree=alone)
     started = time.monotonic()
-    with pytest.raises(ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has been heard of"):
+    with pytest.raises(ReferenceCacheError, match=r"step 3 needs .*shard_000001.* no producer has reported"):
         reference(batch_of(2, slice(0, 4)), ())
     assert 0.5 <= time.monotonic() - started < 5
     assert set(asked[:-1]) == {(2, True, False)} and asked[-1] == (2, True, True)
     assert cache.trainer_step() == 2  # producers see how far training has come
     cache.note_producer(1, "a40-7", 5)
-    with pytest.raises(ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last heard of [01] s ago"):
+    with pytest.raises(ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last report [01] s ago"):
         reference(batch_of(2, slice(0, 4)), ())
     with pytest.raises(ReferenceCacheError, match="which is missing: producer 1"):
         CachedReference(cache)(batch_of(2, slice(0, 4)), ())

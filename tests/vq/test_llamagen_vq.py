@@ -119,5 +119,5 @@ def test_bad_input_gets_one_line(tokenizer, golden, device):
         create_tokenizer("llamagen-vq16", channels=33)
     with pytest.raises(ValueError, match="vq8: no such name; known: digits, llamagen-vq16, var-vqvae"):
         create_tokenizer("vq8")
-    with pytest.raises(WeightsError, match="holds VAR's tokenizer, but LlamaGen's tokenizer is asked for"):
+    with pytest.raises(WeightsError, match="holds VAR's tokenizer, but LlamaGen's tokenizer is needed"):
         load_weights(tokenizer, golden / "var_vae_ch32.pth")
