@@ -126,7 +126,8 @@ def test_nvcc_alone_compiles_the_kernels_for_all_targets(source, tmp_path):
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     compiled = tmp_path / "kernels.o"
-    command = [nvcc, "-std=c++17", "-O3", "--extended-lambda", "-Werror=all-warnings", *COMMON_NVCC_FLAGS, *TARGETS]
+    flags = ["-std=c++17", "-O3", "--extended-lambda", "-Werror=all-warnings", f"-I{CSRC}"]
+    command = [nvcc, *flags, *COMMON_NVCC_FLAGS, *TARGETS]
     done = subprocess.run(
         [*command, "-Xptxas=-v", "-c", str(CSRC / "likelihood" / source), "-o", str(compiled)],
         capture_output=True,
