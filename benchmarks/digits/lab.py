@@ -9,6 +9,7 @@ Letters: B images, L codes per image.
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the models are small; DeepSpeed reads it when it is imported
 
 from cca_ds.alignment.objective import SUMS, Objective, summarize
 from cca_ds.cluster.coordination import Coordinator
