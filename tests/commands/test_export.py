@@ -94,21 +94,21 @@ def test_recipe_in_the_metadata_and_card_beside_the_file(run_folder, tmp_path):
 
 def refused(capsys, *flags: object) -> str:
     assert entry.main([str(flag) for flag in flags]) == 2
-    told = capsys.readouterr().err.strip()
-    assert len(told.splitlines()) == 1
-    return told
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1
+    return message
 
 
 def test_what_is_refused_leaves_nothing(run_folder, tmp_path, capsys):
     output = tmp_path / "new" / "p.pth"
-    told = refused(capsys, "--run", run_folder, "--output", output, "--layout", "var")
-    assert "--layout llamagen" in told
-    told = refused(capsys, "--run", tmp_path / "nowhere", "--output", output)
-    assert "no such folder" in told
+    message = refused(capsys, "--run", run_folder, "--output", output, "--layout", "var")
+    assert "--layout llamagen" in message
+    message = refused(capsys, "--run", tmp_path / "nowhere", "--output", output)
+    assert "no such folder" in message
     (tmp_path / "empty").mkdir()
     assert "config.yaml" in refused(capsys, "--run", tmp_path / "empty", "--output", output)
-    told = refused(capsys, "--run", run_folder, "--output", output, "--checkpoint", tmp_path / "step_7")
-    assert "no such folder" in told
+    message = refused(capsys, "--run", run_folder, "--output", output, "--checkpoint", tmp_path / "step_7")
+    assert "no such folder" in message
     assert "name the file" in refused(capsys, "--run", run_folder, "--output", tmp_path)
     assert "--layout safetensors" in refused(
         capsys, "--run", run_folder, "--output", output, "--layout", "llamagen", "--model_card"
@@ -125,6 +125,6 @@ def test_damaged_checkpoints_are_passed_over_or_told(run_folder, tmp_path, capsy
     assert export(copy, tmp_path / "p.safetensors") == 0
     assert "after step 1" in capsys.readouterr().out
     (first / "average_rank_00001.pt").unlink()
-    told = refused(capsys, "--run", copy, "--output", tmp_path / "q.safetensors")
-    assert "no complete checkpoint" in told and "average_rank_00001.pt is missing" in told
+    message = refused(capsys, "--run", copy, "--output", tmp_path / "q.safetensors")
+    assert "no complete checkpoint" in message and "average_rank_00001.pt is missing" in message
     assert not (tmp_path / "q.safetensors").exists()

@@ -167,14 +167,14 @@ def test_guidance_by_either_number_is_told_in_both(small, tmp_path, capsys):
 def test_other_settings_are_refused_in_the_same_folder(drawn, small, capsys):
     before = (drawn / "sampling.json").read_text()
     assert sample(drawn, *small, "--guidance_scale", "1") == 2
-    told = capsys.readouterr().err.strip()
-    assert "guidance_scale 0.0 and not 1.0" in told and "choose another folder" in told
+    message = capsys.readouterr().err.strip()
+    assert "guidance_scale 0.0 and not 1.0" in message and "choose another folder" in message
     assert sample(drawn, *small, "--set", "sampling.seed=1") == 2
     assert (drawn / "sampling.json").read_text() == before and len(hashes(drawn)) == 20
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--guidance_scale", "-1"], "guidance s = -1"),
         (["--guidance_scale", "1", "--cfg_scale", "2"], "give one"),
@@ -188,10 +188,10 @@ def test_other_settings_are_refused_in_the_same_folder(drawn, small, capsys):
         (["--set", "loss.bta=1"], "did you mean beta?"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_written(tmp_path, capsys, flags, told):
+def test_bad_input_is_one_line_and_nothing_written(tmp_path, capsys, flags, message):
     assert sample(tmp_path / "s", *flags) == 2
     error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and told in error
+    assert len(error.splitlines()) == 1 and message in error
     assert not (tmp_path / "s").exists()
 
 

@@ -103,10 +103,10 @@ def test_precision():
         resolve_precision({"fp16": {"enabled": True}}, run, has_gpu=False)
 
 
-@pytest.mark.parametrize(("content", "told"), [("{", "not JSON"), ("[1]", "holds a list"), (None, "no such file")])
-def test_bad_files(tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("[1]", "holds a list"), (None, "no such file")])
+def test_bad_files(tmp_path, content, message):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         read_ds_config(path)

@@ -25,8 +25,8 @@ def from_flags(*flags: str):
 def problems(*overrides: str, recipe: str = "digits") -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, list(overrides), recipe_problems)
-    told = str(caught.value).splitlines()
-    assert len(told) == len(caught.value.problems)  # one line each
+    message = str(caught.value).splitlines()
+    assert len(message) == len(caught.value.problems)  # one line each
     return caught.value.problems
 
 
@@ -89,9 +89,9 @@ def test_all_errors_at_once():
     )
     assert len(found) == 5
     assert "KEY.PATH=VALUE" in found[0]
-    told = "\n".join(found)
+    message = "\n".join(found)
     for part in ("loss.bta", "learning_rate", "var-d31", "micro_size"):
-        assert part in told
+        assert part in message
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_contradictions_name_both_values():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("loss: [", "not YAML"),
         ("- 1", "holds a list"),
@@ -136,9 +136,9 @@ def test_contradictions_name_both_values():
         ("\x00", "not YAML"),
     ],
 )
-def test_bad_files(tmp_path, content, told):
+def test_bad_files(tmp_path, content, message):
     (tmp_path / "r.yaml").write_text(content)
-    assert any(told in problem for problem in problems(recipe=str(tmp_path / "r.yaml")))
+    assert any(message in problem for problem in problems(recipe=str(tmp_path / "r.yaml")))
 
 
 def test_a_recipe_that_extends_itself(tmp_path):

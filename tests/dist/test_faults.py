@@ -174,11 +174,11 @@ def test_a_killed_data_loader_worker_ends_the_run_with_its_rank_named(tmp_path):
         os.kill(worker, signal.SIGKILL)
         outputs = running.wait(PATIENCE, grace=60)
     assert outputs[1].returncode == 1 and outputs[0].returncode != 0
-    told = outputs[1].stderr  # the console; its log has it too
+    message = outputs[1].stderr  # the console; its log has it too
     ended = "(is killed by signal: Killed|exited unexpectedly)"  # whichever torch notices first
-    assert re.search(rf"rank 1 on {os.uname().nodename}: data-loader worker {worker} {ended}", told)
-    assert "start again to continue from the last checkpoint" in told
-    assert told.strip() in (folder / "logs/rank_00001.log").read_text()
+    assert re.search(rf"rank 1 on {os.uname().nodename}: data-loader worker {worker} {ended}", message)
+    assert "start again to continue from the last checkpoint" in message
+    assert message.strip() in (folder / "logs/rank_00001.log").read_text()
 
 
 @pytest.mark.slow  # waits for the limit; tests/test_watchdog.py has shorter ones

@@ -138,18 +138,18 @@ def steps_of_adamw(checkpoint: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("scaling", "done", "told"),
+    ("scaling", "done", "message"),
     [
         (SCALING | {"min_loss_scale": 2**14}, 2, "at the lowest loss scale, 16384 (fp16.min_loss_scale)"),
         ({"loss_scale": 2**15}, 0, "at the fixed loss scale 32768 (fp16.loss_scale)"),
     ],
     ids=["lowest", "fixed"],
 )
-def test_where_there_is_no_lower_scale_the_run_ends_before_the_optimizer_step(scaling, done, told, tmp_path):
+def test_where_there_is_no_lower_scale_the_run_ends_before_the_optimizer_step(scaling, done, message, tmp_path):
     (output,) = train_fp16(1, tmp_path / "run", *SETTINGS, scaling=scaling, check=False)
     assert output.returncode == 1 and "Traceback" not in output.stderr
     line = output.stderr.strip().splitlines()[-1]
-    assert f"NonFinite: step {done + 1}: the gradient is not finite {told}; the optimizer has not stepped" in line
+    assert f"NonFinite: step {done + 1}: the gradient is not finite {message}; the optimizer has not stepped" in line
     assert len(losses(tmp_path / "run")) == done
     assert len(complete_checkpoints(tmp_path / "run/checkpoints")) == done
 

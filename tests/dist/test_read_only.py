@@ -67,7 +67,7 @@ def test_a_checkpoint_folder_that_turns_read_only_is_one_clear_error(mounts, asy
     found, manifest = newest_verified(checkpoints, report=pytest.fail)
     assert all(verify(path) for path in complete_checkpoints(checkpoints)) and manifest.step < STEPS
 
-    (output,) = train(1, folder, *settings, check=False)  # still read-only: told before anything is started
+    (output,) = train(1, folder, *settings, check=False)  # still read-only: message before anything is started
     assert output.returncode == 2 and output.stderr.count("\n") == 1
     assert f"{checkpoints} cannot be written (Read-only file system)" in output.stderr
 

@@ -176,8 +176,8 @@ def test_a_signal_ends_the_wait_for_a_shard_with_the_last_steps_checkpoint(
     settings = streaming(cache, *settings)
     written = []
     for rank in stopped:
-        told = stop_while_waiting(folder, settings, 2, rank, number)
-        assert "stopped by a signal after step 2: checkpoint saved, start again to continue" in told
+        message = stop_while_waiting(folder, settings, 2, rank, number)
+        assert "stopped by a signal after step 2: checkpoint saved, start again to continue" in message
         (saved,) = complete_checkpoints(folder / "checkpoints")
         assert verify(saved).step == 2
         written.append({path: path.stat().st_mtime_ns for path in saved.rglob("*")})
@@ -191,8 +191,8 @@ def test_a_signal_ends_the_wait_for_a_shard_with_the_last_steps_checkpoint(
 def test_a_signal_before_the_first_shard_leaves_a_run_that_starts_again(check, tmp_path):
     cache, folder = only_first_shards(tmp_path / "cache", 0), tmp_path / "run"
     settings = streaming(cache, f"baseline.check={check}", "baseline.nll_band=null")
-    told = stop_while_waiting(folder, settings, 0, 1, signal.SIGTERM)
-    assert "stopped by a signal before the first step was done: start again to begin" in told
+    message = stop_while_waiting(folder, settings, 0, 1, signal.SIGTERM)
+    assert "stopped by a signal before the first step was done: start again to begin" in message
     assert not complete_checkpoints(folder / "checkpoints")
     bring(stored(), cache)
     train(2, folder, *settings)

@@ -148,7 +148,7 @@ def test_a_fixed_lambda_is_an_ordinary_model_of_the_original(tmp_path):
 
 
 def test_a_lambda_that_cannot_be_fixed_is_refused(tmp_path, capsys):
-    for conditioned, flags, told in (
+    for conditioned, flags, message in (
         (True, ["--layout", "var"], "fix one with --lambda"),
         (True, ["--layout", "var", "--lambda", "0"], "--lambda 0: must be above 0"),
         (False, ["--lambda", "300"], "not conditioned on lambda; leave it out"),
@@ -156,7 +156,7 @@ def test_a_lambda_that_cannot_be_fixed_is_refused(tmp_path, capsys):
         arguments = ["--run", str(var_run(conditioned)), "--output", str(tmp_path / "x.pth"), *flags]
         assert export_entry.main(arguments) == 2
         error = capsys.readouterr().err.strip()
-        assert len(error.splitlines()) == 1 and told in error
+        assert len(error.splitlines()) == 1 and message in error
     assert not list(tmp_path.iterdir())
 
 

@@ -205,10 +205,10 @@ def test_hundreds_of_keys_are_counted_and_the_first_few_named(published, tmp_pat
     assert str(caught.value).endswith(f"does not fit the model: 336 missing: {named} and 331 more")
     with pytest.raises(WeightsError) as caught:
         load_weights(wide, tmp_path / "two_layers.pt")
-    told = str(caught.value)
-    assert "\n" not in told and len(told) < 800
-    assert "18 mis-shaped: " in told and told.count(" in the file and ") == 5
-    assert told.endswith(" and 13 more")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 800
+    assert "18 mis-shaped: " in message and message.count(" in the file and ") == 5
+    assert message.endswith(" and 13 more")
 
 
 class Code:

@@ -22,10 +22,10 @@ ZERO3 = str(REPOSITORY / "ds_configs/zero3.json")
 def refusal(capsys, *arguments: str, ds: str | Path = ZERO3) -> str:
     """The one line that `train` says before it starts anything."""
     assert entry.main(["--ds_config", str(ds), *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1, told
-    assert "Traceback" not in told.err
-    return told.err
+    message = capsys.readouterr()
+    assert message.out == "" and message.err.count("\n") == 1, message
+    assert "Traceback" not in message.err
+    return message.err
 
 
 def ds_file(folder: Path, **changes) -> Path:
@@ -35,7 +35,7 @@ def ds_file(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "no such file"),
         ("{'stage': 3}", "not JSON"),
@@ -43,11 +43,11 @@ def ds_file(folder: Path, **changes) -> Path:
         ("\xff", "not JSON"),
     ],
 )
-def test_ds_config_that_is_no_json_object(tmp_path, capsys, content, told):
+def test_ds_config_that_is_no_json_object(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "ds.json").write_bytes(content.encode("latin-1"))
     line = refusal(capsys, "--output", str(tmp_path / "run"), ds=tmp_path / "ds.json")
-    assert str(tmp_path / "ds.json") in line and told in line
+    assert str(tmp_path / "ds.json") in line and message in line
     assert not (tmp_path / "run").exists()
 
 
@@ -157,7 +157,7 @@ def test_codes_that_do_not_fit_the_model(tmp_path):
 
 
 def test_labels_codes_and_tables_that_are_damaged(tmp_path):
-    """The shard is changed and its manifest told that it has the fewer classes or codes."""
+    """The shard is changed and its manifest message that it has the fewer classes or codes."""
     shutil.copytree(table(tmp_path / "good", classes=10), tmp_path / "labels")
     rewrite(tmp_path / "labels", classes=9, label_histogram=[5] * 4 + [4] * 5)
     assert "label 9 is outside 0..8" in started_and_refused(tmp_path, f"data.codes={tmp_path / 'labels'}")

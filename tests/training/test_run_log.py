@@ -106,8 +106,8 @@ def test_tensorboard_has_the_values_the_picture_and_no_undone_step(tmp_path):
 
 def test_the_bar_shows_rate_and_passes_items_through(capsys):
     assert list(progress(range(3), "counting")) == [0, 1, 2]
-    told = capsys.readouterr()
-    assert told.out == "" and "counting" in told.err and "3/3" in told.err
+    message = capsys.readouterr()
+    assert message.out == "" and "counting" in message.err and "3/3" in message.err
     assert list(progress(range(3), "counting", show=False)) == [0, 1, 2]
     run_log.say("one line")
     assert capsys.readouterr().err == "one line\n"
