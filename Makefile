@@ -28,8 +28,13 @@ demo: install
 	$(BIN)/python -m cca_ds.export --run $(RUN) --output $(RUN)/policy.safetensors --layout safetensors
 	$(BIN)/python benchmarks/digits/demo.py --run $(RUN)
 
+# Tests that start several ranks mostly wait for them, so the others run beside; exit code 5 is "none selected".
 test: install lint
-	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=12 $(PYTEST_ARGS)
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
+	$(BIN)/python -m pytest -m "dist and not slow and not slurm" --durations=8 $(PYTEST_ARGS) > $$log 2>&1 & ranks=$$!; \
+	$(BIN)/python -m pytest -m "not dist and not slow and not slurm" --durations=8 $(PYTEST_ARGS); one=$$?; \
+	wait $$ranks; two=$$?; cat $$log; \
+	for code in $$one $$two; do test $$code = 0 || test $$code = 5 || exit 1; done
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or slurm" --durations=12 $(PYTEST_ARGS)
