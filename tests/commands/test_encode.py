@@ -12,18 +12,7 @@ import pytest
 
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.image_sources import open_images
-from tests.support import encoded_digits
 from tests.support.encoded_digits import IMAGES, ROOT, assert_expected, contents, run
-
-
-@pytest.fixture(scope="session")
-def digits_folder():
-    return encoded_digits.digits_folder()
-
-
-@pytest.fixture(scope="session")
-def expected():
-    return encoded_digits.digits_codes()
 
 
 def test_folder_of_images(tmp_path, digits_folder, expected, device):

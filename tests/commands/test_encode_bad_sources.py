@@ -11,18 +11,7 @@ import pytest
 from PIL import Image
 
 from cca_ds.data.codes import CodeTable
-from tests.support import encoded_digits
 from tests.support.encoded_digits import IMAGES, assert_expected, contents, run
-
-
-@pytest.fixture(scope="session")
-def digits_folder():
-    return encoded_digits.digits_folder()
-
-
-@pytest.fixture(scope="session")
-def expected():
-    return encoded_digits.digits_codes()
 
 
 def add_unusable(folder, names):

@@ -12,18 +12,7 @@ import pytest
 from PIL import Image
 
 from cca_ds import encode
-from tests.support import encoded_digits
 from tests.support.encoded_digits import IMAGES, ROOT, run
-
-
-@pytest.fixture(scope="session")
-def digits_folder():
-    return encoded_digits.digits_folder()
-
-
-@pytest.fixture(scope="session")
-def expected():
-    return encoded_digits.digits_codes()
 
 
 def test_verify_decodes_a_grid(tmp_path, digits_folder, expected, capsys):

@@ -9,22 +9,22 @@ from cca_ds import encode
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.crops import CropSettings, crop_function
 from cca_ds.vq import create_tokenizer
+from tests.support.golden_tokenizers import VQ16_OPTIONS, VQ16_WEIGHTS, VQVAE_OPTIONS, VQVAE_WEIGHTS
 
-SHAPE = {"channels": 32, "channel_multipliers": [1, 1, 1, 1, 2], "z_channels": 32, "codebook_size": 64}
 FAMILIES = {
     "llamagen": {
         "recipe": "llamagen-b",
         "name": "llamagen-vq16",
-        "file": "vq16_ch32.pt",
-        "shape": SHAPE,
+        "file": VQ16_WEIGHTS.name,
+        "shape": VQ16_OPTIONS,
         "crops": CropSettings("ten_crop", 32, (1.1, 1.05)),
         "length": 4,
     },
     "var": {
         "recipe": "var-d16",
         "name": "var-vqvae",
-        "file": "var_vae_ch32.pth",
-        "shape": SHAPE | {"scales": [1, 2, 3, 4]},
+        "file": VQVAE_WEIGHTS.name,
+        "shape": VQVAE_OPTIONS,
         "crops": CropSettings("random", 64, (1.125,), crops_per_image=2),
         "length": 30,
     },

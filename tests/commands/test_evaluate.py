@@ -20,6 +20,7 @@ from cca_ds.metrics.image_sets import open_images
 from cca_ds.metrics.inception import InceptionFID
 from cca_ds.metrics.scores import Reference, order_note, reference_of, score
 from tests.support.evaluate_run import run
+from tests.support.two_ranks import torchrun
 
 
 def digit_pixels(codes: np.ndarray) -> np.ndarray:
@@ -278,11 +279,6 @@ def test_help_answers_without_torch():
 @pytest.mark.dist
 def test_two_ranks_score_as_one(samples, capsys):
     alone = run(capsys, samples, "--no_cache")[1]
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "cca_ds.evaluate", str(samples), "--no_cache", "--batch_size", "64", "--device", "cpu"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert alone.strip() in process.stdout
-    assert process.stdout.count("FID ") == 1
+    printed = torchrun("-m", "cca_ds.evaluate", samples, "--no_cache", "--batch_size", 64, "--device", "cpu")
+    assert alone.strip() in printed
+    assert printed.count("FID ") == 1

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,8 @@ from cca_ds.reporting.evaluation_report import sampler_settings
 from cca_ds.sampling import drawing, generate
 from cca_ds.sampling.image_folder import SampleFolder, SamplesError, image_indices, to_pixels
 from cca_ds.vq import create_tokenizer
-from tests.support.trained_run import REPOSITORY, trained_run
+from tests.support.trained_run import trained_run
+from tests.support.two_ranks import torchrun
 
 FEW = ["--set", "sampling.images_per_class=2", "logging.progress=false"]
 SMALL = {"n_layer": 1, "n_head": 2, "dim": 32}
@@ -201,11 +199,7 @@ def test_ranks_and_run_folder(tmp_path):
     alone, two = tmp_path / "alone", tmp_path / "two"
     one_each = ["--set", "sampling.images_per_class=1", "precision=fp32"]
     assert sample(alone, "--weights", str(run_folder), *one_each) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "cca_ds.sample", "--weights", str(run_folder), "--output", str(two), "--npz", *FEW, *one_each]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("-m", "cca_ds.sample", "--weights", run_folder, "--output", two, "--npz", *FEW, *one_each)
     if not torch.cuda.is_available():
         assert hashes(two) == hashes(alone)
     assert len(hashes(two)) == 10 and (two / "samples.npz").is_file()

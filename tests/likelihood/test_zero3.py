@@ -1,33 +1,19 @@
 """The head under DeepSpeed itself: ZeRO-3 on two ranks against one process, the plain version."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from cca_ds.likelihood import linear_sequence_logp_eager
-
-SCRIPT = Path(__file__).parents[1] / "dist" / "likelihood_zero3.py"
+from tests.dist import likelihood_zero3 as script
+from tests.support.two_ranks import torchrun
 
 
 @pytest.mark.dist
 def test_zero3_gathers_the_head_in_forward_and_in_backward(tmp_path):
     output = tmp_path / "zero3.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run([*launch, str(SCRIPT), str(output)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script.__file__, output)
     results = torch.load(output, weights_only=True)
 
-    spec = importlib.util.spec_from_file_location("likelihood_zero3", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     codes = torch.randint(script.VOCABULARY, (4, script.TOKENS), generator=torch.Generator().manual_seed(5))
     for bias in (True, False):
         torch.manual_seed(0)

@@ -9,16 +9,15 @@ from cca_ds.models.var.blocks import Block
 from cca_ds.models.var.model import VARConfig
 from cca_ds.sampling import generate
 from cca_ds.sampling.guidance import draw_codes, guidance_scales, image_uniforms
-from cca_ds.vq import create_tokenizer
+from tests.support.golden_tokenizers import vqvae
 
 SCALES = (1, 2, 3, 4)
 CONFIG = VARConfig(depth=2, num_classes=10, vocab_size=64, scales=SCALES, width=128)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(golden, device):
-    shape = {"channels": 32, "channel_multipliers": (1, 1, 1, 1, 2), "codebook_size": 64, "scales": SCALES}
-    return create_tokenizer("var-vqvae", weights=golden / "var_vae_ch32.pth", **shape).to(device)
+def tokenizer(device):
+    return vqvae().to(device)
 
 
 @pytest.fixture

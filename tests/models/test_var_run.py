@@ -20,7 +20,8 @@ from cca_ds.models import create_model, load_weights
 from cca_ds.models.from_recipe import starting_weights
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import metrics
-from tests.support.var_run import BASE, DECAY, SHAPE, tokenizer, var_run
+from tests.support.golden_tokenizers import vqvae
+from tests.support.var_run import BASE, DECAY, SHAPE, var_run
 
 pytestmark = pytest.mark.dist
 
@@ -132,14 +133,14 @@ def test_a_lambda_conditioned_policy_and_its_average(tmp_path):
 @torch.no_grad()
 def test_a_fixed_lambda_is_an_ordinary_model_of_the_original(tmp_path):
     run_folder = var_run(conditioned=True)
-    conditioned = create_model("var-d16", tokenizer(), **SHAPE, lambda_conditioning=True).eval()
+    conditioned = create_model("var-d16", vqvae(), **SHAPE, lambda_conditioning=True).eval()
     load_weights(conditioned, exported(run_folder, tmp_path / "m.safetensors"))
     fixed = {}
     codes_BL, labels_B = torch.randint(64, (4, 30)), torch.tensor([0, 3, 9, 10])
     for value in (3, 300):
         flat = exported(run_folder, tmp_path / f"{value}.pth", "--layout", "var", "--lambda", str(value))
         original_module().load_state_dict(torch.load(flat, weights_only=True), strict=True)
-        module = create_model("var-d16", tokenizer(), **SHAPE).eval()
+        module = create_model("var-d16", vqvae(), **SHAPE).eval()
         load_weights(module, flat)
         fixed[value] = module.logits(codes_BL, labels_B)
         expected = conditioned.logits(codes_BL, labels_B, torch.full((4,), float(value)).log())

@@ -1,25 +1,16 @@
 """VAR under DeepSpeed itself: ZeRO-3 on two ranks against one process without it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.dist import var_zero3 as script
+from tests.support.two_ranks import torchrun
 
 
 @pytest.mark.dist
 def test_zero3_gathers_every_weight_in_forward_and_in_backward(tmp_path):
-    output, path = tmp_path / "zero3.pt", Path(script.__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    environment["PYTHONPATH"] = str(path.parents[2])
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run([*launch, str(path), str(output)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "zero3.pt"
+    torchrun(script.__file__, output)
     results = torch.load(output, weights_only=True)
     codes, labels = script.batch()
     for name in script.CASES:

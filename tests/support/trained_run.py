@@ -1,13 +1,11 @@
 """A short run on two ranks under ZeRO-3, made once and used by the tests of what comes after training."""
 
 import functools
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.two_ranks import torchrun
+
 DECAY = 0.75
 SETTINGS = [
     f"model.ema_decay={DECAY}", "batch.max_steps=2", "optimizer.learning_rate=1e-3", "baseline.check=false",
@@ -23,11 +21,5 @@ def trained_run() -> Path:
     Its weights start at the shipped base model, in float32, whatever the device.
     """
     folder = Path(tempfile.mkdtemp(prefix="trained_run_")) / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["cca_ds/train.py", "--ds_config", "ds_configs/zero3.json", "--output", str(folder)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--set", *SETTINGS], cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("cca_ds/train.py", "--ds_config", "ds_configs/zero3.json", "--output", folder, "--set", *SETTINGS)
     return folder

@@ -5,20 +5,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from cca_ds import encode
-from cca_ds.vq import create_tokenizer
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import RanksFailed, python_command
 from tests.dist.runs import PATIENCE, QUIET, scratch, sharded_zero3
+from tests.support.golden_tokenizers import GOLDEN, VQVAE_OPTIONS, VQVAE_WEIGHTS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = GOLDEN / "var_depth2.pth"
 SHAPE = {"depth": 2, "num_classes": 10, "vocab_size": 64, "scales": [1, 2, 3, 4]}
 DECAY = 0.75
-TOKENIZER_SHAPE = {"channels": 32, "channel_multipliers": [1, 1, 1, 1, 2], "codebook_size": 64, "scales": [1, 2, 3, 4]}
-TOKENIZER = (f"tokenizer.weights={GOLDEN / 'var_vae_ch32.pth'}", f"tokenizer.options={TOKENIZER_SHAPE}")
+TOKENIZER = (f"tokenizer.weights={VQVAE_WEIGHTS}", f"tokenizer.options={VQVAE_OPTIONS}")
 SETTINGS = (
     *TOKENIZER, *QUIET, f"model.overrides={SHAPE}", f"model.weights={BASE}", "model.activation_checkpointing=true",
     f"model.ema_decay={DECAY}", "batch.global_size=8", "batch.micro_size=2", "batch.max_steps=2",
@@ -47,11 +44,6 @@ def codes() -> Path:
     arguments = ["--recipe", "var-d16", "--source", pictures(), "--output", table, "--precision", "fp32"]
     assert encode.main([*map(str, arguments), "--device", "cpu", "--set", *TOKENIZER, *crops]) == 0
     return table
-
-
-def tokenizer() -> nn.Module:
-    """The tokenizer that made them."""
-    return create_tokenizer("var-vqvae", weights=GOLDEN / "var_vae_ch32.pth", **TOKENIZER_SHAPE)
 
 
 @functools.cache

@@ -9,20 +9,13 @@ from safetensors.torch import load_file
 from cca_ds.models import WeightsError, load_weights, save_weights
 from cca_ds.vq import create_tokenizer
 from cca_ds.vq.llamagen_vq import _Codebook
+from tests.support.golden_tokenizers import VQ16_OPTIONS, vq16
 
 
 @pytest.fixture(scope="module")
-def tokenizer(golden, golden_configs, device):
+def tokenizer(device):
     """The recorded tokenizer of 32 channels."""
-    shape = golden_configs["vq16"]
-    return create_tokenizer(
-        "llamagen-vq16",
-        weights=golden / "vq16_ch32.pt",
-        channels=shape["ch"],
-        channel_multipliers=shape["ch_mult"],
-        z_channels=shape["z_channels"],
-        codebook_size=shape["codebook_size"],
-    ).to(device)
+    return vq16().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +45,8 @@ def test_keys_and_shapes_of_the_published_tokenizer(golden):
     assert (full.vocab_size, full.sequence_length(384), full.sequence_length(256)) == (16384, 576, 256)
 
 
-def test_bfloat16_finds_most_of_the_same_codes(golden, golden_configs, recorded, device):
-    shape = golden_configs["vq16"]
-    half = create_tokenizer(
-        "llamagen-vq16",
-        weights=golden / "vq16_ch32.pt",
-        channels=shape["ch"],
-        channel_multipliers=shape["ch_mult"],
-        z_channels=shape["z_channels"],
-        codebook_size=shape["codebook_size"],
-    )
+def test_bfloat16_finds_most_of_the_same_codes(recorded, device):
+    half = vq16()
     before = half.hash()
     half = half.to(device).bfloat16()
     assert (half.encode(recorded["image"]) == recorded["codes"]).float().mean() > 0.8
@@ -83,7 +68,7 @@ def test_nearest_is_the_smallest_angle_whatever_the_lengths():
     torch.testing.assert_close(cosine.gather(1, found[:, None])[:, 0], best, atol=1e-6, rtol=0)
 
 
-def test_it_is_frozen_and_its_hash_tells_weights_apart(tokenizer, golden_configs):
+def test_it_is_frozen_and_its_hash_tells_weights_apart(tokenizer):
     assert not tokenizer.training
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     shape = {"channels": 32, "channel_multipliers": (1, 1), "z_channels": 32, "codebook_size": 64}
@@ -91,17 +76,9 @@ def test_it_is_frozen_and_its_hash_tells_weights_apart(tokenizer, golden_configs
     assert len(one.hash()) == 64 and one.hash() == one.hash() != other.hash() != tokenizer.hash()
 
 
-def test_saved_weights_load_again(tokenizer, tmp_path, golden_configs):
+def test_saved_weights_load_again(tokenizer, tmp_path):
     save_weights(tokenizer, tmp_path / "vq.safetensors")
-    shape = golden_configs["vq16"]
-    again = create_tokenizer(
-        "llamagen-vq16",
-        weights=tmp_path / "vq.safetensors",
-        channels=shape["ch"],
-        channel_multipliers=shape["ch_mult"],
-        z_channels=shape["z_channels"],
-        codebook_size=shape["codebook_size"],
-    )
+    again = create_tokenizer("llamagen-vq16", weights=tmp_path / "vq.safetensors", **VQ16_OPTIONS)
     assert again.hash() == tokenizer.hash()
 
 

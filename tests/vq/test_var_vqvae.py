@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from cca_ds.vq import create_tokenizer
 from cca_ds.vq.digits import load_digit_images
 from cca_ds.vq.var_pyramid import ResidualPyramid
-
-SHAPE = {"channels": 32, "channel_multipliers": (1, 1, 1, 1, 2), "codebook_size": 64, "scales": (1, 2, 3, 4)}
+from tests.support.golden_tokenizers import VQVAE_OPTIONS, vqvae
 
 
 @pytest.fixture
-def tokenizer(golden, device):
-    return create_tokenizer("var-vqvae", weights=golden / "var_vae_ch32.pth", **SHAPE).to(device)
+def tokenizer(device):
+    return vqvae().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,12 @@ def test_autocast_leaves_the_quantizer_in_float32(tokenizer, recorded, device):
     assert (codes == recorded["codes"]).float().mean() > 0.5
 
 
-def test_the_hash_outlives_a_cast_and_knows_the_weights(tokenizer, golden):
+def test_the_hash_outlives_a_cast_and_knows_the_weights(tokenizer):
     before = tokenizer.hash()
     assert tokenizer.bfloat16().hash() == before
-    again = create_tokenizer("var-vqvae", weights=golden / "var_vae_ch32.pth", **SHAPE)
+    again = vqvae()
     assert again.hash() == before
-    assert create_tokenizer("var-vqvae", **SHAPE).hash() != before
+    assert create_tokenizer("var-vqvae", **VQVAE_OPTIONS).hash() != before
 
 
 @pytest.mark.parametrize(
