@@ -10,6 +10,7 @@ kernels), and `_cpu_default`, `_cpu_avx2`, `_cpu_avx512`, of which one is loaded
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,18 +57,34 @@ def missing_for_cpu() -> str | None:
     return None
 
 
+def toolkit_of_nvcc() -> str | None:
+    """The toolkit's folder as nvcc itself says it: an nvcc on PATH may be a wrapper, which misleads PyTorch."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.split("TOP=", 1)[1].strip() for line in said.splitlines() if "TOP=" in line), None)
+    return top and os.path.realpath(top)
+
+
 def missing_for_cuda() -> str | None:
     """Why the CUDA kernels cannot be built here; None where they can."""
     missing = missing_for_cpu()
     if missing:
         return missing
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} has no CUDA (install a CUDA build of it)"
-    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and (toolkit := toolkit_of_nvcc()):
+        os.environ["CUDA_HOME"] = toolkit  # the next import reads it
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
         return "there is no CUDA toolkit (CUDA_HOME names its folder)"
+    for part in ("bin/nvcc", "include/cuda_runtime.h"):
+        if not os.path.exists(os.path.join(CUDA_HOME, part)):
+            return f"{CUDA_HOME} is no CUDA toolkit, it has no {part} (CUDA_HOME names the toolkit's folder)"
     return None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,26 @@ def test_without_a_compiler_the_reason_names_it(package_setup, monkeypatch):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of PyTorch is installed")
 def test_cuda_needs_a_cuda_pytorch(package_setup):
     assert "has no CUDA" in package_setup.missing_for_cuda()
+
+
+def test_a_wrapper_of_nvcc_leads_to_its_toolkit(package_setup, monkeypatch, tmp_path):
+    toolkit = tmp_path / "cuda-13.0"
+    (toolkit / "bin").mkdir(parents=True)
+    (tmp_path / "nvcc").write_text(f'#!/bin/sh\necho "#$ TOP={toolkit}/bin/.." >&2\n')
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert package_setup.toolkit_of_nvcc() == str(toolkit)
+    monkeypatch.setenv("PATH", str(toolkit))
+    assert package_setup.toolkit_of_nvcc() is None
+
+
+def test_a_folder_without_headers_is_no_toolkit(package_setup, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert "has no include/cuda_runtime.h (CUDA_HOME names" in package_setup.missing_for_cuda()
 
 
 def test_sources_exist_and_none_builds_none(package_setup):
