@@ -9,6 +9,7 @@ follow from those with four and with one, block by block. It is built for every 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -86,10 +87,19 @@ class MeasuredModel:
         return self._whole(lambda: self._time(pairs))
 
     def bytes_per_pair(self, pairs: int) -> float:
-        """CUDA memory that one more pair needs at the peak of a pass of about `pairs` pairs."""
+        """CUDA memory that one more pair needs at the peak of a pass of about `pairs` pairs.
+
+        Where memory is short, smaller passes are measured.
+        """
         larger = max(2, pairs)
-        smaller = larger // 2
-        return max(self._whole(lambda: (self._peak(larger) - self._peak(smaller)) / (larger - smaller)), 1.0)
+        while True:
+            try:
+                return max(self._whole(functools.partial(self._slope, larger)), 1.0)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or larger == 2:
+                    raise
+            larger = max(2, larger // 2)
+            torch.cuda.empty_cache()
 
     def _whole(self, measure: Callable[[], float]) -> float:
         """`measure` of the whole depth: of the model as it is, or extended from all its blocks and from one."""
@@ -111,11 +121,15 @@ class MeasuredModel:
         while True:
             try:
                 with _own_randomness(self.device):
-                    return measure_speed(self._step, [pairs], _REPEATS)
+                    return measure_speed(self._step, pairs, _REPEATS)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or pairs == 1:
                     raise
                 pairs //= 2
+
+    def _slope(self, larger: int) -> float:
+        smaller = larger // 2
+        return (self._peak(larger) - self._peak(smaller)) / (larger - smaller)
 
     def _peak(self, pairs: int) -> float:
         torch.cuda.reset_peak_memory_stats(self.device)

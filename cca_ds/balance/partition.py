@@ -27,9 +27,7 @@ class Partition:
 
     `micro_sizes[r][f]` is the number of pairs that rank r takes in forward f; 0 means a dummy forward of
     weight 0. Ranks take contiguous stretches of the global batch in the order of their rank, forwards
-    contiguous stretches of their rank's. `seconds` is the predicted time of the slowest rank,
-    `lockstep_seconds` that of the step when the collectives inside a forward make every rank wait for the
-    slowest one of that forward.
+    contiguous stretches of their rank's. `seconds` is the predicted time of the slowest rank.
 
     Loss scale: DeepSpeed averages gradients over the W ranks, so the mean loss of a rank with n_r of n pairs
     counts n_r W / n; forward by forward that is its loss summed over pairs, times W / n, with no division by F.
@@ -37,7 +35,6 @@ class Partition:
 
     micro_sizes: tuple[tuple[int, ...], ...]
     seconds: float
-    lockstep_seconds: float
 
     @property
     def forwards(self) -> int:
@@ -117,14 +114,7 @@ def partition_batch(
     seconds, forwards, assigned = best
     parts = {count: _even_sizes(count, forwards) for count in set(assigned.counts())}
     sizes = tuple(parts[count] for count in assigned.counts())
-    return Partition(sizes, seconds, lockstep_seconds(sizes, seconds_per_pair) + forwards * seconds_per_forward)
-
-
-def lockstep_seconds(micro_sizes: Sequence[Sequence[int]], seconds_per_pair: Sequence[float]) -> float:
-    """Sum over forwards of the slowest rank's time in that forward: [R][F] sizes, [R] seconds per pair."""
-    kinds = set(zip(micro_sizes, seconds_per_pair, strict=True))  # thousands of ranks are a handful of kinds
-    forwards = len(micro_sizes[0])
-    return sum(max(sizes[f] * seconds for sizes, seconds in kinds) for f in range(forwards))
+    return Partition(sizes, seconds)
 
 
 def largest_micro(memory_bytes: float, fixed_bytes: float, bytes_per_pair: float) -> int:
@@ -133,32 +123,16 @@ def largest_micro(memory_bytes: float, fixed_bytes: float, bytes_per_pair: float
     return max(0, int((memory_bytes - fixed_bytes) // bytes_per_pair))
 
 
-def measure_speed(step: Callable[[int], object], sizes: Sequence[int], repeats: int = 5) -> float:
-    """Seconds per pair of `step(size)`, a forward and backward of `size` pairs on this rank.
+def measure_speed(step: Callable[[int], object], pairs: int, repeats: int) -> float:
+    """Seconds per pair of `step(pairs)`, a forward and backward on this rank.
 
-    Each size runs once to warm up and then `repeats` times; the medians (robust against a neighbour's burst)
-    are fitted by a line in the size, whose slope is the answer: what a pass costs whatever its size belongs
-    to `partition_batch(seconds_per_forward=...)`. One size alone, or a slope lost in noise, gives time over size of the
-    largest.
+    After a first one to warm up, the median of `repeats`: robust against a neighbour's burst.
 
     `step` must not contain a collective: ranks that wait for one another all measure the slowest rank's
     speed. Give it an unsharded part of the model, a block or a few.
-
-    Raises:
-        BalanceError: for an empty list, sizes or repeats below 1.
     """
-    if not sizes or min(sizes) < 1 or repeats < 1:
-        raise BalanceError(f"balance: sizes {list(sizes)} and repeats {repeats} must all be at least 1")
-    medians = []
-    for size in sizes:
-        _timed(step, size)
-        medians.append(statistics.median(_timed(step, size) for _ in range(repeats)))
-    largest = max(range(len(sizes)), key=lambda index: sizes[index])
-    if len(set(sizes)) > 1:
-        slope = statistics.linear_regression(sizes, medians).slope
-        if slope > 0:
-            return slope
-    return medians[largest] / sizes[largest]
+    step(pairs)
+    return statistics.median(_timed(step, pairs) for _ in range(repeats)) / pairs
 
 
 def _timed(step: Callable[[int], object], size: int) -> float:

@@ -241,9 +241,10 @@ def _to_universal(source: Path, target: Path) -> None:
     command += ["--input_folder", str(source), "--output_folder", str(partial), "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        cause = (done.stderr.strip().splitlines() or [f"DeepSpeed's converter ended with {done.returncode}"])[-1]
         raise CheckpointError(
-            f"checkpoint {source.parent}: cannot be converted for another number of ranks: "
-            f"{done.stderr.strip().splitlines()[-1]}"
+            f"checkpoint {source.parent}: cannot be converted for another number of ranks ({cause}); "
+            "resume on as many as wrote it, or with more memory"
         )
     partial.rename(target)
 

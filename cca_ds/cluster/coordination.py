@@ -41,6 +41,13 @@ class Coordinator:
             torch.distributed.all_reduce(both)
         return both[:-1], bool(both[-1] > 0)
 
+    def max_over_ranks(self, value: float) -> float:
+        """The largest value of all ranks, infinity where any is not a number; collective."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device).nan_to_num(torch.inf, torch.inf)
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.item()
+
     def agree_while_waiting(self, step: int, missing: bool, late: bool) -> tuple[bool, bool]:
         """Whether any rank still misses what it waits for, and whether any has waited too long; collective.
 

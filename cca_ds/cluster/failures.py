@@ -26,20 +26,12 @@ _WORKER_DIED = re.compile(
 )
 
 
-def run_command(
-    name: str,
-    work: Callable[[], int | None],
-    *,
-    explain: Callable[[BaseException], str] | None = None,
-    undo: Callable[[], object] | None = None,
-) -> int:
+def run_command(name: str, work: Callable[[], int | None]) -> int:
     """Run a command's work; any exception becomes one line on stderr and an exit code.
 
     Args:
         name: of the command, which begins the line.
         work: returns the exit code, None for 0.
-        explain: the line of an error; default `explain_error`.
-        undo: removes what the work had half-made, after an error.
 
     Returns:
         The exit code.
@@ -52,18 +44,16 @@ def run_command(
     except SystemExit:
         raise  # argparse has printed its line
     except BaseException as error:
-        if undo is not None:
-            undo()
-        report_error(name, error, explain or explain_error)
+        report_error(name, error)
         return exit_code(error)
 
 
-def report_error(name: str, error: BaseException, explain: Callable[[BaseException], str]) -> None:
+def report_error(name: str, error: BaseException) -> None:
     """Print the error's line, behind its traceback with CCA_DS_TRACEBACK=1."""
     if os.environ.get("CCA_DS_TRACEBACK"):
         traceback.print_exception(error)
     problems = getattr(error, "problems", None)  # of a ConfigError, which names itself
-    print(str(error) if problems else f"{name}: {explain(error)}", file=sys.stderr, flush=True)
+    print(str(error) if problems else f"{name}: {explain_error(error)}", file=sys.stderr, flush=True)
 
 
 def exit_code(error: BaseException) -> int:

@@ -1,7 +1,6 @@
 """Checks before the first step: every rank answers, runs the same code and configuration, and has a device of its own.
 
 check_ranks(ranks, timeout_seconds, {"configuration": hash, "data manifest": hash})
-stop = agree(stop_signal.requested)          # at every step: has any rank received a stop signal?
 """
 
 from __future__ import annotations
@@ -38,16 +37,13 @@ class Report(TypedDict):
     host_same: dict[str, str]  # values that must be equal on all ranks of a host
 
 
-def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> list[Report]:
+def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> None:
     """Compare the ranks' versions, source code and `run`, then run an all-reduce and an all-gather. A collective.
 
     Args:
         ranks: this process's place; the process group is up.
         timeout_seconds: limit for all ranks to report, and again for each of the two collectives.
         run: further values that must be equal on all ranks, e.g. hashes of the configuration and the data manifest.
-
-    Returns:
-        The reports, by rank.
 
     Raises:
         LaunchError: ranks differ, did not answer in time, or share a device; the line names ranks and hosts.
@@ -56,7 +52,6 @@ def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) ->
     reports = _exchange(ranks, own, timeout_seconds)
     compare(reports)
     _try_collectives(ranks, reports, timeout_seconds)
-    return reports
 
 
 def describe(ranks: Ranks, run: Mapping[str, str]) -> Report:
@@ -87,16 +82,6 @@ def compare(reports: list[Report]) -> None:
                     f"ranks {other} and {report['rank']} on {host} share one device ({report['device_id']}): "
                     "start one rank per device"
                 )
-
-
-def agree(flag: bool) -> bool:
-    """Whether `flag` is true on any rank. A collective: all ranks call it at the same point and get the same answer."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared.item())
 
 
 def _check_equal(reports: list[Report], name: str, values: list[str]) -> None:

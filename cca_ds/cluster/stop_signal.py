@@ -3,7 +3,8 @@
 stop = StopSignal()                        # early: before this line a signal ends the process at once
 for step in steps:
     ...
-    if agree(stop.requested):              # every rank, every step
+    sums, stopping = coordinator.sum_over_ranks(sums)      # the coordinator holds `stop`
+    if stopping:                           # the same on every rank
         save(); break
 """
 
@@ -41,17 +42,13 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self._first = 0.0
-        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
 
     @property
     def requested(self) -> bool:
         """Whether this process has received a stop signal; the other ranks may not have."""
         return self.name is not None
-
-    def restore(self) -> None:
-        """Reinstall the handlers that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

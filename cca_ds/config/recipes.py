@@ -194,7 +194,9 @@ def _number(value: Any) -> Any:
 
 
 # keys that older versions wrote into a run's config.yaml, with the only value that is still taken
-_RETIRED: dict[str, Any] = {"reference.tensor_parallel": 1, "balance.slowdown": {}, "balance.slowdown_seconds": None}
+_RETIRED: dict[str, Any] = {
+    "reference.tensor_parallel": 1, "balance.slowdown": {}, "balance.slowdown_seconds": None, "baseline.images": 64,
+}  # fmt: skip
 
 
 def _drop_retired(tree: dict[str, Any]) -> None:

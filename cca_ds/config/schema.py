@@ -156,7 +156,6 @@ class Evaluation(Section):
 class Baseline(Section):
     check: bool = True  # step 0 must show r = 0; the negative log-likelihood must lie in its band
     nll_band: tuple[float, float] | None = None  # nats a code
-    images: int = Field(default=64, ge=1)
 
 
 class Distributed(Section):

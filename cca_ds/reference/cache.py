@@ -188,10 +188,15 @@ class CachedReference:
         shard = self._get(batch.step)
         first = (batch.step % self.cache.shard_steps) * self.cache.global_size
         places = first + batch.positions_B.cpu().numpy()
+        if places.max() >= len(shard.samples):  # written by an older version, for a shorter run
+            raise ReferenceCacheError(
+                f"{self.cache.path(self._number)}: ends before step {batch.step + 1}: "
+                "delete it and compute it again with --cache_reference"
+            )
         if (shard.samples[places] != batch.sample_indices_B.cpu().numpy()).any():
             raise ReferenceCacheError(
-                f"{self.cache.path(self._number)}: holds other samples at step {batch.step}: "
-                "delete it and compute it again"
+                f"{self.cache.path(self._number)}: holds other samples at step {batch.step + 1}: "
+                "delete it and compute it again with --cache_reference"
             )
         both = np.concatenate([shard.positive[places], shard.negative[places]])
         return torch.from_numpy(both).to(batch.codes_BL.device)
@@ -214,11 +219,10 @@ class CachedReference:
             if not missing:
                 return
             if late:
-                after = f" after {waited:.0f} s" if self.wait_seconds else ""
-                raise ReferenceTimeout(
-                    f"step {step + 1} needs {self.cache.path(number)}, which is missing{after}: "
-                    f"{self.cache.producers()}"
-                )
+                needs = f"step {step + 1} needs {self.cache.path(number)}, which is missing"
+                if self.wait_seconds:
+                    raise ReferenceTimeout(f"{needs} after {waited:.0f} s: {self.cache.producers()}")
+                raise ReferenceCacheError(f"{needs}: compute it with --cache_reference")
             if self.reports and time.monotonic() - reported > _REPORT_SECONDS:
                 say(f"step {step + 1} waits for shard {number}: {self.cache.producers()}")
                 reported = time.monotonic()

@@ -45,8 +45,8 @@ def fill_cache(
         while ahead_steps is not None and first > cache.trainer_step() + ahead_steps:
             cache.note_producer(ranks.rank, ranks.host, shard)
             time.sleep(1.0)
-        order = range(first, min(first + cache.shard_steps, total_steps))
-        cache.write(shard, _compute(reference, steps, order, batch_size, torch.device(ranks.device)))
+        whole = range(first, first + cache.shard_steps)  # beyond the run's end too: a longer run uses them
+        cache.write(shard, _compute(reference, steps, whole, batch_size, torch.device(ranks.device)))
     if all(cache.path(shard).is_file() for shard in range(last_shard)):
         # the last rank to finish, or several at once, to the same effect
         write_atomic(cache.folder / COMPLETED, json.dumps({"steps": total_steps}) + "\n")

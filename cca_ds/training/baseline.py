@@ -38,16 +38,17 @@ def check_baseline(
     stored = objective.spec.needs_reference and PLACEMENTS[run.reference.placement].stored
     step = 0 if stored else _HELD_OUT_EPOCH * own_steps.steps_per_epoch  # stored ones hold the run's own steps only
     policy.engine.eval()
-    sums, worst = engines.zero_sums(), 0.0
+    sums, differences = engines.zero_sums(), [torch.zeros((), device=engines.device)]
     for batch in own_steps[step]:
         batch = batch.to(engines.device)
         inputs = objective.stacked(batch)
         policy_logp, reference_logp = policy(*inputs), engines.reference_logp(batch, inputs)
         sums += objective(policy_logp, reference_logp, batch)[1]
         if reference_logp is not None:
-            worst = max(worst, float((policy_logp - reference_logp).abs().max()))
+            differences.append((policy_logp - reference_logp).abs().max())
     policy.engine.train()
     sums, _ = coordinator.sum_over_ranks(sums)
+    worst = coordinator.max_over_ranks(torch.stack(differences).max().item())
     _check_agreement(run, worst, engines.precision)
     nll = summarize(sums, objective.compared)["nll_per_code"]
     band = run.baseline.nll_band
@@ -70,5 +71,6 @@ def _check_agreement(run: RunConfig, worst: float, precision: str) -> None:
     if worst > limit and run.reference.weights is None and not run.reference.dropout:
         raise ValueError(
             f"before training, policy and reference differ by up to {worst:.3g} nats an image (at most {limit} in "
-            f"{precision}): the reference is not the policy's start; check reference.weights and its cache"
+            f"{precision}): the reference is not the policy's start; delete its cache, "
+            "or name the reference's own weights in reference.weights"
         )

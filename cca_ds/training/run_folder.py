@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -89,8 +90,17 @@ def open_folder(folder: Path, run: RunConfig) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never began, so that the corrected command finds it free."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folder of a run that never began, so that the corrected command finds it free.
+
+    Where it is a link to another disk, the folder there is emptied.
+    """
+    with contextlib.suppress(OSError):  # what made the run fail is worth more than this
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        folder.rmdir()
 
 
 def finish(folder: Path, summary: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ class SampleGrids:
     def due(self, done: int) -> bool:
         """Whether a grid is to be drawn after `done` steps: before the first, every so many, and after the last."""
         every = self.run.logging.sample_every_steps
-        return bool(every) and (done % every == 0 or done == self.steps)
+        return bool(every) and self.tokenizer is not None and (done % every == 0 or done == self.steps)
 
     def draw(self, policy: Policy, done: int) -> None:
         """Draw a grid after `done` steps, a class a column; collective, and drawn on rank 0.
@@ -48,7 +48,7 @@ class SampleGrids:
         Sampling in the sharded module would gather every weight once per code.
         """
         weights = {name: tensor for name, tensor in policy.full_weights() if tensor is not None}
-        if not weights or self.tokenizer is None:  # not rank 0, or nothing to decode with
+        if not weights:  # not rank 0
             return
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             module = build_module(self.run.model, self.tokenizer)

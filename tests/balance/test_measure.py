@@ -26,14 +26,14 @@ def test_a_deep_model_is_measured_by_four_blocks_and_one(device, monkeypatch):
     measured = MeasuredModel(workload(tiny_run()), device)
     seen = []
 
-    def cost(step, sizes, repeats):
-        seen.append((len(measured.module.layers), sizes))
+    def cost(step, pairs, repeats):
+        seen.append((len(measured.module.layers), pairs))
         return 2.0 + 3.0 * len(measured.module.layers)
 
     monkeypatch.setattr(measure, "measure_speed", cost)
     assert measured.seconds_per_pair(5) == pytest.approx(2.0 + 3.0 * 9)
-    assert seen == [(4, [5]), (1, [5])] and len(measured.module.layers) == 4
-    monkeypatch.setattr(measure, "measure_speed", lambda step, sizes, repeats: 4.0)
+    assert seen == [(4, 5), (1, 5)] and len(measured.module.layers) == 4
+    monkeypatch.setattr(measure, "measure_speed", lambda step, pairs, repeats: 4.0)
     assert measured.seconds_per_pair(5) == pytest.approx(4.0 * 9 / 4)  # blocks lost in noise
 
 
@@ -71,14 +71,30 @@ def test_memory_too_short_for_the_micro_batch_times_fewer_pairs(device, monkeypa
     measured = MeasuredModel(workload(tiny_run("model.overrides.n_layer=1")), device)
     tried = []
 
-    def cost(step, sizes, repeats):
-        tried.append(sizes[0])
-        if sizes[0] > 2:
+    def cost(step, pairs, repeats):
+        tried.append(pairs)
+        if pairs > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 1.0
 
     monkeypatch.setattr(measure, "measure_speed", cost)
     assert measured.seconds_per_pair(9) == 1.0 and tried == [9, 4, 2]
+
+
+def test_memory_too_short_for_the_micro_batch_measures_the_bytes_of_smaller_passes(monkeypatch):
+    measured, asked = MeasuredModel(workload(tiny_run("model.overrides.n_layer=1")), "cpu"), []
+
+    def peak(pairs):
+        asked.append(pairs)
+        if pairs > 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return 1000.0 + 30.0 * pairs
+
+    monkeypatch.setattr(measured, "_peak", peak)
+    assert measured.bytes_per_pair(64) == 30.0 and asked == [64, 32, 16, 8]
+    monkeypatch.setattr(measured, "_peak", lambda pairs: peak(21))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        measured.bytes_per_pair(64)
 
 
 def test_a_short_var_keeps_its_width():

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from cca_ds.balance.partition import BalanceError, largest_micro, lockstep_seconds, measure_speed, partition_batch
+from cca_ds.balance.partition import BalanceError, largest_micro, measure_speed, partition_batch
 
 
 def brute_force_seconds(pairs, seconds, caps, seconds_per_forward):
@@ -92,13 +92,6 @@ def test_the_stated_loss_scale_makes_the_average_over_ranks_that_of_the_whole_ba
     assert by_forward.item() == pytest.approx(losses.mean().item(), rel=1e-12)
 
 
-def test_lockstep_counts_the_slowest_rank_of_each_forward():
-    assert lockstep_seconds([(2, 2), (1, 0)], [1.0, 3.0]) == 3.0 + 2.0
-    result = partition_batch(5, [1.0, 3.0], [2, 2], 0.25)
-    assert result.lockstep_seconds == lockstep_seconds(result.micro_sizes, [1.0, 3.0]) + result.forwards * 0.25
-    assert result.lockstep_seconds >= result.seconds
-
-
 def test_thousands_of_ranks_are_partitioned_within_a_second():
     seconds = [0.1] * 2048 + [0.3] * 1024 + [0.9] * 1024
     start = time.process_time()
@@ -149,33 +142,22 @@ class Clock:
         self.calls.append(size)
 
 
-def measured(monkeypatch, cost, sizes, repeats=5):
+def measured(monkeypatch, cost, pairs, repeats=5):
     clock = Clock(cost)
     monkeypatch.setattr("cca_ds.balance.partition.time.perf_counter", clock.perf_counter)
-    return measure_speed(clock.step, sizes, repeats), clock
+    return measure_speed(clock.step, pairs, repeats), clock
 
 
-def test_speed_is_the_slope_whatever_a_pass_costs_at_least(monkeypatch):
-    speed, clock = measured(monkeypatch, lambda size, call: 5.0 + 0.25 * size, [1, 2, 4])
-    assert speed == pytest.approx(0.25)
-    assert clock.calls == [1] * 6 + [2] * 6 + [4] * 6  # one pass to warm up, five timed
+def test_speed_is_the_time_of_a_pass_over_its_pairs(monkeypatch):
+    speed, clock = measured(monkeypatch, lambda size, call: 5.0 + 0.25 * size, 4)
+    assert speed == pytest.approx(6.0 / 4)
+    assert clock.calls == [4] * 6  # one pass to warm up, five timed
 
 
 def test_warm_up_and_bursts_do_not_count(monkeypatch):
-    """The first pass of a size and two of the five timed ones are a hundred times slower."""
-    speed, _ = measured(monkeypatch, lambda size, call: size * (100.0 if call % 6 in (0, 2, 4) else 1.0), [2, 4])
+    """The first pass and two of the five timed ones are a hundred times slower."""
+    speed, _ = measured(monkeypatch, lambda size, call: size * (100.0 if call in (0, 2, 4) else 1.0), 2)
     assert speed == pytest.approx(1.0)
-
-
-def test_speed_from_one_size_or_without_a_slope(monkeypatch):
-    assert measured(monkeypatch, lambda size, call: 3.0 * size, [2])[0] == pytest.approx(3.0)
-    assert measured(monkeypatch, lambda size, call: 8.0, [2, 4])[0] == pytest.approx(2.0)
-
-
-def test_speed_of_nothing_is_refused():
-    for sizes, repeats in (([], 1), ([0], 1), ([1], 0)):
-        with pytest.raises(BalanceError, match="at least 1"):
-            measure_speed(lambda size: None, sizes, repeats)
 
 
 def test_speed_of_real_passes_grows_with_the_model(device):
@@ -183,7 +165,7 @@ def test_speed_of_real_passes_grows_with_the_model(device):
         layer = torch.nn.Linear(width, width, device=device)
         return lambda size: layer(torch.ones(16 * size, width, device=device)).sum().backward()
 
-    assert measure_speed(step_of(1024), [8, 16], 3) > measure_speed(step_of(64), [8, 16], 3)
+    assert measure_speed(step_of(1024), 16, 3) > measure_speed(step_of(64), 16, 3)
 
 
 def test_a_partition_at_a_fixed_number_of_forwards():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cca_ds.cluster.stop_signal import StopSignal
+from cca_ds.cluster.stop_signal import STOP_SIGNALS, StopSignal
 
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]
 PROGRAM = """
@@ -25,9 +25,10 @@ print(stop.name)
 
 @pytest.fixture
 def stop():
-    stop = StopSignal()
-    yield stop
-    stop.restore()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield StopSignal()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,11 +62,3 @@ def test_one_that_follows_at_once_is_the_launchers_echo():
     """DeepSpeed's launcher sends SIGTERM when it gets the Ctrl-C that the terminal has sent to all."""
     done = two_signals("SIGINT", "SIGTERM", 0.2)
     assert (done.returncode, done.stdout, done.stderr) == (0, "SIGINT\n", "")
-
-
-def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    stop = StopSignal()
-    assert signal.getsignal(signal.SIGTERM) != before
-    stop.restore()
-    assert signal.getsignal(signal.SIGTERM) == before

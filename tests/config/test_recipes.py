@@ -192,7 +192,9 @@ def test_help_answers_at_once(entry):
 def test_a_config_of_an_older_version_is_read_where_retired_keys_change_nothing(tmp_path):
     new, old = tmp_path / "new.yaml", tmp_path / "old.yaml"
     new.write_text("seed: 3\n")
-    old.write_text("seed: 3\nreference: {tensor_parallel: 1}\nbalance: {slowdown: {}, slowdown_seconds: null}\n")
+    old.write_text(
+        "seed: 3\nreference: {tensor_parallel: 1}\nbaseline: {images: 64}\nbalance: {slowdown: {}, slowdown_seconds: null}\n"
+    )
     assert load_recipe(str(old)) == load_recipe(str(new))
     (tmp_path / "config.yaml").write_text("reference: {tensor_parallel: 2}\n")
     assert "tensor_parallel: unknown key" in problems(recipe=str(tmp_path / "config.yaml"))[0]

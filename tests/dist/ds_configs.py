@@ -30,19 +30,14 @@ def held_bytes(engine):
     """Bytes of this rank's weights, of its float32 master weights and of Adam's moments."""
     optimizer = engine.optimizer
     weights = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in engine.module.parameters())
-    groups = (
-        getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
-    )
+    groups = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
     moments = [
         value
         for state in optimizer.optimizer.state.values()
         for value in state.values()
         if torch.is_tensor(value) and value.numel() > 1
     ]
-    return {
-        "weights": weights,
-        "optimizer": sum(t.numel() * t.element_size() for t in [*groups, *moments]),
-    }
+    return {"weights": weights, "optimizer": sum(t.numel() * t.element_size() for t in [*groups, *moments])}
 
 
 def train(file):
@@ -64,10 +59,7 @@ def train(file):
     data = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(3):
-        codes_BL, labels_B = (
-            torch.randint(17, (8, 64), generator=data),
-            torch.randint(10, (8,), generator=data),
-        )
+        codes_BL, labels_B = (torch.randint(17, (8, 64), generator=data), torch.randint(10, (8,), generator=data))
         total = torch.zeros(())
         for forward in range(2):
             rows = slice(4 * forward + 2 * ranks.rank, 4 * forward + 2 * ranks.rank + 2)

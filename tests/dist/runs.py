@@ -70,9 +70,7 @@ def plain_ddp() -> Path:
     return path
 
 
-def command(
-    folder: Path | None, *settings: str, ds: Path | str | None = None, flags: Sequence[str] = ()
-) -> list[str]:
+def command(folder: Path | None, *settings: str, ds: Path | str | None = None, flags: Sequence[str] = ()) -> list[str]:
     """The command line of a run of the small model."""
     shape = ", ".join(f"{name}: {value}" for name, value in SHAPE.items())
     usual = (f"model.weights={tiny_weights()}", f"model.overrides={{{shape}}}", *QUIET)

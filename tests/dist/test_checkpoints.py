@@ -1,4 +1,7 @@
-"""Killed, moved to other ranks or another ZeRO stage, on a full disk: a run continues where its checkpoint stands."""
+"""Killed, moved to another number of ranks, on a full disk: a run continues from its checkpoint.
+
+Another ZeRO stage is refused.
+"""
 
 import json
 import os
@@ -61,9 +64,7 @@ def cut_short(run: Path, folder: Path, step: int) -> Path:
 def states(folder: Path) -> dict[str, object]:
     """All that the newest checkpoint holds, by file."""
     found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
-    return {
-        name: torch.load(found / name, weights_only=False) for name in manifest.files if name.endswith(".pt")
-    }
+    return {name: torch.load(found / name, weights_only=False) for name in manifest.files if name.endswith(".pt")}
 
 
 def assert_equal_trees(one, other, where=""):
@@ -151,9 +152,7 @@ def test_a_run_killed_before_its_mark_of_completion_finishes_when_started_again(
 def test_corrupted_newest_falls_back_to_the_older(tmp_path):
     whole = whole_run("plain_2", 2, PLAIN)
     folder = cut_short(whole, tmp_path / "run", 4)
-    damaged = max(
-        (folder / "checkpoints/step_00000004/deepspeed").iterdir(), key=lambda path: path.stat().st_size
-    )
+    damaged = max((folder / "checkpoints/step_00000004/deepspeed").iterdir(), key=lambda path: path.stat().st_size)
     with open(damaged, "r+b") as file:
         file.seek(damaged.stat().st_size // 2)
         byte = file.read(1)
@@ -242,9 +241,7 @@ def small_disk(tmp_path):
     """A file system of 3 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder

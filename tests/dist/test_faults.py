@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cca_ds.data.pairs import epoch_order, make_pairs
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified
+from cca_ds.data.pairs import epoch_order, make_pairs
 from tests.dist.fork_server import CPU_ONLY
 from tests.dist.ranks import REPOSITORY, clean_environment
 from tests.dist.runs import PATIENCE, command, losses, metrics, scratch, start_training, tiny_weights, train
@@ -28,11 +28,7 @@ def wait_for_step(running, folder: Path, step: int) -> None:
     """Until the run has logged `step`."""
     end = time.monotonic() + PATIENCE
     while True:
-        lines = (
-            (folder / "metrics.jsonl").read_text().splitlines()
-            if (folder / "metrics.jsonl").is_file()
-            else []
-        )
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
         if len(lines) >= step:
             return
         assert time.monotonic() < end, running.tails()
@@ -123,27 +119,19 @@ def test_ctrl_c_through_the_deepspeed_launcher(tmp_path):
 def pairs_of_step(step: int, global_size: int = 32):
     table = digits_table(scratch() / "data")
     indices = epoch_order(len(table), 0, 0)[step * global_size : (step + 1) * global_size]
-    return make_pairs(
-        indices, table.labels[indices], null_class=10, mask_probability=0.1, crops=1, seed=0, epoch=0
-    )
+    return make_pairs(indices, table.labels[indices], null_class=10, mask_probability=0.1, crops=1, seed=0, epoch=0)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path):
     """A checkpoint whose embedding of one class is spoilt: exactly the samples that use it are named."""
     state = load_file(tiny_weights())
     first = pairs_of_step(0)
-    spoilt = (
-        int(first.positive_labels_K[0])
-        if first.positive_labels_K[0] < 10
-        else int(first.positive_labels_K[1])
-    )
+    spoilt = int(first.positive_labels_K[0]) if first.positive_labels_K[0] < 10 else int(first.positive_labels_K[1])
     state["cls_embedding.embedding_table.weight"][spoilt] = torch.inf
     save_file(state, tmp_path / "spoilt.safetensors")
     used = (first.positive_labels_K == spoilt) | (first.negative_labels_K == spoilt)
     folder = tmp_path / "run"
-    outputs = train(
-        2, folder, "batch.max_steps=3", f"model.weights={tmp_path / 'spoilt.safetensors'}", check=False
-    )
+    outputs = train(2, folder, "batch.max_steps=3", f"model.weights={tmp_path / 'spoilt.safetensors'}", check=False)
     assert all(output.returncode != 0 for output in outputs)
     line = next(line for line in outputs[0].stderr.splitlines() if "is not finite" in line)
     assert "step 1: the loss is not finite" in line and "the optimizer has not stepped" in line
@@ -193,9 +181,7 @@ def test_a_rank_that_stops_answering_is_named_within_the_limit(tmp_path):
         seconds = time.monotonic() - started
         output = running.output(0)
     assert output.returncode == 75
-    assert (
-        f"rank 1 on {os.uname().nodename}" in output.stderr and "has not answered for 25 s" in output.stderr
-    )
+    assert f"rank 1 on {os.uname().nodename}" in output.stderr and "has not answered for 25 s" in output.stderr
     assert seconds < 3 * limit  # the limit, and a busy machine
 
 

@@ -1,5 +1,8 @@
-"""fp16: what DeepSpeed's loss scaler skips is part of a run, on any rank and after it is resumed; the run ends where the
-loss itself is not finite or no lower scale is left. The engine and its scaler are real; see `train_fp16.py`."""
+"""fp16: what DeepSpeed's loss scaler skips is part of a run, on any rank and after it is resumed.
+
+The run ends where the loss itself is not finite or no lower scale is left. Engine and scaler are real; see
+`train_fp16.py`.
+"""
 
 import json
 from pathlib import Path
@@ -9,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cca_ds.config.recipes import load_recipe
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
 from cca_ds.checkpoints.store import complete_checkpoints, read_manifest
+from cca_ds.config.recipes import load_recipe
 from cca_ds.training.schedule import learning_rate
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import REPOSITORY, RankOutput, RanksFailed

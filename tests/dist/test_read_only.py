@@ -64,7 +64,7 @@ def test_a_checkpoint_folder_that_turns_read_only_is_one_clear_error(mounts, asy
     assert line.startswith("rank 0 on ") and f"checkpoint {checkpoints}/step_" in line
     assert "not writable (Read-only file system); make it writable and start again" in line
     assert "older checkpoints are untouched" in line and "Traceback" not in output.stderr
-    found, manifest = newest_verified(checkpoints, report=pytest.fail)
+    _, manifest = newest_verified(checkpoints, report=pytest.fail)
     assert all(verify(path) for path in complete_checkpoints(checkpoints)) and manifest.step < STEPS
 
     (output,) = train(1, folder, *settings, check=False)  # still read-only: message before anything is started
@@ -98,7 +98,7 @@ def test_a_whole_output_that_turns_read_only_is_one_clear_error(mounts, tmp_path
     assert "not writable" in line and "make it writable and start again" in line
     subprocess.run(["umount", str(disk)], check=True)
     assert mount("-o", "loop", image, disk)
-    found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
+    _, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
     (output,) = train(1, folder, *SETTINGS)
     assert f"continuing after step {manifest.step}" in output.stderr
     assert metrics(folder)[-1]["step"] == STEPS

@@ -1,6 +1,9 @@
-"""Wherever the reference stands, the training is the same: beside the policy, split, sharded, stored, or elsewhere."""
+"""The losses are the same for every placement of the reference: replica, sharded, cached, streamed."""
 
+import dataclasses
 import json
+import math
+import re
 import shutil
 import signal
 import time
@@ -8,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.checkpoints.store import complete_checkpoints, verify
+from cca_ds.reference.cache import ReferenceCache
 from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
 
 pytestmark = pytest.mark.dist
@@ -75,19 +78,30 @@ def test_an_incomplete_cache_is_an_error_where_nobody_fills_it(tmp_path):
     (tmp_path / "cache/shard_000001.arrow").unlink()
     use = ("reference.placement=cached", f"reference.cache={tmp_path / 'cache'}")
     (output,) = train(1, tmp_path / "run", *SETTINGS, *use, check=False)
-    assert output.returncode == 1
-    assert "step 3 needs " in output.stderr and "shard_000001.arrow, which is missing" in output.stderr
+    assert output.returncode == 2
+    assert "step 3 needs " in output.stderr
+    assert "shard_000001.arrow, which is missing: compute it with --cache_reference" in output.stderr
     assert len(metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_one_wrong_number_of_the_reference_ends_the_run_on_all_ranks(value, tmp_path):
+    shutil.copytree(stored(), tmp_path / "cache")
+    cache = ReferenceCache(tmp_path / "cache", json.loads((tmp_path / "cache/key.json").read_text()))
+    shard = cache.read(0)
+    positive = shard.positive.copy()
+    positive[31] = value  # the last pair of the first step: the second rank's
+    cache.path(0).unlink()
+    cache.write(0, dataclasses.replace(shard, positive=positive))
+    use = ("reference.placement=cached", f"reference.cache={cache.folder}", "baseline.check=true")
+    outputs = train(2, tmp_path / "run", *SETTINGS, *use, "baseline.nll_band=null", check=False)
+    assert [output.returncode for output in outputs] == [2, 2]
+    assert re.search(r"policy and reference differ by up to \S+ nats an image .* delete its cache", outputs[0].stderr)
+    assert not (tmp_path / "run").exists()
+
+
 def streaming(cache: Path, *more: str) -> tuple[str, ...]:
-    return (
-        *SETTINGS,
-        "reference.placement=streamed",
-        f"reference.cache={cache}",
-        "reference.ahead_steps=2",
-        *more,
-    )
+    return (*SETTINGS, "reference.placement=streamed", f"reference.cache={cache}", "reference.ahead_steps=2", *more)
 
 
 def shards(cache: Path) -> int:
@@ -168,9 +182,7 @@ def bring(shards_of: Path, cache: Path) -> None:
     ],
     ids=["saved now, then stopped again", "saved before"],
 )
-def test_a_signal_ends_the_wait_for_a_shard_with_the_last_steps_checkpoint(
-    number, stopped, settings, tmp_path
-):
+def test_a_signal_ends_the_wait_for_a_shard_with_the_last_steps_checkpoint(number, stopped, settings, tmp_path):
     """Nobody produces, so two ranks wait after step 2; later they go on as if nothing had been."""
     cache, folder = only_first_shards(tmp_path / "cache", 1), tmp_path / "run"
     settings = streaming(cache, *settings)
@@ -205,8 +217,4 @@ def test_a_trainer_whose_producers_are_dead_names_them_within_the_limit(tmp_path
     (output,) = train(1, tmp_path / "run", *streaming(cache, "reference.wait_seconds=4"), check=False)
     assert output.returncode == 1 and time.monotonic() - started < PATIENCE
     (line,) = [line for line in output.stderr.splitlines() if "step 3 needs" in line]
-    assert (
-        "which is missing after 4 s: producer 0 on " in line
-        and "producer 1 on " in line
-        and "last report " in line
-    )
+    assert "which is missing after 4 s: producer 0 on " in line and "producer 1 on " in line and "last report " in line

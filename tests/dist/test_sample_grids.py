@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cca_ds.data.image_grid import image_grid
 from cca_ds.models import create_model, load_weights
 from cca_ds.sampling import generate
-from cca_ds.data.image_grid import image_grid
 from cca_ds.vq import create_tokenizer
 from tests.dist.runs import SHAPE, tiny_weights, train
 
@@ -26,14 +26,7 @@ def grid(**settings) -> np.ndarray:
 
 def test_guidance_is_the_recipes(tmp_path):
     settings = [f"sampling.{key}={list(v) if isinstance(v, tuple) else v}" for key, v in DRAWN.items()]
-    train(
-        1,
-        tmp_path,
-        "batch.max_steps=1",
-        "logging.sample_every_steps=1",
-        "logging.samples_per_grid=20",
-        *settings,
-    )
+    train(1, tmp_path, "batch.max_steps=1", "logging.sample_every_steps=1", "logging.samples_per_grid=20", *settings)
     drawn = np.asarray(Image.open(tmp_path / "samples" / "step_000000.png"))
     np.testing.assert_array_equal(drawn, grid(**DRAWN))
     for left_out in DRAWN:  # each of them shapes the pictures

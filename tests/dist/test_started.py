@@ -28,13 +28,7 @@ def beside_python(name):
 
 
 def test_started_by_torchrun():
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     printed = started([*torchrun, "tests/dist/hello.py"])
     assert [(h["launcher"], h["rank"], h["local_rank"], h["total"]) for h in printed] == [
         ("torchrun", 0, 0, 3.0),

@@ -59,9 +59,7 @@ def test_curves_are_the_documented_ones_with_the_values_of_the_log():
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for tag in documented_tags():
         points = [(event.step, event.value) for event in found.Scalars(tag)]
-        assert points == [
-            (line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line
-        ], tag
+        assert points == [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line], tag
 
 
 def test_grids_are_the_pictures_of_the_samples_folder():
@@ -86,16 +84,12 @@ def test_the_configuration_is_a_text_that_can_be_read_back():
 
 def test_a_run_says_what_it_is_compared_by_and_that_it_ended_well():
     content = events("lambda_30").summary_metadata
-    start = metadata.parse_session_start_info_plugin_data(
-        content[metadata.SESSION_START_INFO_TAG].plugin_data.content
-    )
+    start = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG].plugin_data.content)
     values = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
     expected = {"loss.name": "cca", "loss.lambda": 30.0, "loss.beta": 0.5, "model.preset": "digits", "seed": 0,
                 "model.dropout": False, "optimizer.learning_rate": 1e-4, "batch.global_size": 32}  # fmt: skip
     assert values.items() >= expected.items()
-    end = metadata.parse_session_end_info_plugin_data(
-        content[metadata.SESSION_END_INFO_TAG].plugin_data.content
-    )
+    end = metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG].plugin_data.content)
     assert end.status == 1  # api.proto: STATUS_SUCCESS
 
 

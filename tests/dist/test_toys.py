@@ -21,9 +21,7 @@ pytestmark = pytest.mark.dist
 def command(name: str, *arguments: object) -> subprocess.CompletedProcess:
     program = [sys.executable, "tests/dist/toy_commands.py", name, *map(str, arguments)]
     environment = clean_environment() | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        program, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    return subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_train_export_sample_with_a_loss_a_tokenizer_and_a_family_of_the_test(tmp_path):
@@ -44,9 +42,7 @@ def test_train_export_sample_with_a_loss_a_tokenizer_and_a_family_of_the_test(tm
     }  # fmt: skip
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run = tmp_path / "run"
-    done = command(
-        "train", "--ds_config", "ds_configs/zero3.json", "--recipe", tmp_path / "toy.yaml", "--output", run
-    )
+    done = command("train", "--ds_config", "ds_configs/zero3.json", "--recipe", tmp_path / "toy.yaml", "--output", run)
     assert done.returncode == 0, done.stderr
     losses = [line["loss"] for line in metrics(run)]
     assert losses[0] == pytest.approx(3.0, abs=1e-3) and losses[-1] < losses[0]  # r = 0: the margin itself

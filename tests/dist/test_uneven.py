@@ -46,11 +46,7 @@ def assert_same_trajectory(lines, alone):
 def test_given_speeds_with_caps_and_a_rank_without_pairs_in_some_forwards(tmp_path, alone):
     """3:1 makes 12 and 4 pairs; at two a forward rank 0 needs six, in two of which rank 1 has none."""
     lines, console = trained(
-        tmp_path / "run",
-        2,
-        "balance.mode=given",
-        "balance.speeds={0: 3, cpu: 1}",
-        "balance.micro_sizes={0: 2}",
+        tmp_path / "run", 2, "balance.mode=given", "balance.speeds={0: 3, cpu: 1}", "balance.micro_sizes={0: 2}"
     )
     assert "forwards 6; pairs of rank 0: 12, rank 1: 4" in console
     assert_same_trajectory(lines, alone)
@@ -63,9 +59,7 @@ def test_measured_speeds_of_a_slowed_rank_and_measuring_again(tmp_path, alone):
     first, again = (line for line in console.splitlines() if "pairs of rank 0:" in line)
     assert "balance after step 3" in again and "ms a pair" in again
     for line in (first, again):
-        pairs = [
-            int(part.split(",")[0].split(";")[0]) for part in line.split("pairs of ")[1].split(": ")[1:3]
-        ]
+        pairs = [int(part.split(",")[0].split(";")[0]) for part in line.split("pairs of ")[1].split(": ")[1:3]]
         assert sum(pairs) == 16 and pairs[0] > pairs[1] > 0
     assert_same_trajectory(lines, alone)
 

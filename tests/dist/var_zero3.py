@@ -26,14 +26,7 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     shape = {"channels": 32, "channel_multipliers": (1,), "z_channels": 4, "codebook_size": CODES}
     tokenizer = create_tokenizer("var-vqvae", scales=SCALES, **shape)
-    size = {
-        "depth": 2,
-        "width": 32,
-        "heads": 2,
-        "num_classes": CLASSES,
-        "vocab_size": CODES,
-        "code_channels": 4,
-    }
+    size = {"depth": 2, "width": 32, "heads": 2, "num_classes": CLASSES, "vocab_size": CODES, "code_channels": 4}
     model = create_model(VARConfig(**size, scales=SCALES, drop_path=0.0, **fields), tokenizer=tokenizer)
     model.set_activation_checkpointing(checkpointing)
     return model

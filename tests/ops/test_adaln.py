@@ -84,9 +84,14 @@ def test_gelu_of_all_numbers(version, dtype, shape):
     exact = x.detach().double().requires_grad_()
     expected = F.gelu(exact, approximate="tanh")
     expected.sum().backward()
-    close = {"atol": 2e-6 if dtype == torch.float32 else 8e-3, "rtol": 8e-3}
+    limit = 1e-6 if dtype == torch.float32 else 8e-3
+    close = {"atol": limit, "rtol": limit}
     torch.testing.assert_close(out.double(), expected, **close)
     torch.testing.assert_close(x.grad.double(), exact.grad, **close)
+    not_finite = torch.tensor([torch.nan, torch.inf], dtype=dtype)[None, :, None]
+    with using(version), torch.no_grad():
+        out = gated_residual_linear(not_finite, zeros[:, :2], one, one, torch.zeros(1, dtype=dtype), gelu=True)
+    assert out[0, 0].isnan() and out[0, 1].isinf()
 
 
 def test_float64_runs_the_plain_version():

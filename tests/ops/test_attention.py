@@ -19,7 +19,7 @@ from cca_ds.ops.library import backend
 from cca_ds.ops.qk_norm import qk_norm_eager
 from cca_ds.ops.rope import rotary_table
 from tests.support.compare import error
-from tests.support.ops import VERSIONS, check_op, using
+from tests.support.ops import TOLERANCE, VERSIONS, check_op, using
 
 SCALES = (1, 2, 3, 4)
 ONE_QUERY_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -103,7 +103,7 @@ def test_scale_attention_and_its_gradients(device, version, scales, dtype, toler
                 [qkv, scale],
                 tolerance,
                 # of the scale in bf16: small differences of rounded probabilities
-                (5 if dtype == torch.bfloat16 else 2) * tolerance,
+                [2 * tolerance, (5 if dtype == torch.bfloat16 else 2) * tolerance],
             )
 
 
@@ -199,6 +199,30 @@ def test_a_table_that_does_not_fit_is_refused():
     prefix_attention(torch.float32)
     with pytest.raises(RuntimeError, match="does not fit 9 positions"):
         causal_attention(torch.randn(1, 9, 24), torch.randn(8, 4, 2), 1)
+
+
+@pytest.mark.parametrize(("images", "heads", "length", "channels"), [(2, 3, 7, 16), (1, 2, 91, 8), (2, 2, 200, 64)])
+@pytest.mark.parametrize("steps", [1, 10, 45])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_to_a_prefix(images, heads, length, channels, steps, dtype):
+    """The limits of runs of `steps` queries are equal: 1 is causal, more are scales."""
+    op = prefix_attention(dtype)
+    torch.manual_seed(0)
+    heads_3BHLC = torch.randn(3, images, heads, length, channels).to(dtype)
+    heads_3BHLC[0] *= 2 * channels**-0.5
+    limits = ((torch.arange(length) // steps + 1) * steps).clamp_max(length)
+    exact = heads_3BHLC.double().requires_grad_()
+    visible = torch.arange(length) < limits[:, None]
+    scores = (exact[0] @ exact[1].transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    expected = (scores.softmax(-1) @ exact[2]).transpose(1, 2)
+    mixed, lse = op(heads_3BHLC, limits)
+    assert mixed.dtype == dtype and error(mixed, expected) < TOLERANCE[dtype]
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+    grad, found = torch.randn(images, length, heads, channels).to(dtype), torch.full_like(heads_3BHLC, torch.nan)
+    expected.backward(grad.double())
+    torch.ops.cca_ds.prefix_attention_backward(grad, heads_3BHLC, mixed, lse, limits, found)
+    for part, true in zip(found, exact.grad, strict=True):
+        assert error(part, true) < 3 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

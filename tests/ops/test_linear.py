@@ -24,7 +24,7 @@ def test_linear_and_its_gradients(device, version, dtype, rows, width, outputs):
     shapes = [(rows, width), (outputs, width), (outputs,)]
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     with using(version):
-        check_op(linear, F.linear, inputs, TOLERANCE[dtype])
+        check_op(linear, F.linear, inputs, TOLERANCE[dtype], TOLERANCE[dtype])
     check_op(linear_eager, F.linear, inputs, TOLERANCE[dtype])
 
 

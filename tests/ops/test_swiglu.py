@@ -54,7 +54,7 @@ def test_autocast_and_other_dtypes():
 
 
 def test_shapes_that_do_not_fit_are_an_error():
-    with pytest.raises(RuntimeError):
+    with using("kernel"), pytest.raises(RuntimeError, match="must be alike"):
         swiglu_linear(torch.randn(4, 8), torch.randn(5, 8), torch.randn(3, 8))
 
 

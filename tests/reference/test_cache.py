@@ -77,8 +77,17 @@ def test_rows_are_found_by_step_and_place_and_checked_by_sample(tmp_path):
     assert found.tolist() == [-5.0, -6.0, -105.0, -106.0]  # [positive, negative]
     strange = batch_of(1, slice(1, 3))
     strange.sample_indices_B = torch.tensor([5, 7])
-    with pytest.raises(ReferenceCacheError, match="holds other samples at step 1"):
+    with pytest.raises(ReferenceCacheError, match="holds other samples at step 2: delete it"):
         reference(strange, ())
+
+
+def test_a_shard_that_ends_before_the_run_says_so(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(0, Shard(*(column[:4] for column in vars(shard()).values())))
+    reference = CachedReference(cache)
+    assert reference(batch_of(0, slice(1, 3)), ()).tolist() == [-1.0, -2.0, -101.0, -102.0]
+    with pytest.raises(ReferenceCacheError, match=r"ends before step 2: delete it and .* --cache_reference"):
+        reference(batch_of(1, slice(1, 3)), ())
 
 
 def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path):
@@ -99,7 +108,7 @@ def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path
     cache.note_producer(1, "a40-7", 5)
     with pytest.raises(ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last report [01] s ago"):
         reference(batch_of(2, slice(0, 4)), ())
-    with pytest.raises(ReferenceCacheError, match="which is missing: producer 1"):
+    with pytest.raises(ReferenceCacheError, match="which is missing: compute it with --cache_reference"):
         CachedReference(cache)(batch_of(2, slice(0, 4)), ())
 
 

@@ -28,11 +28,12 @@ def check_op(
     definition: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     tolerance: float,
-    gradient_tolerance: float | None = None,
+    gradient_tolerance: float | Sequence[float] | None = None,
 ) -> None:
     """`op` of the inputs against `definition` of the same numbers in float64: value, gradients of all inputs, dtypes.
 
-    Errors are relative norms; that of a gradient is below `gradient_tolerance`, by default twice `tolerance`.
+    Errors are relative norms; that of a gradient is below `gradient_tolerance`, of all inputs or one each, by
+    default twice `tolerance`.
     """
     exact = [x.double().clone().requires_grad_() for x in inputs]
     inputs = [x.clone().requires_grad_() for x in inputs]
@@ -41,9 +42,11 @@ def check_op(
     grad = torch.randn_like(found)
     found.backward(grad)
     expected.backward(grad.double())
-    for x, true in zip(inputs, exact, strict=True):
+    limits = gradient_tolerance or 2 * tolerance
+    limits = [limits] * len(inputs) if isinstance(limits, float) else limits
+    for x, true, limit in zip(inputs, exact, limits, strict=True):
         assert x.grad.dtype == x.dtype
         if true.grad.norm() > 1e-9:
-            assert error(x.grad, true.grad) < (gradient_tolerance or 2 * tolerance)
+            assert error(x.grad, true.grad) < limit
     with torch.no_grad():
         assert error(op(*inputs), expected) < tolerance

@@ -40,6 +40,15 @@ def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run
     assert not folder.exists()
 
 
+def test_discarding_follows_a_link_and_leaves_it(tmp_path, run):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    run_folder.open_folder(tmp_path / "run", run)
+    (tmp_path / "run" / "data").mkdir()
+    run_folder.discard(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink() and not any((tmp_path / "scratch").iterdir())
+
+
 def test_habits_of_logging_may_change_what_shapes_the_trajectory_not(tmp_path, run):
     run_folder.open_folder(tmp_path, run)
     for override in ("logging.every_steps=7", "checkpoint.keep_last=9", "data.workers=5", "balance.mode=measured"):
