@@ -193,7 +193,8 @@ def test_a_config_of_an_older_version_is_read_where_retired_keys_change_nothing(
     new, old = tmp_path / "new.yaml", tmp_path / "old.yaml"
     new.write_text("seed: 3\n")
     old.write_text(
-        "seed: 3\nreference: {tensor_parallel: 1}\nbaseline: {images: 64}\nbalance: {slowdown: {}, slowdown_seconds: null}\n"
+        "seed: 3\nreference: {tensor_parallel: 1}\nbaseline: {images: 64}\n"
+        "balance: {slowdown: {}, slowdown_seconds: null}\n"
     )
     assert load_recipe(str(old)) == load_recipe(str(new))
     (tmp_path / "config.yaml").write_text("reference: {tensor_parallel: 2}\n")
