@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cca_ds"
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 COMMANDS = ("train", "encode", "sample", "evaluate", "export", "plan")
-# A stage imports only itself and what stands below it.
+# A stage imports only itself and what is below it.
 ORDER = (
     "planning",
     "training",
@@ -71,7 +71,7 @@ def test_imports_point_one_way(path):
     parts = own_parts(path) - {stage}
     assert not parts & set(COMMANDS), f"{path} imports the command {parts & set(COMMANDS)}"
     below = set(ORDER) if stage in COMMANDS else set(ORDER[ORDER.index(stage) + 1 :])
-    assert parts <= below, f"{path} imports {parts - below}, which stand above it"
+    assert parts <= below, f"{path} imports {parts - below}, which are above it"
 
 
 @pytest.mark.parametrize("path", ALONE)

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from sample_speed import llamagen_ours as decode_llamagen
@@ -28,24 +27,25 @@ WORK = {
     (True, "llamagen"): decode_llamagen,
     (True, "var"): decode_var,
 }
-# op -> (module of ops/, modules that use it)
+TRAINING, DECODING = frozenset({False}), frozenset({True})
+# op -> (module of ops/, modules that use it, values of --decode with which the run calls it)
 OPS = {
-    "linear": ("linear", ["models.layers", "likelihood.head"]),
-    "rms_norm": ("norms", ["models.layers"]),
-    "swiglu_linear": ("swiglu", ["models.layers"]),
-    "causal_attention": ("attention", ["models.llamagen.model"]),
-    "one_query_attention": ("attention", ["models.llamagen.decode"]),
-    "scale_attention": ("attention", ["models.var.blocks"]),
-    "qk_norm": ("qk_norm", ["models.var.blocks"]),
-    "adaln": ("adaln", ["models.var.blocks"]),
-    "adaln_linear": ("adaln", ["models.var.blocks"]),
-    "gated_residual_linear": ("adaln", ["models.var.blocks"]),
+    "linear": ("linear", ["models.layers", "likelihood.head"], TRAINING | DECODING),
+    "rms_norm": ("norms", ["models.layers"], TRAINING | DECODING),
+    "swiglu_linear": ("swiglu", ["models.layers"], TRAINING | DECODING),
+    "causal_attention": ("attention", ["models.llamagen.model"], TRAINING),
+    "one_query_attention": ("attention", ["models.llamagen.decode"], DECODING),
+    "scale_attention": ("attention", ["models.var.blocks"], TRAINING),
+    "qk_norm": ("qk_norm", ["models.var.blocks"], DECODING),
+    "adaln": ("adaln", ["models.var.blocks"], TRAINING | DECODING),
+    "adaln_linear": ("adaln", ["models.var.blocks"], TRAINING | DECODING),
+    "gated_residual_linear": ("adaln", ["models.var.blocks"], TRAINING | DECODING),
 }
 
 
 def switch_off(name: str) -> None:
     """Put an op's plain version in its place wherever models use it."""
-    home, users = OPS[name]
+    home, users, _ = OPS[name]
     plain = getattr(importlib.import_module(f"cca_ds.ops.{home}"), f"{name}_eager")
     if name == "adaln_linear":  # the plain version keeps its result in any case
         eager = plain
@@ -90,7 +90,8 @@ def main() -> None:
     if arguments.off is not None:
         work(arguments)
         return
-    own = [name for name, (_, users) in OPS.items() if any(arguments.family in user for user in users)]
+    called = {name: users for name, (_, users, modes) in OPS.items() if arguments.decode in modes}
+    own = [name for name, users in called.items() if any(arguments.family in user for user in users)]
     shared = ["linear"] + (["rms_norm", "swiglu_linear"] if arguments.family == "llamagen" else [])
     names = ["nothing", *shared, *own, "nothing"]
     found = [measure(arguments, name) for name in names]
@@ -102,5 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

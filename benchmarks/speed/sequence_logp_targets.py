@@ -22,7 +22,7 @@ def section(report: dict[str, Any]) -> list[str]:
         rows += _with_head(cases[dtype, "linear"], dtype) if (dtype, "linear") in cases else []
     if not rows:
         return []
-    head = ["", f"Against the targets, {SHAPE}, by the thread's own time:", "", "| target | asked | found | |"]
+    head = ["", f"Against the targets, {SHAPE}, by the thread's own time:", "", "| part | target | found | |"]
     return [*head, "|---|--:|--:|---|", *rows]
 
 
@@ -30,19 +30,19 @@ def _from_logits(found: dict[str, Any], dtype: str) -> list[str]:
     own = found["cca_ds"]["thread_ms"]
     eager, compiled = found["eager"]["thread_ms"] / own, _best(found, COMPILED) / own
     memory = found["cca_ds"]["memory_mib"] - GRADIENT_MIB[dtype]
-    asked = TIMES_EAGER[dtype]
+    target = TIMES_EAGER[dtype]
     return [
-        _row(f"from logits, {dtype}: faster than eager", f"{asked:g}x", f"{eager:.1f}x", eager >= asked),
+        _row(f"from logits, {dtype}: faster than eager", f"{target:g}x", f"{eager:.1f}x", eager >= target),
         _row(f"from logits, {dtype}: faster than torch.compile", "3x", f"{compiled:.1f}x", compiled >= 3),
         _row(f"from logits, {dtype}: MiB beyond the gradient", "0", f"{memory:.0f}", memory < 1),
     ]
 
 
 def _with_head(found: dict[str, Any], dtype: str) -> list[str]:
-    products = found["cca_ds"]["thread_ms"] / found["products alone"]["thread_ms"]
+    matmuls = found["cca_ds"]["thread_ms"] / found["matmuls alone"]["thread_ms"]
     memory = found["cca_ds"]["memory_mib"] / found["eager"]["memory_mib"]
     return [
-        _row(f"with the head, {dtype}: of the three products' time", "1.1", f"{products:.2f}", products <= 1.1),
+        _row(f"with the head, {dtype}: of the three matmuls' time", "1.1", f"{matmuls:.2f}", matmuls <= 1.1),
         _row(f"with the head, {dtype}: of eager's memory", "60%", f"{memory:.0%}", memory <= 0.6),
     ]
 
@@ -51,5 +51,5 @@ def _best(found: dict[str, Any], names: tuple[str, ...]) -> float:
     return min(found[name]["thread_ms"] for name in names if name in found)
 
 
-def _row(target: str, asked: str, found: str, met: bool) -> str:
-    return f"| {target} | {asked} | {found} | {'met' if met else '**missed**'} |"
+def _row(part: str, target: str, found: str, met: bool) -> str:
+    return f"| {part} | {target} | {found} | {'met' if met else '**missed**'} |"

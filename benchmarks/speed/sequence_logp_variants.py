@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cca_ds.likelihood import linear_sequence_logp, sequence_logp
 
-WITHOUT_MEMORY = ("products alone", "copy", "forward only")
+WITHOUT_MEMORY = ("matmuls alone", "copy", "forward only")
 
 
 def eager(logits: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def names(entry: str, device: str) -> list[str]:
     """The variants of an entry point, the bounds last."""
     if entry == "logits":
         return [*FROM_LOGITS, *(["copy"] if device == "cuda" else [])]
-    return [*FROM_HIDDEN, *(ON_GPU if device == "cuda" else ()), "forward only", "products alone"]
+    return [*FROM_HIDDEN, *(ON_GPU if device == "cuda" else ()), "forward only", "matmuls alone"]
 
 
 def free_gradients(case: dict) -> None:
@@ -85,7 +85,7 @@ def free_gradients(case: dict) -> None:
             tensor.grad = None
 
 
-def products_alone(case: dict) -> Callable[[], None]:
+def matmuls_alone(case: dict) -> Callable[[], None]:
     """The three matmuls that every variant needs: logits, and the gradients of hidden states and weight."""
     hidden, weight = case["hidden"].detach().flatten(0, 1), case["weight"].detach()
     residual = torch.randn(hidden.shape[0], weight.shape[0], device=hidden.device).to(hidden.dtype)
@@ -100,8 +100,8 @@ def products_alone(case: dict) -> Callable[[], None]:
 
 def make(entry: str, name: str, case: dict) -> Callable[[], None]:
     """One forward and backward of a variant on the case's tensors."""
-    if name == "products alone":
-        return products_alone(case)
+    if name == "matmuls alone":
+        return matmuls_alone(case)
     if name == "copy":
         from_, to = case["logits"].detach(), torch.empty_like(case["logits"])
         return lambda: to.copy_(from_)

@@ -114,14 +114,14 @@ def _answer(worker: subprocess.Popen) -> dict[str, float]:
     raise SystemExit("a side ended early; its own message is above")
 
 
-def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict[str, float]]:
-    """Medians of each side's runs, taken in turn, and ours over the original's; with `products` the matmul bound."""
+def compare(rounds: int, threads: int, matmuls: bool = False) -> dict[str, dict[str, float]]:
+    """Medians of each side's runs, taken in turn, and ours over the original's; with `matmuls` the matmul bound."""
     workers = {name: _start(name, threads) for name in SIDES}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     for _ in range(rounds):
         for name in SIDES:
             runs[name].append(_turn(workers[name]))
-    alone = {"products_alone": _turn(workers["original"], "matmul_bound")} if products else {}
+    alone = {"matmuls_alone": _turn(workers["original"], "matmul_bound")} if matmuls else {}
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -133,7 +133,7 @@ def compare(rounds: int, threads: int, products: bool = False) -> dict[str, dict
     return {**medians, "ours_over_original": ratios, **alone}
 
 
-def main(name: str, description: str, ours: Builders, originals: Builders, products: bool = False) -> None:
+def main(name: str, description: str, ours: Builders, originals: Builders, matmuls: bool = False) -> None:
     """The benchmark's command; with --worker, one of the two measured processes.
 
     Args:
@@ -141,7 +141,7 @@ def main(name: str, description: str, ours: Builders, originals: Builders, produ
         description: of the command.
         ours: by family, dtype -> a run to measure.
         originals: by family, (dtype, checkout) -> the same in the original program.
-        products: whether to add what the matmuls alone take.
+        matmuls: whether to add what the matmuls alone take.
     """
     arguments = parser(description).parse_args()
     family, dtype = arguments.family, DTYPES[arguments.dtype]
@@ -153,7 +153,7 @@ def main(name: str, description: str, ours: Builders, originals: Builders, produ
     elif arguments.worker == "original":
         serve(lambda: originals[family](dtype, checkout), arguments.threads, dtype)
     else:
-        result = compare(arguments.rounds, arguments.threads, products)
+        result = compare(arguments.rounds, arguments.threads, matmuls)
         record(name, f"{family}-{arguments.dtype}", result, arguments)
 
 
@@ -179,12 +179,12 @@ def record(name: str, key: str, result: dict, arguments: argparse.Namespace) -> 
 
 
 def table(name: str, known: dict[str, dict]) -> str:
-    """The results of `name` as Markdown: seconds and GiB of both, what was asked, and what the products alone take."""
+    """The results of `name` as Markdown: seconds and GiB of both, the targets, and what the matmuls alone take."""
     lines = [
         f"Ours beside the original's, `{name}.py`, medians; times of the processor, threads added up. "
-        "What the products alone would take is at the rate of the library's large square product.",
+        "What the matmuls alone would take is at the rate of the library's large square matmul.",
         "",
-        "| | s | original | share of its time (asked) | GiB | original | share (asked) | products alone, share |",
+        "| | s | original | share of its time (target) | GiB | original | share (target) | matmuls alone, share |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for key, found in sorted(known.items()):
@@ -195,7 +195,7 @@ def table(name: str, known: dict[str, dict]) -> str:
             verdict = f" ({limit:g}{'' if share <= limit else ', missed'})" if limit else ""
             values = (found[side][quantity] for side in SIDES)
             cells += [*(f"{value:.1f}" for value in values), f"{share:.2f}{verdict}"]
-        alone = found.get("products_alone")
+        alone = found.get("matmuls_alone")
         cells.append(f"{alone['seconds'] / found['original']['seconds']:.2f}" if alone else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")

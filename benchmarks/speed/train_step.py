@@ -23,7 +23,7 @@ def our_step(policy, reference, codes_BL: torch.Tensor, labels_B: torch.Tensor) 
     """A micro-batch of this project's: either family."""
     codes_2L = torch.cat([codes_BL, codes_BL])
     labels_2 = torch.cat([labels_B, labels_B.roll(-1)])  # [chosen, rejected]
-    none_masked = torch.zeros(PAIRS, dtype=torch.bool)
+    none_mtarget = torch.zeros(PAIRS, dtype=torch.bool)
     reference.eval().requires_grad_(False)
     policy.train()
 
@@ -31,7 +31,7 @@ def our_step(policy, reference, codes_BL: torch.Tensor, labels_B: torch.Tensor) 
         with torch.no_grad():
             reference_pos, reference_neg = reference(codes_2L, labels_2).chunk(2)
         policy_pos, policy_neg = policy(codes_2L, labels_2).chunk(2)
-        loss = cca_loss(policy_pos, policy_neg, reference_pos, reference_neg, none_masked, BETA, LAMBDA)
+        loss = cca_loss(policy_pos, policy_neg, reference_pos, reference_neg, none_mtarget, BETA, LAMBDA)
         loss.backward()
         policy.zero_grad(set_to_none=True)
         return loss.item()
@@ -127,4 +127,4 @@ def var_original(dtype: torch.dtype, checkout: str) -> Callable[[], float]:
 
 if __name__ == "__main__":
     ours = {"llamagen": llamagen_ours, "var": var_ours}
-    main("train_step", __doc__, ours, {"llamagen": llamagen_original, "var": var_original}, products=True)
+    main("train_step", __doc__, ours, {"llamagen": llamagen_original, "var": var_original}, matmuls=True)

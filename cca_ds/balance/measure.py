@@ -40,7 +40,7 @@ class Workload:
         precision: "bf16", "fp16" or "fp32".
         rows_per_pair: sequences of a pair through the policy (`LossSpec.rows_per_pair`).
         sharding: what the ds_config sets of memory.
-        reference_bytes: what the reference keeps on each GPU (`Placement.resident_bytes`); 0 without one.
+        reference_bytes: what the reference keeps on each GPU (`Placement.held_bytes`); 0 without one.
     """
 
     model: ModelCost

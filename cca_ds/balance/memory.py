@@ -88,7 +88,7 @@ def memory_of(
 
     Args:
         checkpointing: blocks are computed again in the backward (`model.activation_checkpointing`).
-        reference_bytes: what the reference's placement keeps on each GPU (`Placement.resident_bytes`); 0 without one.
+        reference_bytes: what the reference's placement keeps on each GPU (`Placement.held_bytes`); 0 without one.
         rows_per_pair: sequences of a pair through the policy (`LossSpec.rows_per_pair`).
         element_bytes: of weights and activations, 2 for bf16.
     """

@@ -40,7 +40,7 @@ class Averaged(Protocol):
 
 
 class Trained(Protocol):
-    """What is saved: a DeepSpeed engine with what it does not save itself (`training.trained.Policy`)."""
+    """What is saved: a DeepSpeed engine with what it does not save itself (`training.policy.Policy`)."""
 
     engine: deepspeed.DeepSpeedEngine
     ema: Averaged | None

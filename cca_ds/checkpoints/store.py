@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,18 +148,17 @@ def newest_verified(root: Path, report: Callable[[str], object] = print) -> tupl
     return None
 
 
-def retain(root: Path, keep_last: int, keep_every: int | None = None, in_use: Collection[Path] = ()) -> list[Path]:
+def retain(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
     """Delete complete checkpoints and return their folders.
 
-    Kept are the newest `keep_last`, those at multiples of `keep_every` steps, and `in_use`. A folder is renamed before
-    its files are deleted, so that a name never holds an incomplete checkpoint.
+    Kept are the newest `keep_last` and those at multiples of `keep_every` steps. A folder is renamed before its files
+    are deleted, so that a name never holds an incomplete checkpoint.
     """
     if keep_last < 1:
         raise CheckpointError(f"checkpoint.keep_last={keep_last}: the newest is always kept; give 1 or more")
-    used = {Path(path).resolve() for path in in_use}
     deleted = []
     for folder in complete_checkpoints(root)[keep_last:]:
-        if (keep_every and _step(folder) % keep_every == 0) or folder.resolve() in used:
+        if keep_every and _step(folder) % keep_every == 0:
             continue
         with clear_errors(folder):
             _delete(folder)
@@ -167,14 +166,12 @@ def retain(root: Path, keep_last: int, keep_every: int | None = None, in_use: Co
     return deleted
 
 
-def clean_partials(root: Path, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete the folders that interrupted writers and deletions left, except `keep`, and return them.
+def clean_partials(root: Path) -> list[Path]:
+    """Delete the folders that interrupted writers and deletions left, and return them.
 
     Call it only while no run writes into `root`.
     """
-    kept = {Path(path).resolve() for path in keep}
-    found = [path for path in Path(root).glob("step_*") if path.name.endswith(LEFTOVERS)]
-    deleted = [path for path in sorted(found) if path.resolve() not in kept]
+    deleted = sorted(path for path in Path(root).glob("step_*") if path.name.endswith(LEFTOVERS))
     for path in deleted:
         with clear_errors(path):
             shutil.rmtree(path)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cca_ds.config import schema
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.pairs import PairBatch, epoch_order, make_pairs
 
@@ -77,6 +78,12 @@ class BatchPlan:
                 "lower batch.global_size or encode more images"
             )
         return images // self.global_size
+
+
+def total_steps(batch: schema.Batch, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = max(1, round(batch.epochs * steps_per_epoch))
+    return min(steps, batch.max_steps) if batch.max_steps else steps
 
 
 class Steps(Dataset):

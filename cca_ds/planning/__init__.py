@@ -1,1 +1,1 @@
-"""Arithmetic of memory, time and communication behind `cca_ds/plan.py`; none of it needs torch."""
+"""Arithmetic of memory, time and communication behind `cca_ds/plan.py`; none of it needs a GPU or weights."""

@@ -17,6 +17,7 @@ from cca_ds.balance.partition import partition_batch
 from cca_ds.cluster.devices import GIB
 from cca_ds.config.recipes import dump_recipe
 from cca_ds.config.schema import RunConfig
+from cca_ds.data.batches import total_steps
 from cca_ds.data.manifest import expected_images
 from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
 from cca_ds.planning.job import job_of, placement_of
@@ -83,8 +84,6 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     """The global batch, its partition over equal ranks, and the steps."""
     batch, (images, origin) = run.batch, expected_images(run.data.codes, builtin_images(run.data.codes))
     an_epoch = images // batch.global_size
-    steps = max(1, round(batch.epochs * an_epoch))
-    limited = min(steps, batch.max_steps or steps)
     even = partition_batch(batch.global_size, [1.0] * ranks, [batch.micro_size] * ranks)
     sequences = batch.global_size * LOSSES[run.loss.name].rows_per_pair
     lines = [
@@ -92,13 +91,13 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
         f"on {ranks} equal ranks: at most {max(even.pairs)} pairs each, in {even.forwards} forwards of at most "
         f"{max(max(sizes) for sizes in even.micro_sizes)}",
         f"epoch: {images:,} images ({origin}), {an_epoch:,} steps",
-        f"run: {batch.epochs:g} epoch(s), {limited:,} steps",
     ]
-    if limited < steps:
-        lines[-1] += f" (batch.max_steps; {steps:,} without)"
     if an_epoch == 0:
-        lines.append(f"note: batch.global_size={batch.global_size} is more than the {images} images; lower it")
-    return lines
+        note = f"batch.global_size={batch.global_size} is more than the {images:,} images: lower it, or training ends"
+        return [*lines, f"note: {note}"]
+    steps, whole = total_steps(batch, an_epoch), total_steps(batch.model_copy(update={"max_steps": None}), an_epoch)
+    limited = f" (batch.max_steps; {whole:,} without)" if steps < whole else ""
+    return [*lines, f"run: {batch.epochs:g} epoch(s), {steps:,} steps{limited}"]
 
 
 def memory_lines(run: RunConfig, ds: dict[str, Any], model: ModelCost, ranks: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cca_ds.alignment.losses import LOSSES
-from cca_ds.balance.memory import Memory, Sharding, gathered_bytes, memory_of
+from cca_ds.balance.memory import Memory, Sharding, memory_of
 from cca_ds.config.schema import RunConfig
 from cca_ds.models.cost import ModelCost
 from cca_ds.reference.placements import PLACEMENTS, Placement
@@ -60,9 +60,7 @@ class Job:
     def _reference_bytes(self, placement: Placement | None, ranks: int) -> float:
         if placement is None:
             return 0.0
-        weights = float(self.model.parameters * self.element_bytes)
-        gathered = gathered_bytes(self.model, self.sharding, self.element_bytes)
-        return placement.resident_bytes(weights, gathered, ranks, self.reference_offload)
+        return placement.held_bytes(self.model, self.sharding, self.element_bytes, ranks, self.reference_offload)
 
 
 def job_of(run: RunConfig, model: ModelCost, sharding: Sharding, images: int) -> Job:

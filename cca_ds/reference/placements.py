@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cca_ds.balance.memory import Sharding, gathered_bytes
 from cca_ds.config.variants import Registry
+from cca_ds.models.cost import ModelCost
 from cca_ds.reference.cache import CachedReference, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
 
@@ -42,6 +44,11 @@ class Placement:
     can_offload: bool = False
     sharded: bool = False
     needs_producers: bool = False
+
+    def held_bytes(self, model: ModelCost, sharding: Sharding, element_bytes: int, ranks: int, offload: bool) -> float:
+        """`resident_bytes` of a reference of the policy's shape, sharded as it is over `ranks` ranks."""
+        weights = float(model.parameters * element_bytes)
+        return self.resident_bytes(weights, gathered_bytes(model, sharding, element_bytes), ranks, offload)
 
 
 def _build_replica(inputs: ReferenceInputs) -> Reference:

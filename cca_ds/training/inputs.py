@@ -11,7 +11,7 @@ from cca_ds.alignment.losses import LOSSES
 from cca_ds.config import schema
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
-from cca_ds.data.batches import BatchPlan
+from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
 from cca_ds.models import family_of, model_config
 from cca_ds.vq import TOKENIZERS, create_tokenizer
@@ -105,9 +105,3 @@ def _check_tokenizer(run: RunConfig, table: CodeTable, tokenizer: nn.Module | No
             f"data.codes={run.data.codes} was made by the tokenizer {found[:12]}, but tokenizer.weights="
             f"{run.tokenizer.weights} is {tokenizer.hash()[:12]}: name the weights that made the codes, or encode again"
         )
-
-
-def total_steps(batch: schema.Batch, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    steps = max(1, round(batch.epochs * steps_per_epoch))
-    return min(steps, batch.max_steps) if batch.max_steps else steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cca_ds.alignment.objective import summarize
-from cca_ds.training.run_log import RunLog
+from cca_ds.training.run_log import RunLog, logged_lines
 from cca_ds.training.utilization import Utilization
 
 
@@ -71,16 +71,9 @@ class Progress:
 
 def last_logged_values(metrics: Path, step: int) -> dict[str, float]:
     """Tags of the last line of metrics.jsonl up to `step`; empty where there is none."""
-    found: dict[str, float] = {}
-    if metrics.is_file():
-        for line in metrics.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a line cut off by a kill
-            if record["step"] <= step:
-                found = {tag: value for tag, value in record.items() if tag not in ("step", "time")}
-    return found
+    lines = logged_lines(metrics, step)
+    last = json.loads(lines[-1]) if lines else {}
+    return {tag: value for tag, value in last.items() if tag not in ("step", "time")}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,19 +16,23 @@ from cca_ds.data.image_grid import encode_png
 from cca_ds.files import write_atomic
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop lines of steps after `last_step`, so that a resumed run logs no step twice."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def logged_lines(path: Path, last_step: int) -> list[str]:
+    """Lines of metrics.jsonl up to step `last_step`; none where there is no file."""
+    kept: list[str] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # a line torn by a kill; what follows it cannot be trusted
         if record["step"] <= last_step:
             kept.append(line)
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    return kept
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop lines of steps after `last_step`, so that a resumed run logs no step twice."""
+    if path.is_file():
+        write_atomic(path, "".join(f"{line}\n" for line in logged_lines(path, last_step)))
 
 
 class RunLog:

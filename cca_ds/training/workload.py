@@ -9,7 +9,7 @@ from torch import nn
 
 from cca_ds.alignment.losses import LOSSES
 from cca_ds.balance.measure import MOST_BLOCKS, Workload
-from cca_ds.balance.memory import Sharding, gathered_bytes
+from cca_ds.balance.memory import Sharding
 from cca_ds.config.schema import RunConfig
 from cca_ds.models.cost import model_cost
 from cca_ds.models.from_recipe import build_shortened
@@ -38,14 +38,10 @@ def workload_of(
     )
     if not loss.needs_reference:
         return workload
-    element = workload.element_bytes
-    resident = PLACEMENTS[run.reference.placement].resident_bytes(
-        float(workload.model.parameters * element),
-        gathered_bytes(workload.model, sharding, element),
-        ranks,
-        run.reference.offload,
+    held = PLACEMENTS[run.reference.placement].held_bytes(
+        workload.model, sharding, workload.element_bytes, ranks, run.reference.offload
     )
-    return replace(workload, reference_bytes=resident)
+    return replace(workload, reference_bytes=held)
 
 
 def trained_flops(run: RunConfig, workload: Workload) -> float:

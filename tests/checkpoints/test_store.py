@@ -4,7 +4,6 @@ ones."""
 import errno
 import gc
 import os
-import shutil
 import subprocess
 import threading
 
@@ -22,6 +21,7 @@ from cca_ds.checkpoints.store import (
     retain,
     verify,
 )
+from tests.support.small_disk import mounted_disk
 
 
 def save(root, step, ranks=2, size=1000, metadata=None):
@@ -188,23 +188,21 @@ def test_nothing_there(tmp_path):
 def test_retention(tmp_path):
     for step in range(1, 11):
         save(tmp_path, step, ranks=1)
-    kept_in_use = tmp_path / "step_00000003"
-    deleted = retain(tmp_path, keep_last=2, keep_every=4, in_use=[kept_in_use])
-    assert [int(folder.name[5:]) for folder in complete_checkpoints(tmp_path)] == [10, 9, 8, 4, 3]
-    assert [int(folder.name[5:]) for folder in deleted] == [7, 6, 5, 2, 1]
+    deleted = retain(tmp_path, keep_last=2, keep_every=4)
+    assert [int(folder.name[5:]) for folder in complete_checkpoints(tmp_path)] == [10, 9, 8, 4]
+    assert [int(folder.name[5:]) for folder in deleted] == [7, 6, 5, 3, 2, 1]
     assert retain(tmp_path, keep_last=1) and complete_checkpoints(tmp_path) == [tmp_path / "step_00000010"]
     assert not any(path.name.endswith(".deleting") for path in tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="keep_last=0"):
         retain(tmp_path, keep_last=0)
 
 
-def test_clean_partials_spares_the_one_being_written(tmp_path):
+def test_what_kills_left_is_deleted(tmp_path):
     save(tmp_path, 1)
-    old, current = begin(tmp_path, 2), begin(tmp_path, 3)
+    partial = begin(tmp_path, 2)
     (tmp_path / "step_00000000.deleting").mkdir()
-    deleted = clean_partials(tmp_path, keep=[current])
-    assert deleted == [tmp_path / "step_00000000.deleting", old]
-    assert current.is_dir() and len(complete_checkpoints(tmp_path)) == 1
+    assert clean_partials(tmp_path) == [tmp_path / "step_00000000.deleting", partial]
+    assert not partial.exists() and len(complete_checkpoints(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -236,16 +234,8 @@ def test_failing_disk_is_one_clear_line_and_costs_nothing_older(tmp_path, monkey
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or not mount:
-        pytest.skip("mounting a small disk needs root")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this machine does not allow mounting")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with mounted_disk(tmp_path, mib=1) as disk:
+        yield disk
 
 
 def test_a_disk_that_is_really_full(small_disk):

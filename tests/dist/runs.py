@@ -13,7 +13,8 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -126,3 +127,12 @@ def assert_same_trajectory(found: list[float], expected: list[float], relative: 
     assert len(found) == len(expected)
     for step, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
         assert abs(one - other) <= relative * abs(other), f"step {step}: {one} is not {other}"
+
+
+def wait_until(condition: Callable[[], bool], running: ForkedRanks) -> None:
+    """Wait for the condition while the ranks run; fails with the ends of their output where they end first."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, running.tails()
+        assert all(process.poll() is None for process in running.processes), running.tails()
+        time.sleep(0.002)

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tests.dist.runs import (
     start_training,
     train,
 )
+from tests.support.small_disk import mounted_disk
 
 pytestmark = pytest.mark.dist
 
@@ -238,14 +238,8 @@ def test_killed_at_many_random_moments_and_resumed(seed, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path, mib=3) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

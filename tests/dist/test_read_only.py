@@ -2,12 +2,20 @@
 
 import contextlib
 import subprocess
-import time
 
 import pytest
 
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
-from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
+from tests.dist.runs import (
+    PATIENCE,
+    assert_same_trajectory,
+    losses,
+    metrics,
+    scratch,
+    start_training,
+    train,
+    wait_until,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -32,14 +40,6 @@ def mounts():
             stack.callback(subprocess.run, ["umount", "-l", str(folder)], capture_output=True)
 
         yield make
-
-
-def wait_until(condition, running) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, running.tails()
-        assert all(process.poll() is None for process in running.processes), running.tails()
-        time.sleep(0.002)
 
 
 def undisturbed() -> list[float]:

@@ -13,7 +13,16 @@ import pytest
 
 from cca_ds.checkpoints.store import complete_checkpoints, verify
 from cca_ds.reference.cache import ReferenceCache
-from tests.dist.runs import PATIENCE, assert_same_trajectory, losses, metrics, scratch, start_training, train
+from tests.dist.runs import (
+    PATIENCE,
+    assert_same_trajectory,
+    losses,
+    metrics,
+    scratch,
+    start_training,
+    train,
+    wait_until,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -133,14 +142,6 @@ def test_streamed_while_either_side_is_killed_and_comes_back(tmp_path):
     assert [output.returncode for output in outputs] == [0, 0, 0], outputs
     assert_same_trajectory(losses(folder), usual_losses())
     assert (cache / "COMPLETED").is_file()
-
-
-def wait_until(condition, running) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, running.tails()
-        assert all(process.poll() is None for process in running.processes), running.tails()
-        time.sleep(0.02)
 
 
 def only_first_shards(cache: Path, count: int) -> Path:

@@ -129,9 +129,9 @@ def test_tensorboard_shows_both_runs_in_one_table():
         assert settings == ["loss.lambda"]
         tags = {info["name"]["tag"] for info in columns["metricInfos"]}
         assert tags == documented_tags()
-        wanted = [{"hparam": info["name"], "includeInResult": True} for info in columns["hparamInfos"]]
-        wanted += [{"metric": info["name"], "includeInResult": True} for info in columns["metricInfos"]]
-        request = {"experimentName": "", "allowedStatuses": STATUSES, "colParams": wanted, "startIndex": 0,
+        parameters = [{"hparam": info["name"], "includeInResult": True} for info in columns["hparamInfos"]]
+        parameters += [{"metric": info["name"], "includeInResult": True} for info in columns["metricInfos"]]
+        request = {"experimentName": "", "allowedStatuses": STATUSES, "colParams": parameters, "startIndex": 0,
                    "sliceSize": 10}  # fmt: skip
         rows = asked(address, "plugin/hparams/session_groups", request)["sessionGroups"]
         pictures = asked(address, "plugin/images/tags")

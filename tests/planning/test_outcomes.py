@@ -1,23 +1,12 @@
 """Which micro-batches and placements fit an allocation."""
 
-import json
-from pathlib import Path
-
 from cca_ds.balance.memory import Sharding
-from cca_ds.models.cost import model_cost
-from cca_ds.planning.job import Job
 from cca_ds.planning.nodes import parse_nodes
 from cca_ds.planning.outcomes import outcome
 from cca_ds.planning.report import best_of
 from cca_ds.planning.step_time import micro_caps
 from cca_ds.reference.placements import PLACEMENTS
-
-ROOT = Path(__file__).parents[2]
-ZERO3 = Sharding.of(json.loads((ROOT / "ds_configs" / "zero3.json").read_text()))
-
-
-def job_of(preset="llamagen-3b", pairs=256, sharding=ZERO3):
-    return Job(model_cost(preset), sharding, pairs, 1_281_167)
+from tests.support.planning import job_of
 
 
 def test_a_run_that_does_not_fit_has_no_step():

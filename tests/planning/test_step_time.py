@@ -1,26 +1,16 @@
 """The planner's time: against a simulated schedule, by hand, and the best of all splits."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from cca_ds.balance.memory import Sharding
 from cca_ds.cluster.devices import DEVICES
-from cca_ds.models.cost import model_cost
-from cca_ds.planning.job import Job
 from cca_ds.planning.nodes import parse_nodes
 from cca_ds.planning.outcomes import _first_nodes, _trained, leaner_outcome, outcome, reference_seconds
 from cca_ds.planning.step_time import links_of, micro_caps, pass_seconds, rank_devices, step_time, work_of
 from cca_ds.reference.placements import PLACEMENTS
+from tests.support.planning import ZERO3, job_of
 
-ROOT = Path(__file__).parents[2]
-ZERO3 = Sharding.of(json.loads((ROOT / "ds_configs" / "zero3.json").read_text()))
 MIXED = "4xh100:8,2xa100:8,4xa40:8"
-
-
-def job_of(preset="llamagen-3b", pairs=256, sharding=ZERO3, **rest):
-    return Job(model_cost(preset), sharding, pairs, 1_281_167, **rest)
 
 
 def simulated_pass(layers, computes, gather):

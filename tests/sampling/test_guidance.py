@@ -71,8 +71,8 @@ def test_codes_are_drawn_with_their_probabilities():
     torch.manual_seed(0)
     logits = torch.randn(12) * 2
     for temperature in (1.0, 0.5, 3.0):
-        wanted = (logits.double() / temperature).softmax(-1).float()
-        torch.testing.assert_close(drawn_frequencies(logits, temperature=temperature), wanted, atol=2e-5, rtol=0)
+        expected = (logits.double() / temperature).softmax(-1).float()
+        torch.testing.assert_close(drawn_frequencies(logits, temperature=temperature), expected, atol=2e-5, rtol=0)
 
 
 def test_top_k_keeps_the_k_most_probable_and_ties():
@@ -88,9 +88,9 @@ def test_top_k_keeps_the_k_most_probable_and_ties():
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     for top_p, kept in [(0.35, [1]), (0.65, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1e-6, [1])]:
-        wanted = torch.zeros(4)
-        wanted[kept] = logits.exp()[kept] / logits.exp()[kept].sum()
-        torch.testing.assert_close(drawn_frequencies(logits, top_p=top_p), wanted, atol=2e-5, rtol=0)
+        expected = torch.zeros(4)
+        expected[kept] = logits.exp()[kept] / logits.exp()[kept].sum()
+        torch.testing.assert_close(drawn_frequencies(logits, top_p=top_p), expected, atol=2e-5, rtol=0)
     # top-k comes first, and p counts what it left
     frequencies = drawn_frequencies(logits, top_k=2, top_p=0.5)
     torch.testing.assert_close(frequencies, torch.tensor([0.0, 1, 0, 0]))

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from cca_ds.config.recipes import load_recipe
+from cca_ds.data.batches import total_steps
 from cca_ds.data.codes import CodeTable
-from cca_ds.training.inputs import open_inputs, open_table, open_tokenizer, total_steps
+from cca_ds.training.inputs import open_inputs, open_table, open_tokenizer
 
 
 def test_the_inputs_of_a_run(tmp_path):

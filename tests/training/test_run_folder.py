@@ -1,4 +1,4 @@
-"""Whose a run's folder is, where it stands, and that it is finished."""
+"""Which run a folder belongs to, and when the run is complete."""
 
 import json
 import shutil

@@ -1,5 +1,8 @@
 """The digits' tokenizer: lossless on every image, and one clear line for what it cannot take."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +50,15 @@ def test_its_built_in_table_is_written_once(tmp_path, tokenizer):
     assert np.array_equal(codes, tokenizer.encode(images).numpy())
     assert np.array_equal(table_labels, labels.numpy())
     assert table.manifest.tokenizer_hash == tokenizer.hash()
+
+
+@pytest.mark.dist
+def test_two_processes_may_write_its_table_at_once(tmp_path):
+    program = "import sys; from cca_ds.vq.digits import builtin_codes; builtin_codes(sys.argv[1])"
+    both = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    (folder,) = tmp_path.iterdir()
+    CodeTable.open(folder).check()
 
 
 def test_its_numbers(tokenizer):
