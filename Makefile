@@ -28,11 +28,11 @@ demo: install
 	$(BIN)/python -m cca_ds.export --run $(RUN) --output $(RUN)/policy.safetensors --layout safetensors
 	$(BIN)/python benchmarks/digits/demo.py --run $(RUN)
 
-# Tests that start several ranks mostly wait for them, so the others run beside; exit code 5 is "none selected".
+# Two halves beside each other: runs of several ranks mostly wait for one another. Exit code 5 is "none selected".
 test: install lint
 	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
-	$(BIN)/python -m pytest -m "dist and not slow and not slurm" --durations=8 $(PYTEST_ARGS) > $$log 2>&1 & ranks=$$!; \
-	$(BIN)/python -m pytest -m "not dist and not slow and not slurm" --durations=8 $(PYTEST_ARGS); one=$$?; \
+	$(BIN)/python -m pytest tests/dist -m "not slow and not slurm" --durations=8 $(PYTEST_ARGS) > $$log 2>&1 & ranks=$$!; \
+	$(BIN)/python -m pytest --ignore tests/dist -m "not slow and not slurm" --durations=8 $(PYTEST_ARGS); one=$$?; \
 	wait $$ranks; two=$$?; cat $$log; \
 	for code in $$one $$two; do test $$code = 0 || test $$code = 5 || exit 1; done
 

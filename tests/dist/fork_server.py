@@ -141,9 +141,11 @@ def _write(path: str, text: str) -> None:
 
 def _serve() -> None:
     import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (deepspeed.initialize imports it: two seconds)
     import sklearn.datasets  # noqa: F401
-    import torch
+    import torch._dynamo  # (the first optimizer imports it)
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard  # noqa: F401
 
     import cca_ds.planning.dry_run
     import cca_ds.training.run  # noqa: F401
