@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+SHELL := /bin/bash -o pipefail
 RUN ?= runs/demo
 export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -16,11 +18,17 @@ export TOKENIZERS_PARALLELISM := false
 
 install: $(VENV)/installed
 
+# Each step can be interrupted: the next make goes on with what pip has downloaded and the compiler has built.
 $(VENV)/installed: requirements.txt setup.py $(wildcard csrc/*/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	touch $@
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "install 1/3: virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "install 2/3: packages of requirements.txt, a few minutes. The largest is PyTorch: 0.2 GB to download as a CPU"
+	@echo "             build, 3 GB (7 GB on disk) as PyPI's CUDA build, which pip takes unless a CPU build is installed."
+	@started=$$(date +%s); $(PIP) -r requirements.txt | sed -un '/Downloading/p' && \
+	echo "             $$(( $$(date +%s) - started )) s"
+	@echo "install 3/3: kernels in C++, and in CUDA where there is a toolkit: three to six minutes on two cores."
+	@started=$$(date +%s); $(PIP) --quiet --no-build-isolation --no-deps -e . && \
+	echo "             $$(( $$(date +%s) - started )) s" && $(BIN)/python -m cca_ds | sed -n 1p
+	@touch $@
 
 demo: install
 	rm -rf $(RUN)

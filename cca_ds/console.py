@@ -1,12 +1,23 @@
-"""Lines and progress bars on the console; tqdm is imported when the first is written."""
+"""Command lines, and lines and progress bars on the console; tqdm is imported when the first is written."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import cca_ds
+
 Item = TypeVar("Item")
+
+
+def command_parser(name: str, description: str, **options: str) -> argparse.ArgumentParser:
+    """A command's parser, with its module's docstring as it is written, and --version."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=name, description=description, formatter_class=formatter, **options)
+    parser.add_argument("--version", action="version", version=f"cca_ds {cca_ds.__version__}")
+    return parser
 
 
 def say(message: str) -> None:

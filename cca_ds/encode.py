@@ -19,14 +19,13 @@ from pathlib import Path
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments, resolve_path
+from cca_ds.console import command_parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; nothing slow is imported, so that --help answers at once."""
-    parser = argparse.ArgumentParser(
-        prog="encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_recipe_arguments(parser)
+    parser = command_parser("encode", __doc__)
+    add_recipe_arguments(parser, reads=("data", "seed"))
     add = parser.add_argument
     add("--source", help="images: folder, dataset on disk, or tar (default: the recipe's data.source)")
     add("--split", default="train", help="of a dataset with several splits (default: train)")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
+from cca_ds.console import command_parser
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from cca_ds.config.schema import RunConfig
@@ -23,9 +24,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `--help` imports no torch."""
-    parser = argparse.ArgumentParser(
-        prog="cca_ds.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument("samples", nargs="?", help=".npz (arr_0: uint8 [N, H, W, 3]) or folder of images")
     parser.add_argument("--reference", help="the same of real images, or .npz of mu, sigma, mu_s, sigma_s")
     parser.add_argument("--inception_weights", help="the FID network's weights file; never downloaded")
@@ -37,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no_cache", action="store_true", help="no cache of features beside the images")
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, reads=())
     arguments = parser.parse_args(argv)
     if (arguments.samples is None) == (arguments.report is None):
         parser.error("give the samples to score, or --report RUN_DIR")

@@ -17,15 +17,14 @@ import sys
 from pathlib import Path
 
 from cca_ds.cluster.failures import run_command
+from cca_ds.console import command_parser
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("export", __doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the folder that train wrote")
     add("--checkpoint", type=Path, help="one of its checkpoints (default: the newest intact one)")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 
 from cca_ds.cluster.devices import DEVICES
 from cca_ds.cluster.failures import run_command
+from cca_ds.config.deepspeed_file import add_ds_config_argument
 from cca_ds.config.recipes import add_recipe_arguments
+from cca_ds.console import command_parser
 from cca_ds.planning.explanation import COST_MODEL
-
-DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero3.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,17 +55,12 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `--help` does not import torch."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cca_ds.plan",
-        description=__doc__,
-        epilog=COST_MODEL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe_arguments(parser)
+    parser = command_parser("plan", __doc__, epilog=COST_MODEL)
+    add_recipe_arguments(parser, reads=("loss.name", "model.dropout", "data.codes", "batch"))
+    add_ds_config_argument(parser)
     parser.add_argument(
         "--nodes", required=True, help=f"NODESxDEVICE:GPUS, comma-separated; devices: {', '.join(DEVICES)}"
     )
-    parser.add_argument("--ds_config", default=str(DS_CONFIG), help="DeepSpeed's JSON (default: zero3.json)")
     parser.add_argument("--images", type=int, help="images an epoch (default: the data's, ImageNet's unless known)")
     parser.add_argument("--efficiency", default="", help="share of the peak reached, e.g. h100=0.45,a40=0.5")
     parser.add_argument("--network", default="", help="GB/s of a node's network, e.g. a40=12.5,h100=400")

@@ -16,21 +16,21 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 from cca_ds.cluster.failures import INTERRUPTED, run_command
 from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
 from cca_ds.config.schema import RunConfig
-from cca_ds.console import say
+from cca_ds.console import command_parser, say
 
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
-    parser = ArgumentParser("sample", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
+    parser = command_parser("sample", __doc__)
+    add_recipe_arguments(parser, reads=("model.weights", "loss.lambda"))
     parser.set_defaults(recipe=None)  # the run's own, where --weights is a run's folder; else the digits'
     add = parser.add_argument
     add("--weights", type=Path, help="weights file, or a run's folder (default: the recipe's model.weights)")

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cca_ds.cluster.failures import run_command
+from cca_ds.console import command_parser
 
 if TYPE_CHECKING:  # annotations only: --help imports neither torch nor deepspeed
     from cca_ds.training.run import Run
@@ -45,11 +46,12 @@ def train(run: Run) -> bool:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
+    from cca_ds.config.deepspeed_file import add_ds_config_argument
     from cca_ds.config.recipes import add_recipe_arguments
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("train", __doc__)
     add = parser.add_argument
-    add("--ds_config", "--deepspeed_config", required=True, help="DeepSpeed's JSON, e.g. ds_configs/zero3.json")
+    add_ds_config_argument(parser)
     add_recipe_arguments(parser)
     add("--output", help="the run's folder (default: runs/RECIPE)")
     add("--resume", default="auto", help="auto, never, or a checkpoint's folder (default: auto)")

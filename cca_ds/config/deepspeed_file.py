@@ -5,22 +5,46 @@ Global batch, micro-batch, accumulation, precision, clipping and the optimizer a
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from cca_ds.config.recipes import ConfigError
+from cca_ds.config.recipes import PACKAGE, ConfigError
 from cca_ds.config.schema import RunConfig
 
 _MISSING = object()
+# the shipped files: inside an installed package, or beside the package in its repository
+SHIPPED = PACKAGE / "ds_configs" if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent / "ds_configs"
+
+
+def add_ds_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--ds_config`, and the name that Hugging Face's scripts give it."""
+    parser.add_argument(
+        "--ds_config", "--deepspeed_config", default="zero3", metavar="FILE",
+        help="DeepSpeed's JSON, or the name of a shipped one (default: zero3)",
+    )  # fmt: skip
+
+
+def find_ds_config(name: str | Path) -> Path:
+    """The file of that path, else the shipped one of that name, with or without ".json".
+
+    Raises:
+        ConfigError: neither is there; names the shipped ones.
+    """
+    path = Path(name).expanduser()
+    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.json"))}
+    if path.is_file():
+        return path
+    if path.parent == Path() and path.name.removesuffix(".json") in shipped:
+        return shipped[path.name.removesuffix(".json")]
+    raise ConfigError([f"--ds_config {name}: no such file; the shipped ones are {', '.join(shipped)}"])
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Raises ConfigError: no such file, not JSON, not an object."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError([f"--ds_config {path}: no such file; ds_configs/zero3.json is the usual one"])
+    path = find_ds_config(path)
     try:
         tree = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -93,8 +93,12 @@ def resolve_path(path: str) -> Path:
     return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--recipe`, `--set`, and the names that users of the original programs know."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...] | None = None) -> None:
+    """`--recipe`, `--set`, and the names that users of the original programs know.
+
+    Args:
+        reads: keys or sections of a recipe that the command reads and the originals' flags may set; None for all.
+    """
     parser.add_argument("--recipe", default="digits", help="shipped recipe's name or a YAML file (default: digits)")
     parser.add_argument(
         "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE",
@@ -104,6 +108,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     original.add_argument("--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe")
     original.add_argument("--depth", type=int, help="16, 20, 24, 30: VAR's recipe of that depth")
     for name, key in original_names.KEYS.items():
+        if reads is not None and not any(key == part or key.startswith(f"{part}.") for part in reads):
+            continue
         flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]) if name != "lambda_" else ["--lambda_"]
         kind: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "keep_dropout" else {}
         original.add_argument(
@@ -122,7 +128,7 @@ def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = N
         recipe = arguments.gpt_model
     if arguments.depth is not None:
         recipe = f"var-d{arguments.depth}"
-    given = {name: getattr(arguments, f"original_{name}") for name in original_names.KEYS}
+    given = {name: getattr(arguments, f"original_{name}", None) for name in original_names.KEYS}
     translated = [f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None]
     return load_recipe(recipe, translated + arguments.overrides, check)
 

@@ -1,6 +1,6 @@
-"""The sections of a recipe. One run = one recipe + overrides.
+"""The sections of a recipe. One run = one recipe + overrides. `python -m cca_ds config` prints every key.
 
-Figures in the comments are the paper's (arXiv 2410.09347, Table 4).
+Figures in the descriptions are the paper's (arXiv 2410.09347, Table 4).
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from cca_ds.config.original_names import canonical_model
 
 
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key of a section: its default, what it means, and its limits (gt, ge, lt, le) and alias as pydantic's Field."""
+    return Field(default=default, description=meaning, **limits)
+
+
 class Section(BaseModel):
     """Unknown keys are errors; a field may be written under its name or its alias."""
 
@@ -19,13 +24,19 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    preset: str = "digits"
-    overrides: dict[str, Any] = Field(default_factory=dict)  # fields of LlamaGenConfig or VARConfig
-    weights: str | None = None  # published checkpoint, safetensors file, or asset:NAME; None = random
-    dropout: bool = True  # keep the model's own dropouts while training
-    activation_checkpointing: bool = False
-    lambda_conditioning: bool = False  # Table 5: one model for every lambda
-    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The policy: its shape, its starting weights, and what of it is trained how."""
+
+    preset: str = key("digits", "the model: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, digits")
+    overrides: dict[str, Any] = key({}, "fields of LlamaGenConfig or VARConfig that differ from the preset's")
+    weights: str | None = key(None, "a published checkpoint, a safetensors file, or asset:NAME; null draws at random")
+    dropout: bool = key(True, "keep the model's own dropouts while training")
+    activation_checkpointing: bool = key(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    lambda_conditioning: bool = key(False, "one model for every lambda, which it takes as an input (Table 5)")
+    ema_decay: float | None = key(
+        None, "decay a step of a moving average of the weights; null keeps none", gt=0.0, lt=1.0
+    )
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -40,75 +51,91 @@ class Model(Section):
 
 
 class Tokenizer(Section):
-    name: str = "digits"  # one of vq.TOKENIZERS
-    weights: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)  # channels, channel_multipliers, scales, ...
+    """What turns images into codes and codes into images."""
+
+    name: str = key("digits", "digits, llamagen-vq16 or var-vqvae")
+    weights: str | None = key(None, "its weights file; the digits' tokenizer needs none")
+    options: dict[str, Any] = key({}, "its shape where that differs: channels, channel_multipliers, scales, ...")
 
 
 class Data(Section):
-    codes: str = "digits"  # "digits", or a folder that `cca_ds.encode` wrote
-    source: str | None = None  # images for encode: folder, tar, or dataset on disk
-    image_size: int = Field(default=8, gt=0)
-    crops: Literal["none", "ten_crop", "random"] = "none"
-    crop_ranges: list[float] = Field(default_factory=lambda: [1.1, 1.05])
-    crops_per_image: int = Field(default=1, ge=1)
-    workers: int = Field(default=2, ge=0)
-    prefetch: int = Field(default=4, ge=1)  # global batches read ahead
+    """The training data, and how `encode` makes it."""
+
+    codes: str = key("digits", "the folder that encode wrote, or digits")
+    source: str | None = key(None, "encode: the images, as a folder, a tar, or a dataset on disk")
+    image_size: int = key(8, "encode: side of a crop in pixels", gt=0)
+    crops: Literal["none", "ten_crop", "random"] = key("none", "encode: how crops are taken from an image")
+    crop_ranges: list[float] = key([1.1, 1.05], "encode: ten_crop resizes the image to these multiples of image_size")
+    crops_per_image: int = key(1, "encode: random crops of each image", ge=1)
+    workers: int = key(2, "processes that read codes ahead; 0 reads in the training process", ge=0)
+    prefetch: int = key(4, "global batches read ahead", ge=1)
 
 
 class Loss(Section):
-    name: str = "cca"  # one of alignment.losses.LOSSES
-    beta: float = Field(default=0.02, gt=0.0)
-    lambda_: float = Field(default=1000.0, ge=0.0, alias="lambda")
-    condition_mask_probability: float = Field(default=0.1, ge=0.0, lt=1.0)
-    options: dict[str, float] = Field(default_factory=dict)  # the loss's own hyperparameters, by its record
+    """What is minimised."""
+
+    name: str = key("cca", "cca, dpo, unlearning or mle")
+    beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0)
+    lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda")
+    condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
+    options: dict[str, float] = key({}, "hyperparameters of a loss of your own")
 
 
 class Reference(Section):
-    placement: str = "inference"  # one of reference.placements.PLACEMENTS
-    weights: str | None = None  # None: the policy's own starting weights
-    dropout: bool = False  # the public program's way, which runs its reference in training mode
-    offload: bool = False  # zero3 only: parameters wait in host memory
-    cache: str | None = None  # folder of stored log-likelihoods (cached, streamed)
-    batch_size: int = Field(default=64, ge=1)  # pairs a forward while caching or streaming
-    ahead_steps: int = Field(default=64, ge=1)  # streamed: how far producers may run ahead
-    shard_steps: int = Field(default=8, ge=1)  # steps in one shard of the cache
-    wait_seconds: float = Field(default=600.0, gt=0.0)
+    """The frozen model that log-likelihoods are compared with."""
+
+    placement: str = key("inference", "inference, zero3, cached or streamed; README says what each is")
+    weights: str | None = key(None, "its weights; null takes the policy's starting weights")
+    dropout: bool = key(False, "run it in training mode with dropout, as the public program does")
+    offload: bool = key(False, "zero3: its parameters wait in host memory")
+    cache: str | None = key(None, "cached, streamed: folder of the stored log-likelihoods")
+    batch_size: int = key(64, "cached, streamed: pairs a forward", ge=1)
+    ahead_steps: int = key(64, "streamed: steps that producers may run ahead", ge=1)
+    shard_steps: int = key(8, "cached, streamed: steps in a file of the cache", ge=1)
+    wait_seconds: float = key(600.0, "streamed: longest wait for a file of the cache", gt=0.0)
 
 
 class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-5, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0.0)
-    weight_decay: float = Field(default=0.05, ge=0.0)
-    final_weight_decay: float | None = Field(default=None, ge=0.0)  # reached along half a cosine
-    no_decay: list[str] = Field(default_factory=list)  # name parts; vectors and biases never decay
-    grad_clip: float = Field(default=1.0, ge=0.0)  # 0: none
+    """AdamW, with vectors and biases free of weight decay."""
+
+    name: Literal["adamw"] = key("adamw", "the optimizer")
+    learning_rate: float = key(1e-5, "its peak", gt=0.0)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of the moments' averages")
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0.0)
+    weight_decay: float = key(0.05, "decoupled weight decay", ge=0.0)
+    final_weight_decay: float | None = key(None, "reached along half a cosine; null keeps weight_decay", ge=0.0)
+    no_decay: list[str] = key([], "parameters whose name has one of these parts do not decay")
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0.0)
 
 
 class Schedule(Section):
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_epochs: float = Field(default=0.0, ge=0.0)
-    warmup_start: float = Field(default=0.005, ge=0.0, le=1.0)  # share of the peak at step 0
-    hold: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the steps after warm-up spent at the peak
-    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)  # share of the peak at the last step
+    """The learning rate over the run."""
+
+    name: Literal["constant", "linear", "cosine"] = key("constant", "its course after warm-up and hold")
+    warmup_epochs: float = key(0.0, "epochs of linear warm-up", ge=0.0)
+    warmup_start: float = key(0.005, "share of the peak at step 0", ge=0.0, le=1.0)
+    hold: float = key(0.0, "share of the steps after warm-up spent at the peak", ge=0.0, lt=1.0)
+    final_fraction: float = key(0.0, "share of the peak at the last step", ge=0.0, le=1.0)
 
 
 class Batch(Section):
-    global_size: int = Field(default=256, ge=2)  # pairs a step, whatever the number of ranks
-    micro_size: int = Field(default=8, ge=1)  # most pairs a forward holds on one rank
-    epochs: float = Field(default=1.0, gt=0.0)
-    max_steps: int | None = Field(default=None, ge=1)
+    """Pairs of an image and its label."""
+
+    global_size: int = key(256, "pairs a step, whatever the number of ranks", ge=2)
+    micro_size: int = key(8, "most pairs a forward holds on one rank", ge=1)
+    epochs: float = key(1.0, "passes over the data", gt=0.0)
+    max_steps: int | None = key(None, "ends the run earlier; null trains all epochs", ge=1)
 
 
 class Balance(Section):
-    """Keys of the mappings are a rank's number, a host, or a device's name or a word of it (H100, cpu)."""
+    """Unequal ranks. Keys of the mappings are a rank's number, a host, or a device's name or a part of it (H100)."""
 
-    mode: Literal["even", "measured", "given"] = "even"
-    speeds: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)  # given: pairs a second
-    micro_sizes: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)  # most pairs a forward
-    remeasure_every: int | None = Field(default=None, ge=1)  # steps
+    mode: Literal["even", "measured", "given"] = key(
+        "even", "how a batch is cut over ranks: equal, measured, by speeds"
+    )
+    speeds: dict[str, Annotated[float, Field(gt=0.0)]] = key({}, "given: pairs a second")
+    micro_sizes: dict[str, Annotated[int, Field(ge=0)]] = key({}, "most pairs a forward of some ranks; 0 for none")
+    remeasure_every: int | None = key(None, "measured: steps between measurements; null measures once", ge=1)
 
     @field_validator("speeds", "micro_sizes", mode="before")
     @classmethod
@@ -118,56 +145,68 @@ class Balance(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(default=500, ge=1)
-    keep_last: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)  # steps; these are kept for good
-    asynchronous: bool = False
+    """When the run's state is saved, and what is kept."""
+
+    every_steps: int = key(500, "steps between checkpoints", ge=1)
+    keep_last: int = key(2, "newest checkpoints kept", ge=1)
+    keep_every: int | None = key(None, "checkpoints of steps divisible by this are kept for good", ge=1)
+    asynchronous: bool = key(False, "write to disk while training goes on")
 
 
 class Logging(Section):
-    every_steps: int = Field(default=1, ge=1)
-    tensorboard: bool = True
-    sample_every_steps: int | None = Field(default=None, ge=1)
-    samples_per_grid: int = Field(default=40, ge=1)
-    progress: bool = True
+    """Metrics, progress bar and sample grids."""
+
+    every_steps: int = key(1, "steps between logged metrics", ge=1)
+    tensorboard: bool = key(True, "write tensorboard/ beside metrics.jsonl")
+    sample_every_steps: int | None = key(None, "steps between grids of samples; null draws none", ge=1)
+    samples_per_grid: int = key(40, "images in a grid", ge=1)
+    progress: bool = key(True, "show progress bars")
 
 
 class Sampling(Section):
-    """Of `cca_ds.sample`, and of the grids while training."""
+    """Of `sample`, and of the grids while training."""
 
-    guidance_scale: float = Field(default=0.0, ge=0.0)  # the paper's s: c + s (c - u); 0 is guidance-free
-    guidance_schedule: Literal["constant", "linear"] = "constant"
-    guidance_interval: tuple[int, int] | None = None
-    temperature: float = Field(default=1.0, gt=0.0)
-    top_k: int = Field(default=0, ge=0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    batch_size: int = Field(default=450, ge=1)
-    images_per_class: int = Field(default=50, ge=1)
-    seed: int = 0
-    lambda_: float | None = Field(default=None, gt=0.0, alias="lambda")  # of a lambda-conditioned model
+    guidance_scale: float = key(0.0, "the paper's s: c + s (c - u); 0 is guidance-free", ge=0.0)
+    guidance_schedule: Literal["constant", "linear"] = key(
+        "constant", "linear grows from 0 to s, as VAR does over its scales"
+    )
+    guidance_interval: tuple[int, int] | None = key(None, "guide only from this code to that one")
+    temperature: float = key(1.0, "divides the logits", gt=0.0)
+    top_k: int = key(0, "draw from this many likeliest codes; 0 from all", ge=0)
+    top_p: float = key(1.0, "draw from the likeliest codes that hold this probability", gt=0.0, le=1.0)
+    batch_size: int = key(450, "images drawn together on one rank", ge=1)
+    images_per_class: int = key(50, "images of each class", ge=1)
+    seed: int = key(0, "of the images; an image depends on it and its own index alone")
+    lambda_: float | None = key(None, "of a lambda-conditioned model; null takes loss.lambda", gt=0.0, alias="lambda")
 
 
 class Evaluation(Section):
-    reference: str | None = None  # .npz of images or of statistics; None for the digits' own features
-    inception_weights: str | None = None
-    batch_size: int = Field(default=64, ge=1)
+    """Of `evaluate`."""
+
+    reference: str | None = key(None, ".npz of real images or of statistics; null takes the digits' own")
+    inception_weights: str | None = key(None, "weights file of the FID network")
+    batch_size: int = key(64, "images a forward of the FID network", ge=1)
 
 
 class Baseline(Section):
-    check: bool = True  # step 0 must show r = 0; the negative log-likelihood must lie in its band
-    nll_band: tuple[float, float] | None = None  # nats a code
+    """Checks before the first step."""
+
+    check: bool = key(True, "the log-ratios must be 0 at step 0, and the likelihood in its band")
+    nll_band: tuple[float, float] | None = key(None, "lowest and highest negative log-likelihood, in nats a code")
 
 
 class Distributed(Section):
-    timeout_seconds: float = Field(default=600.0, gt=0.0)  # after which a silent rank ends the run
+    """Ranks."""
+
+    timeout_seconds: float = key(600.0, "after which a silent rank ends the run", gt=0.0)
 
 
 class RunConfig(Section):
     """A whole recipe. See `cca_ds/recipes/` for the shipped ones."""
 
-    name: str = "digits"
-    seed: int = 0
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    name: str = key("digits", "of the run: its folder is runs/NAME unless --output names another")
+    seed: int = key(0, "of the order, negatives, masks and dropout")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto is bf16 on a GPU and fp32 on a CPU")
     model: Model = Field(default_factory=Model)
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     data: Data = Field(default_factory=Data)
@@ -183,4 +222,4 @@ class RunConfig(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     baseline: Baseline = Field(default_factory=Baseline)
     distributed: Distributed = Field(default_factory=Distributed)
-    paper: dict[str, Any] = Field(default_factory=dict)  # the paper's results of this model, for the reports
+    paper: dict[str, Any] = key({}, "the paper's results of this model, for the reports")

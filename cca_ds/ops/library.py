@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from cca_ds.ops.build_record import read_record
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -21,18 +23,21 @@ def _load_libraries(folder: Path) -> str:
     capability = torch.backends.cpu.get_cpu_capability().lower()
     capability = capability if capability in ("avx2", "avx512") else "default"
     found = [next(iter(sorted(folder.glob(f"{name}.*so"))), None) for name in ("_C", f"_cpu_{capability}")]
+    record = read_record(folder)
     if None in found:
-        reason = "not built"
+        reason = f"not built ({record['summary']})" if record["kernels"] == "none" else "not built"
+    elif record["torch"] not in (None, torch.__version__):
+        reason = f"built for PyTorch {record['torch']}, and this is {torch.__version__}"
     else:
         try:
             for library in found:
                 torch.ops.load_library(library)
         except OSError as error:
-            reason = f"built for another PyTorch or Python ({error})"
+            reason = f"built for another PyTorch or Python ({' '.join(str(error).split())})"
         else:
             has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("cca_ds::row_stats", "CUDA")
             return "cuda" if has_cuda else "cpp"
-    remedy = "run `pip install --no-build-isolation -e .` in the repository"
+    remedy = "install cca_ds again beside this PyTorch (`pip install --no-build-isolation .` in the repository)"
     warnings.warn(
         f"cca_ds: the kernels of csrc/ are {reason}; the slower plain-torch versions are used. "
         f"To build them, {remedy}.",

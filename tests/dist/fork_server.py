@@ -145,7 +145,7 @@ def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # (the first optimizer imports it)
     import torch.distributed.fsdp
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
     import cca_ds.planning.dry_run
     import cca_ds.training.run  # noqa: F401
