@@ -258,8 +258,7 @@ def extensions(build: str) -> list[Extension]:
 def record(folder: Path, build: str, reason: str) -> None:
     """Write build.json: what was built, why no more, and for which PyTorch."""
     version = sys.modules["torch"].__version__ if "torch" in sys.modules else None
-    of_torch = f" (for PyTorch {version})" if build == "cuda" else ""
-    found = {"kernels": build, "torch": version, "summary": describe(build, reason) + of_torch}
+    found = {"kernels": build, "torch": version, "summary": describe(build, reason)}
     try:
         (folder / "build.json").write_text(json.dumps(found) + "\n")
     except OSError as error:  # an editable install of sources that cannot be written

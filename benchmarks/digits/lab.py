@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -143,8 +144,8 @@ class Never:
 
 
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
-    """One run of the digits recipe from the base model, with overrides (KEY.PATH=VALUE)."""
-    recipe = load_recipe("digits", [f"seed={seed}", *overrides])
+    """One run of the digits recipe from the base model with lambda 10 and overrides (KEY.PATH=VALUE)."""
+    recipe = load_recipe("digits", [f"seed={seed}", "loss.lambda=10", *overrides])
     torch.manual_seed(seed)
     policy = PlainPolicy(_policy_module(digits, recipe), recipe.optimizer, recipe.batch.global_size)
     objective = Objective(recipe.loss, recipe.model.lambda_conditioning)
@@ -206,7 +207,7 @@ def sampled(
 ) -> tuple[Tensor, float]:
     """Codes [B, L] of the seed's first images, and the seconds that sampling took.
 
-    On a CPU: the processor time of one thread, which does not depend on the machine's load.
+    On a CPU: the processor time of one thread, on which the machine's load has little effect.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     clock, threads = time.process_time if on_cpu else time.perf_counter, torch.get_num_threads()
@@ -223,6 +224,13 @@ def sampled(
         return torch.cat(parts), clock() - started
     finally:
         torch.set_num_threads(threads)
+
+
+def sampling_seconds(samplers: list[tuple[nn.Module, float]], rounds: int = 3) -> list[float]:
+    """Median seconds that each (model, guidance scale) takes for `BATCH` images, measured in turns."""
+    labels_B = torch.arange(BATCH) % 10
+    measured = [[sampled(model, labels_B, scale)[1] for model, scale in samplers] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
 def evaluate(

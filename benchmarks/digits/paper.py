@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import claims as paper_claims
 import plots
 import torch
-from lab import Digits, average, evaluate, fine_tune, likelihood_change, untimed
+from lab import Digits, average, evaluate, fine_tune, likelihood_change, sampling_seconds, untimed
 from provenance import RESULTS, origin, processor
 
 from cca_ds.console import progress
@@ -32,6 +32,7 @@ from cca_ds.files import write_atomic
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 LAMBDAS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+GUIDED = 0.5  # the scale that sampling times are compared with; they are the same at any above 0
 BETAS = (0.1, 0.25, 0.5, 1.0, 2.0)
 SMALL_LAMBDAS = (0.3, 1.0)
 SAMPLED_LAMBDAS = (1.0, 10.0, 100.0, 1000.0, 8000.0)
@@ -59,7 +60,9 @@ def losses(digits: Digits, seeds: range) -> list[dict]:
         for seed in seeds:
             model = fine_tune(digits, seed, overrides).model
             positives, negatives = likelihood_change(digits, model)
-            repeats.append({**evaluate(digits, model, 0.0, seed), "positives": positives, "negatives": negatives})
+            free, guided = sampling_seconds([(model, 0.0), (digits.base, GUIDED)])
+            scored = evaluate(digits, model, 0.0, seed) | {"share of guided time": free / guided}
+            repeats.append(scored | {"positives": positives, "negatives": negatives})
         rows.append({"name": name, "s": 0.0, **average(repeats)})
     return rows
 

@@ -59,9 +59,13 @@ def _rows(rows: list[Any]) -> list[tuple[str, dict[str, Any]]]:
     for row in rows:
         if isinstance(row, dict) and "fid" in row:
             scale = f", s = {row['s']:.2f}" if isinstance(row.get("s"), int | float) else ""
-            metrics = {("class_accuracy" if key == "accuracy" else key): value for key, value in row.items()}
+            metrics = {("class_accuracy" if key == "accuracy" else key): _mean(value) for key, value in row.items()}
             found.append((f"{row.get('name', '')}{scale}", {"metrics": metrics}))
     return found
+
+
+def _mean(value: Any) -> Any:
+    return value.get("mean") if isinstance(value, dict) else value
 
 
 def _text(run: RecordedRun, name: str) -> str:

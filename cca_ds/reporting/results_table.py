@@ -6,7 +6,7 @@ python -m cca_ds.reporting.results_table --check    # exit code 1 when it differ
 A result file `benchmarks/results/NAME.json` is shown when it is one of `SOURCES` and holds
 {"commit": ..., "date": ..., "device": ..., "table": {"columns": [...], "rows": [[...], ...], "decimals": {column: n}}},
 where a cell is a text, a number, null, or {"mean": m, "spread": s}; or {"rows": [{"name": ..., "s": ..., "fid": ...,
-"inception_score": ..., "accuracy": ..., "seconds": ...}, ...]}, as `make demo` writes it.
+"inception_score": ..., "accuracy": ..., "seconds": ...}, ...]} of numbers or means, as `make demo` writes it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ def updated(readme: str, tables: str) -> str:
         raise ResultsError(f"README: needs the lines {BEGIN} and {END}, once each and in this order")
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
+
+
+def models_table(rows: list[dict[str, Any]]) -> str:
+    """The table of the demo's rows in Markdown."""
+    return "\n".join(_markdown(_table_of_models(rows)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,20 +98,23 @@ def _table_of_models(rows: list[dict[str, Any]]) -> dict[str, Any]:
         cells.append([row.get(key) for key in columns])
         if row.get("seconds") is not None and rows[0].get("seconds"):
             relative = row["seconds"] / rows[0]["seconds"]
-            cells[-1][columns.index("seconds")] = f"{relative:.2f}x ({row['seconds']:.1f} s)"
+            cells[-1][columns.index("seconds")] = f"{relative:.2f}x"
     decimals = {COLUMNS[key]: digits for key, digits in DECIMALS.items()}
     return {"columns": [COLUMNS[key] for key in columns], "rows": cells, "decimals": decimals}
 
 
 def _section(title: str, content: dict[str, Any], path: Path) -> str:
-    table, decimals = content["table"], content["table"].get("decimals", {})
-    columns = [str(column) for column in table["columns"]]
+    facts = [f"{key} {content[key]}" for key in ("date", "commit", "device") if content.get(key)]
+    source = f"{title} ({', '.join([*facts, f'`{path.parent.parent.name}/{path.parent.name}/{path.name}`'])}):"
+    return "\n".join([source, "", *_markdown(content["table"])])
+
+
+def _markdown(table: dict[str, Any]) -> list[str]:
+    decimals, columns = table.get("decimals", {}), [str(column) for column in table["columns"]]
     lines = [columns, ["---"] * len(columns)]
     for row in table["rows"]:
         lines.append([_cell(cell, decimals.get(column)) for column, cell in zip(columns, row, strict=True)])
-    facts = [f"{key} {content[key]}" for key in ("date", "commit", "device") if content.get(key)]
-    source = f"{title} ({', '.join([*facts, f'`{path.parent.parent.name}/{path.parent.name}/{path.name}`'])}):"
-    return "\n".join([source, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _cell(value: Any, decimals: int | None) -> str:

@@ -68,13 +68,14 @@ def test_command_writes_and_check_reports_differences(project, capsys):
 def test_rows_of_models_become_a_table(project):
     """As benchmarks/digits/demo.py writes them; sampling time is relative to the first row's."""
     rows = [{"name": "base", "s": 0.0, "seconds": 2.0, "fid": 1.21, "inception_score": 7.674, "accuracy": 0.7128},
-            {"name": "CCA", "s": 0, "seconds": 2.1, "fid": 1.5, "inception_score": 8.4, "accuracy": 0.85}]  # fmt: skip
+            {"name": "CCA", "s": 0, "seconds": 2.1, "fid": 1.5, "inception_score": 8.4,
+             "accuracy": {"mean": 0.85, "spread": 0.01}}]  # fmt: skip
     (project / "benchmarks" / "results" / "demo.json").write_text(json.dumps({"rows": rows, "claims": {}}))
     assert render(project / "benchmarks" / "results").splitlines()[2:] == [
         "| model | guidance s | FID | IS | class accuracy | sampling time |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| base | 0.00 | 1.210 | 7.67 | 0.713 | 1.00x (2.0 s) |",
-        "| CCA | 0.00 | 1.500 | 8.40 | 0.850 | 1.05x (2.1 s) |",
+        "| base | 0.00 | 1.210 | 7.67 | 0.713 | 1.00x |",
+        "| CCA | 0.00 | 1.500 | 8.40 | 0.850 ± 0.010 | 1.05x |",
     ]
 
 
