@@ -3,6 +3,7 @@
     pip install --no-build-isolation -e .          # CUDA kernels where they can be built, else C++, else none
     pip install .                                  # the same, for the PyTorch of this environment, or else PyPI's
     CCA_DS_BUILD=cuda|cpu|none pip install ...     # one of them, or an error with the reason
+    CCA_DS_CPU=avx512 pip install ...              # for one kind of processor only, in a third of the time
 
 The kernels of csrc/ become libraries beside cca_ds/ops/library.py, which loads them: `_C` (the schema, and the CUDA
 kernels), and `_cpu_default`, `_cpu_avx2`, `_cpu_avx512`, of which one is loaded, as PyTorch's own dispatch decides.
@@ -220,13 +221,22 @@ def gencode() -> list[str]:
     return [*flags, f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
 
 
+def instruction_sets() -> list[str]:
+    """Those that C++ kernels are built for: CCA_DS_CPU (comma-separated), or all of the machine's architecture."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = list(INSTRUCTION_SETS) if x86 else ["default"]
+    chosen = [name.strip() for name in os.environ.get("CCA_DS_CPU", ",".join(known)).split(",")]
+    if not set(chosen) <= set(known):
+        raise BuildError(f"CCA_DS_CPU={','.join(chosen)} is not known; choose of {', '.join(known)}")
+    return chosen
+
+
 def extensions(build: str) -> list[Extension]:
     """The libraries to build."""
     if build == "none":
         return []
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     modules = [
         CppExtension(
             f"cca_ds.ops._cpu_{name}",
@@ -237,7 +247,7 @@ def extensions(build: str) -> list[Extension]:
             extra_link_args=["-fopenmp"],
         )
         for name, flags in INSTRUCTION_SETS.items()
-        if x86 or name == "default"
+        if name in instruction_sets()
     ]
     if build == "cpu":
         return [

@@ -21,8 +21,9 @@ def _load_libraries(folder: Path) -> str:
     Warns with the reason and the remedy where the libraries are missing or built for another PyTorch.
     """
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    capability = capability if capability in ("avx2", "avx512") else "default"
-    found = [next(iter(sorted(folder.glob(f"{name}.*so"))), None) for name in ("_C", f"_cpu_{capability}")]
+    usable = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}.get(capability, ("default",))
+    kernels = [path for name in usable for path in folder.glob(f"_cpu_{name}.*so")]
+    found = [next(iter(paths), None) for paths in (sorted(folder.glob("_C.*so")), kernels)]
     record = read_record(folder)
     if None in found:
         reason = f"not built ({record['summary']})" if record["kernels"] == "none" else "not built"

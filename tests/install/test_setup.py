@@ -66,6 +66,11 @@ def test_what_is_requested_is_built_or_fails(name, build, message, tmp_path):
         MACHINES[name][0](Machine(tmp_path)).build_wheel(CCA_DS_BUILD=build)
 
 
+def test_one_instruction_set_on_request(tmp_path):
+    installed, _, _ = Machine(tmp_path).add_compiler().build_wheel(CCA_DS_CPU="avx2")
+    assert {path.name.partition(".")[0] for path in (installed / "cca_ds/ops").glob("*.so")} == {"_C", "_cpu_avx2"}
+
+
 def test_no_kernels_on_request(tmp_path):
     _, record, _ = Machine(tmp_path).add_compiler().build_wheel(CCA_DS_BUILD="none")
     assert record["kernels"] == "none" and record["summary"].endswith("CCA_DS_BUILD=none")

@@ -134,7 +134,8 @@ def test_everything_from_the_run_is_escaped(run_folder):
 
 
 def test_the_demos_comparison_is_among_the_results(run_folder):
-    rows = [{"name": "base", "s": 0.75, "fid": {"mean": 1.69, "spread": 0.1}, "inception_score": 8.44, "accuracy": 0.84, "seconds": 3.04},
+    rows = [{"name": "base", "s": 0.75, "fid": {"mean": 1.69, "spread": 0.1}, "inception_score": 8.44,
+             "accuracy": 0.84, "seconds": 3.04},
             {"name": HOSTILE, "s": "0", "fid": 1.55}, "no row", {"name": "without scores"}]  # fmt: skip
     (run_folder / "demo.json").write_text(json.dumps({"rows": rows, "claims": {"holds": True}}))
     (run_folder / "samples.png").write_bytes(solid_grid(GREEN))
