@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -16,12 +17,15 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.background_writer import BackgroundWriter
 from cca_ds.checkpoints.errors import CheckpointError, clear_errors
+from cca_ds.checkpoints.restricted_load import restricted_load
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
 
@@ -81,9 +85,9 @@ class Checkpoints:
         self.close()
         partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier)
         contents = _collect(trained, partial)
-        contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.pt"))
+        contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.safetensors"))
         if trained.ema is not None:
-            contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.pt"))
+            contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.safetensors"))
         metadata = self.metadata | trained.scaling()
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
@@ -112,7 +116,7 @@ class Checkpoints:
             for state, path in contents:
                 with clear_errors(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(state, path)
+                    save_own(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
         except CheckpointError:
             shutil.rmtree(partial, ignore_errors=True)  # gives back its space
             raise
@@ -135,14 +139,19 @@ class Checkpoints:
             resume: "auto" takes the newest intact one, "never" none, a path that one.
 
         Raises:
-            CheckpointError: the checkpoint that was named is damaged.
+            CheckpointError: the checkpoint that was named is damaged, or all of the run's are.
         """
         found: list[Path | None] = [None]
         if self.ranks.rank == 0:
             store.clean_partials(self.root)
             if resume == "auto":
-                newest = store.newest_verified(self.root)
+                passed_over: list[str] = []
+                newest = store.newest_verified(self.root, passed_over.append)
                 found = [newest[0] if newest else None]
+                for line in passed_over:
+                    print(line, file=sys.stderr)
+                if newest:
+                    store.set_aside_damaged(self.root, newest[0])
             elif resume != "never":
                 store.verify(Path(resume))
                 found = [Path(resume)]
@@ -155,14 +164,15 @@ class Checkpoints:
         if folder.resolve().parent == self.root.resolve():
             self._newest = manifest.step
         if self.is_native(manifest):
-            _load_engine(trained, folder, folder, TAG)
+            with store.listed_files(folder) as listed:
+                _load_engine(trained, folder, listed, TAG)
             if manifest.world_size == self.ranks.world_size:
-                _set_random_state(_load(folder / f"random_rank_{self.ranks.rank:05d}.pt"))
+                _set_random_state(load_own(folder / f"random_rank_{self.ranks.rank:05d}"))
         else:
             _load_engine(trained, folder, folder.parent, f"{folder.name}.{UNIVERSAL}")
             trained.repair_universal_state()
         if trained.ema is not None:
-            shards = [_load(folder / f"average_rank_{r:05d}.pt") for r in range(manifest.world_size)]
+            shards = [load_own(folder / f"average_rank_{r:05d}") for r in range(manifest.world_size)]
             trained.ema.restore(shards)
         return manifest.step
 
@@ -190,8 +200,8 @@ class Checkpoints:
         if self.is_native(manifest):
             return False
         universal = folder.with_name(f"{folder.name}.{UNIVERSAL}")
-        if self.ranks.rank == 0 and not universal.is_dir():
-            _to_universal(folder / TAG, universal)
+        if self.ranks.rank == 0:
+            _to_universal(folder, universal)
         deepspeed.comm.barrier()
         return True
 
@@ -221,7 +231,8 @@ def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:
 
 def _load_engine(trained: Trained, checkpoint: Path, folder: Path, tag: str) -> None:
     try:
-        path, _ = trained.engine.load_checkpoint(str(folder), tag=tag)
+        with restricted_load(checkpoint, sorted((folder / tag).rglob("*.pt"))):
+            path, _ = trained.engine.load_checkpoint(str(folder), tag=tag)
     except (RuntimeError, KeyError, AssertionError) as error:  # another model's names or shapes
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {checkpoint}: does not fit this run's model ({cause})") from error
@@ -234,25 +245,28 @@ def _to_host(state: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
 
 
-def _to_universal(source: Path, target: Path) -> None:
+def _to_universal(checkpoint: Path, target: Path) -> None:
+    """Convert a checkpoint anew: nothing vouches for the files of an earlier conversion."""
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(source), "--output_folder", str(partial), "--inject_missing_state"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    for earlier in (partial, target):
+        shutil.rmtree(earlier, ignore_errors=True)
+    with store.listed_files(checkpoint) as listed:
+        command = [sys.executable, "-m", restricted_load.__module__, str(listed / TAG), str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"DeepSpeed's converter ended with {done.returncode}"])[-1]
         raise CheckpointError(
-            f"checkpoint {source.parent}: cannot be converted for another number of ranks ({cause}); "
+            f"checkpoint {checkpoint}: cannot be converted for another number of ranks ({cause}); "
             "resume on as many as wrote it, or with more memory"
         )
     partial.rename(target)
 
 
 def _random_state() -> dict[str, Any]:
+    """Tensors and JSON's types."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     name, keys, *rest = np.random.get_state()
-    state["numpy"] = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+    state["numpy"], state["numpy_rest"] = torch.from_numpy(np.asarray(keys).astype(np.int64)), [name, *rest]
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -262,14 +276,28 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
+    if "numpy_rest" in state:
+        keys, (name, *rest) = state["numpy"], state["numpy_rest"]
+    else:  # of a .pt file
+        name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def save_own(state: dict[str, Any], path: Path) -> None:
+    """State of this package: its tensors in safetensors, all else as JSON in the file's metadata."""
+    tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in state.items() if name not in tensors}
+    save_file(tensors, path, {"state": json.dumps(rest)})
+
+
+def load_own(path: Path) -> dict[str, Any]:
+    """What `save_own` wrote, on the CPU; `path` is without its suffix. Checkpoints of older versions have .pt files."""
+    if (old := path.with_name(f"{path.name}.pt")).is_file():
+        return torch.load(old, map_location="cpu", weights_only=True)
+    with safe_open(path.with_name(f"{path.name}.safetensors"), "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()} | json.loads(file.metadata()["state"])  # noqa: SIM118
 
 
 def consolidated_weights(folder: Path) -> dict[str, Tensor]:
@@ -277,13 +305,9 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     manifest = store.verify(folder)
-    if manifest.metadata.get("stage") == 0:
-        return _load_plain(folder / TAG / "mp_rank_00_model_states.pt")
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return {name: tensor.float() for name, tensor in weights.items()}
-
-
-def _load_plain(path: Path) -> dict[str, Tensor]:
-    # DeepSpeed stores plain Python objects beside the tensors; the file's hash was verified just before
-    module = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    return {name: tensor.float() for name, tensor in module.items()}
+    with store.listed_files(folder) as listed, restricted_load(folder, sorted((listed / TAG).glob("*.pt"))):
+        if manifest.metadata.get("stage") == 0:
+            weights = torch.load(listed / TAG / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+        else:
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(listed), tag=TAG)
+        return {name: tensor.float() for name, tensor in weights.items()}

@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from cca_ds.files import FORBIDDEN, FULL
 
 # torch.save reports a file it cannot open or write as a RuntimeError of its zip writer, without an errno
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+_ERRNO_OF_SAFETENSORS = re.compile(r"os error (\d+)")
 
 
 class CheckpointError(ValueError):
@@ -25,11 +29,15 @@ class StorageError(CheckpointError):
 
 @contextlib.contextmanager
 def clear_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full disk or a read-only folder raises, in torch.save too, into one `StorageError`."""
+    """Turn what a full disk or a read-only folder raises, also in torch.save and safetensors, into a `StorageError`."""
     try:
         yield
     except OSError as error:
         raise StorageError(_explain(error, folder)) from error
+    except SafetensorError as error:
+        found = _ERRNO_OF_SAFETENSORS.search(str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise StorageError(_explain(OSError(number, os.strerror(number)), folder)) from error
     except RuntimeError as error:
         if not any(mark in str(error) for mark in _TORCH_SAVE):
             raise

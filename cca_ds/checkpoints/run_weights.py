@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,13 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one without an average.
     """
-    passed_over: list[str] = []
     if checkpoint is None:
+        passed_over: list[str] = []
         found = store.newest_verified(folder / "checkpoints", passed_over.append)
         if found is None:
-            damaged = f" ({'; '.join(passed_over)})" if passed_over else ""
-            raise CheckpointError(
-                f"run {folder}: holds no complete checkpoint{damaged}; let it train until it saves one"
-            )
+            raise CheckpointError(f"run {folder}: holds no complete checkpoint; let it train until it saves one")
+        for line in passed_over:
+            print(line, file=sys.stderr)
         checkpoint = found[0]
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint {checkpoint}: no such folder; the run's are in {folder / 'checkpoints'}")
@@ -63,12 +63,12 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
         raise CheckpointError(
             f"checkpoint {checkpoint}: holds no moving average; a run keeps one when model.ema_decay is set"
         )
-    from cca_ds.checkpoints.deepspeed_state import consolidated_weights  # imports deepspeed: seconds
+    from cca_ds.checkpoints.deepspeed_state import consolidated_weights, load_own  # imports deepspeed: seconds
 
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it reads
         state = consolidated_weights(checkpoint)
     if average:
-        shards = [torch.load(checkpoint / name, weights_only=True, map_location="cpu") for name in averages]
+        shards = [load_own((checkpoint / name).with_suffix("")) for name in averages]
         joined = join_shards(shards)
         state |= {name: flat.view(state[name].shape) for name, flat in joined.items()}
     return RunWeights(state, checkpoint, manifest.step)

@@ -3,6 +3,7 @@
     runs/x/checkpoints/
       step_00000500/            complete: COMPLETE.json lists every file with its size and sha256
       step_00001000.partial/    being written, or what a killed run left; never read
+      step_00000750.damaged/    set aside by a start that could not read it; never deleted
       latest                    name of the newest complete folder; DeepSpeed reads it
 
 Writing, on W ranks that share a file system: `begin` makes the `.partial` folder; every rank writes its files into
@@ -19,7 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ RANK_LIST = "files_of_rank_{:05d}.json"
 CLAIMED_LIST = "claimed_files_of_rank_00000.json"
 NAME = re.compile(r"step_(\d{8,})")
 HASHERS = 8
-LEFTOVERS = (".partial", ".deleting", ".damaged")
+LEFTOVERS = (".partial", ".deleting")
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,13 @@ def publish(
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Published folders, newest step first; `verify` checks that their files are intact."""
-    found = [path for path in Path(root).glob("step_*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / COMPLETE).is_file()), key=_step, reverse=True)
+    return [path for path in published(root) if (path / COMPLETE).is_file()]
+
+
+def published(root: Path) -> list[Path]:
+    """Folders that bear a checkpoint's name, newest step first, damaged ones among them."""
+    found = [path for path in Path(root).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
 
 
 def verify(folder: Path) -> Manifest:
@@ -139,13 +146,46 @@ def verify(folder: Path) -> Manifest:
 
 
 def newest_verified(root: Path, report: Callable[[str], object] = print) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that `verify` accepts, or None; `report` gets a line for each damaged one it skips."""
-    for folder in complete_checkpoints(root):
+    """The newest checkpoint that `verify` accepts; `report` gets a line for each damaged one it passes over.
+
+    Returns:
+        The folder and its manifest; None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged.
+    """
+    damaged = []
+    for folder in published(root):
         try:
             return folder, verify(folder)
         except CheckpointError as error:
-            report(f"passed over: {error}")
+            damaged.append(str(error).removesuffix("; use an older checkpoint"))
+            report(f"passed over: {damaged[-1]}")
+    aside = sorted(path.name for path in Path(root).glob("step_*.damaged*"))
+    if damaged or aside:
+        raise CheckpointError(
+            f"{root}: no checkpoint is intact ({'; '.join(damaged or aside)}); copy one back, or begin again with "
+            "another --output; nothing was changed"
+        )
     return None
+
+
+def set_aside_damaged(root: Path, newer_than: Path) -> None:
+    """Rename the damaged checkpoints that a start passed over, so that nothing deletes or replaces them later."""
+    for folder in published(root):
+        if _step(folder) > _step(newer_than):
+            _set_aside(folder)
+
+
+@contextlib.contextmanager
+def listed_files(folder: Path) -> Iterator[Path]:
+    """A folder with links to the files that a checkpoint's manifest lists, and to nothing that was put beside them."""
+    with tempfile.TemporaryDirectory(prefix="cca_ds_") as view:
+        for name in read_manifest(folder).files:
+            link = Path(view, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((folder / name).resolve())
+        yield Path(view)
 
 
 def retain(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
@@ -239,11 +279,13 @@ def _set_aside_damaged(folder: Path) -> None:
     try:
         verify(folder)
     except CheckpointError:
-        damaged = folder.with_name(folder.name + ".damaged")
-        shutil.rmtree(damaged, ignore_errors=True)
-        os.rename(folder, damaged)
-        return
+        return _set_aside(folder)
     raise CheckpointError(f"checkpoint {folder}: this step is already saved and intact; resume from it")
+
+
+def _set_aside(folder: Path) -> None:
+    names = (f"{folder.name}.damaged{number}" for number in ("", *range(2, 1000)))
+    os.rename(folder, next(folder.with_name(name) for name in names if not folder.with_name(name).exists()))
 
 
 def _delete(folder: Path) -> None:

@@ -16,9 +16,13 @@ from cca_ds.checkpoints.store import (
     clean_partials,
     clear_errors,
     complete_checkpoints,
+    listed_files,
     newest_verified,
     publish,
+    published,
+    read_manifest,
     retain,
+    set_aside_damaged,
     verify,
 )
 from tests.support.small_disk import mounted_disk
@@ -154,10 +158,49 @@ def test_damage_is_named_and_passed_over(tmp_path, how):
     folder, manifest = newest_verified(tmp_path, lines.append)
     assert folder == older and manifest.step == 1
     assert len(lines) == 1 and name in lines[0] and "step_00000002" in lines[0]
-    # The run comes to step 2 again: the damaged one makes room, and the next start clears it away.
+    # The run comes to step 2 again: the damaged one makes room, twice, and is never deleted.
+    before = {path.name: path.read_bytes() for path in newer.iterdir()}
     assert save(tmp_path, 2) == newer
     assert newest_verified(tmp_path, lines.append)[0] == newer
-    assert [path.name for path in clean_partials(tmp_path)] == ["step_00000002.damaged"]
+    damage(newer, "truncated")
+    assert save(tmp_path, 2) == newer
+    assert clean_partials(tmp_path) == [] and retain(tmp_path, keep_last=1) == [older]
+    kept = tmp_path / "step_00000002.damaged"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert (tmp_path / "step_00000002.damaged2").is_dir()
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "manifest cut", "no manifest"])
+def test_where_all_are_damaged_nothing_is_begun_and_nothing_changed(tmp_path, how):
+    for step in (1, 2):
+        folder = save(tmp_path, step)
+        (folder / "COMPLETE.json").unlink() if how == "no manifest" else damage(folder, how)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact \(.*step_00000002.*step_00000001") as caught:
+        newest_verified(tmp_path, lambda line: None)
+    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
+    for step in (1, 2):
+        (tmp_path / f"step_0000000{step}").rename(tmp_path / f"step_0000000{step}.damaged")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact"):
+        newest_verified(tmp_path)
+
+
+def test_those_passed_over_at_a_start_are_out_of_reach_of_retention(tmp_path):
+    save(tmp_path, 1), damage(save(tmp_path, 5), "flipped")
+    set_aside_damaged(tmp_path, newest_verified(tmp_path, lambda line: None)[0])
+    for step in (2, 3, 4, 6):
+        save(tmp_path, step)
+    retain(tmp_path, keep_last=1)
+    assert [path.name for path in published(tmp_path)] == ["step_00000006"]
+    assert (tmp_path / "step_00000005.damaged").is_dir()
+
+
+def test_only_listed_files_are_handed_out(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "rank_9.pt").write_text("put here by someone")
+    with listed_files(folder) as view:
+        assert {path.name for path in view.iterdir()} == {*read_manifest(folder).files}
+    assert not view.exists()
 
 
 def test_every_single_flipped_byte_of_the_manifest_is_noticed(tmp_path):

@@ -124,7 +124,7 @@ def test_damaged_checkpoints_are_passed_over_or_told(run_folder, tmp_path, capsy
     victim.write_bytes(victim.read_bytes()[:-10])
     assert export(copy, tmp_path / "p.safetensors") == 0
     assert "after step 1" in capsys.readouterr().out
-    (first / "average_rank_00001.pt").unlink()
+    (first / "average_rank_00001.safetensors").unlink()
     message = refused(capsys, "--run", copy, "--output", tmp_path / "q.safetensors")
-    assert "no complete checkpoint" in message and "average_rank_00001.pt is missing" in message
+    assert "no checkpoint is intact" in message and "average_rank_00001.safetensors is missing" in message
     assert not (tmp_path / "q.safetensors").exists()

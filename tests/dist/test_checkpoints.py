@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cca_ds import export
+from cca_ds.checkpoints.deepspeed_state import load_own
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.runs import (
@@ -64,7 +65,8 @@ def cut_short(run: Path, folder: Path, step: int) -> Path:
 def states(folder: Path) -> dict[str, object]:
     """All that the newest checkpoint holds, by file."""
     found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
-    return {name: torch.load(found / name, weights_only=False) for name in manifest.files if name.endswith(".pt")}
+    own = {name: load_own((found / name).with_suffix("")) for name in manifest.files if name.endswith(".safetensors")}
+    return own | {name: torch.load(found / name, weights_only=False) for name in manifest.files if name.endswith(".pt")}
 
 
 def assert_equal_trees(one, other, where=""):
@@ -85,7 +87,7 @@ def assert_equal_trees(one, other, where=""):
 def average(folder: Path) -> dict[str, torch.Tensor]:
     found, manifest = newest_verified(folder / "checkpoints", report=pytest.fail)
     names = sorted(name for name in manifest.files if name.startswith("average_rank_"))
-    shards = [torch.load(found / name, weights_only=True) for name in names]
+    shards = [load_own((found / name).with_suffix("")) for name in names]
     return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 

@@ -27,7 +27,7 @@ from tests.support.digits_table import digits_table
 pytestmark = pytest.mark.dist
 
 STEPS, RATE, BETA, LAMBDA = 20, 1e-3, 0.5, 10.0
-SETTINGS = (f"batch.max_steps={STEPS}", f"optimizer.learning_rate={RATE}")
+SETTINGS = (f"batch.max_steps={STEPS}", f"optimizer.learning_rate={RATE}", "loss.lambda=10")
 DECAY, CLIP = 0.05, 1.0  # of the digits recipe
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 

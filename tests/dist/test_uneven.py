@@ -11,6 +11,7 @@ pytestmark = pytest.mark.dist
 
 STEPS = 6
 SETTINGS = [
+    "loss.lambda=10",
     f"batch.max_steps={STEPS}", "batch.global_size=16", "batch.micro_size=16", "optimizer.learning_rate=1e-4",
     "precision=fp32", "logging.sample_every_steps=null", "logging.tensorboard=false", "data.workers=0",
 ]  # fmt: skip
