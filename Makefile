@@ -38,16 +38,22 @@ demo: install
 	done
 	$(BIN)/python benchmarks/digits/demo.py $(RUN)/seed0 $(RUN)/seed1 $(RUN)/seed2
 
-# Two halves beside each other: runs of several ranks mostly wait for one another. Exit code 5 is "none selected".
-test: install lint
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
-	$(BIN)/python -m pytest tests/dist -m "not slow and not slurm" --durations=8 $(PYTEST_ARGS) > $$log 2>&1 & ranks=$$!; \
-	$(BIN)/python -m pytest --ignore tests/dist -m "not slow and not slurm" --durations=8 $(PYTEST_ARGS); one=$$?; \
-	wait $$ranks; two=$$?; cat $$log; \
+# Tests in two halves beside each other, of which the first mostly waits (for ranks, for Slurm) and is printed last.
+# Exit code 5 is "none selected".
+define side_by_side
+	log=$$(mktemp); trap 'rm -f $$log' EXIT; \
+	$(BIN)/python -m pytest $(1) $(PYTEST_ARGS) > $$log 2>&1 & first=$$!; \
+	$(BIN)/python -m pytest $(2) $(PYTEST_ARGS); two=$$?; \
+	wait $$first; one=$$?; cat $$log; \
 	for code in $$one $$two; do test $$code = 0 || test $$code = 5 || exit 1; done
+endef
+
+test: install lint
+	@$(call side_by_side,tests/dist -m "not slow and not slurm" --durations=8,\
+		--ignore tests/dist -m "not slow and not slurm" --durations=8)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow or slurm" --durations=12 $(PYTEST_ARGS)
+	@$(call side_by_side,-m "slurm" --durations=8,-m "slow and not slurm" --durations=8)
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from pathlib import Path
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments, resolve_path
 from cca_ds.console import command_parser
+from cca_ds.files import expand
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +89,7 @@ def work(options: argparse.Namespace) -> None:
         raise ValueError(f"tokenizer.weights is missing: --set tokenizer.weights=FILE ({spec.name}'s)")
     tokenizer = create_tokenizer(spec.name, weights=weights, **run.tokenizer.options)
     ranks = find_ranks(os.environ)
-    device, output = options.device or ranks.device, Path(options.output or data.codes).expanduser()
+    device, output = options.device or ranks.device, expand(options.output or data.codes)
     if images or options.import_npy:
         if options.import_npy:
             produce, allowed_share = NpyFolders(options.import_npy, show=ranks.rank == 0), 0.0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
 from cca_ds.console import command_parser
+from cca_ds.files import expand
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from cca_ds.config.schema import RunConfig
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.report:
             from cca_ds.reporting.page import write_report
 
-            return print(write_report(Path(arguments.report).expanduser()))
+            return print(write_report(expand(arguments.report)))
         from cca_ds.training.checks import recipe_problems
 
         run = recipe_from_arguments(arguments, recipe_problems)
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             cached=not arguments.no_cache,
         )
         if report is not None:
-            publish(report, arguments.format, arguments.output and Path(arguments.output).expanduser())
+            publish(report, arguments.format, arguments.output and expand(arguments.output))
 
     return run_command("evaluate", work)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.console import command_parser
+from cca_ds.files import expand
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -51,15 +52,15 @@ def export(arguments: argparse.Namespace) -> None:
     from cca_ds.checkpoints.export_weights import export_weights  # imports torch, which --help does not need
 
     line = export_weights(
-        arguments.run.expanduser(),
-        arguments.output.expanduser(),
-        checkpoint=arguments.checkpoint,
+        expand(arguments.run),
+        expand(arguments.output),
+        checkpoint=arguments.checkpoint and expand(arguments.checkpoint),
         layout=arguments.layout,
         dtype=arguments.dtype,
         average=arguments.ema,
         lambda_=arguments.lambda_,
         with_card=arguments.model_card,
-        metrics=arguments.metrics and arguments.metrics.expanduser(),
+        metrics=arguments.metrics and expand(arguments.metrics),
     )
     print(line)
 

@@ -19,6 +19,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def expand(path: str | Path) -> Path:
+    """The path with a leading ~ or ~user replaced. Raises ValueError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user") from None
+
+
 def partial_name(path: Path) -> Path:
     """A hidden sibling to write a file or folder under before it gets its name; no two writers share it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")

@@ -23,6 +23,7 @@ from cca_ds.cluster.failures import INTERRUPTED, run_command
 from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import command_parser, say
+from cca_ds.files import expand
 
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
@@ -89,7 +90,7 @@ def sample(arguments: Namespace) -> int | None:
         if ranks.world_size > 1:
             ranks = initialize(ranks, WAIT_SECONDS)
         loaded = load_model(run.model, run.tokenizer, source, ranks, precision)
-        folder = SampleFolder(arguments.output.expanduser(), loaded.model.num_classes)
+        folder = SampleFolder(expand(arguments.output), loaded.model.num_classes)
         indices = image_indices(run.sampling.images_per_class, folder.classes, arguments.classes)
         names = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
         how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)

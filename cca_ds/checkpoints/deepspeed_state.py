@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from cca_ds.checkpoints.errors import CheckpointError, clear_errors
 from cca_ds.checkpoints.restricted_load import restricted_load
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
+from cca_ds.files import expand
 
 TAG = "deepspeed"
 UNIVERSAL = "universal"
@@ -63,10 +65,13 @@ class Checkpoints:
 
     Args:
         root: the run's `checkpoints` folder.
-        metadata: what a resuming run compares: configuration hash, ZeRO stage, precision.
+        metadata: what a resuming run compares: settings, hash of the data, ZeRO stage, precision.
+        still_ours: raises where another process writes to the run's folder.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, settings: Checkpoint, metadata: dict[str, Any]):
+    def __init__(self, root: Path, ranks: Ranks, settings: Checkpoint, metadata: dict[str, Any],
+                 still_ours: Callable[[], None] = lambda: None):  # fmt: skip
+        self.still_ours = still_ours
         self.root, self.ranks, self.settings, self.metadata = root, ranks, settings, metadata
         self._writer: BackgroundWriter | None = None
         self._newest = -1  # step of the newest checkpoint in `root`, the one being written included
@@ -83,6 +88,7 @@ class Checkpoints:
         returns, however it is written.
         """
         self.close()
+        self.still_ours()
         partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier)
         contents = _collect(trained, partial)
         contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.safetensors"))
@@ -120,6 +126,7 @@ class Checkpoints:
         except CheckpointError:
             shutil.rmtree(partial, ignore_errors=True)  # gives back its space
             raise
+        self.still_ours()
         files = [path for _, path in contents]
         published = store.publish(partial, files, self.ranks.rank, self.ranks.world_size, metadata=metadata)
         if published:
@@ -153,8 +160,8 @@ class Checkpoints:
                 if newest:
                     store.set_aside_damaged(self.root, newest[0])
             elif resume != "never":
-                store.verify(Path(resume))
-                found = [Path(resume)]
+                store.verify(expand(resume))
+                found = [expand(resume)]
         deepspeed.comm.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -190,6 +197,12 @@ class Checkpoints:
             CheckpointError: the checkpoint was written in another precision or at another ZeRO stage.
         """
         manifest = store.read_manifest(folder)
+        written = manifest.metadata.get("data")  # which older checkpoints do not have
+        if written is not None and written != self.metadata["data"]:
+            raise CheckpointError(
+                f"checkpoint {folder}: was trained on other data ({written}, this run's is {self.metadata['data']}); "
+                "name that table in data.codes, or start a new run from its weights (export, then model.weights=FILE)"
+            )
         for key, setting in (("precision", "precision"), ("stage", "zero_optimization.stage")):
             written, present = manifest.metadata.get(key), self.metadata[key]
             if written != present:

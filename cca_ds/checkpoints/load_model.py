@@ -13,6 +13,7 @@ from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import ConfigError, resolve_path
 from cca_ds.config.schema import Model, Tokenizer
+from cca_ds.files import expand
 from cca_ds.models import (
     DTYPES,
     CodeModel,
@@ -69,7 +70,7 @@ def find_source(
     path = weights or (model_section.weights and resolve_path(model_section.weights))
     if not path:
         raise ConfigError([f"--weights is missing: recipe {recipe} names no model.weights to draw from"])
-    return Source(Path(path).expanduser(), checkpoint, average)
+    return Source(expand(path), checkpoint and expand(checkpoint), average)
 
 
 def load_model(

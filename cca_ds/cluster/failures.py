@@ -21,6 +21,7 @@ from cca_ds.files import FULL
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 _CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Socket closed|Broken pipe|remote process exited|NCCL")
+_WORKER_RAISED = re.compile(r"Caught \w+ in DataLoader worker process \d+")
 _WORKER_DIED = re.compile(
     r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)? (exited unexpectedly|is killed by signal: \w+)"
 )
@@ -67,7 +68,10 @@ def explain_error(error: BaseException, micro_size: int | None = None) -> str:
     Args:
         micro_size: the run's batch.micro_size, for advice when memory is short.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if _WORKER_RAISED.match(text):  # torch puts the worker's traceback before the message
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split()) or type(error).__name__
     if is_out_of_memory(error):
         return _out_of_memory(micro_size)
     if died := _WORKER_DIED.search(text):

@@ -13,6 +13,7 @@ from typing import Any
 
 from cca_ds.config.recipes import PACKAGE, ConfigError
 from cca_ds.config.schema import RunConfig
+from cca_ds.files import expand
 
 _MISSING = object()
 # the shipped files: inside an installed package, or beside the package in its repository
@@ -33,7 +34,7 @@ def find_ds_config(name: str | Path) -> Path:
     Raises:
         ConfigError: neither is there; names the shipped ones.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.json"))}
     if path.is_file():
         return path

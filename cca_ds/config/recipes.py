@@ -10,6 +10,8 @@ import argparse
 import difflib
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from cca_ds.config import original_names
 from cca_ds.config.schema import RunConfig
+from cca_ds.files import expand
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
@@ -74,13 +77,34 @@ def load_recipe(
     return run
 
 
-def config_hash(run: RunConfig) -> str:
-    """sha256 of what shapes the trajectory; logging and checkpoint habits are left out."""
+# What a run may change when it is started again: it does not shape the trajectory. Sections, and keys of the others.
+MAY_CHANGE = (
+    "name", "logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "baseline", "paper", "data",
+    "batch.micro_size", "model.activation_checkpointing", "tokenizer", "reference.placement", "reference.offload",
+    "reference.cache", "reference.batch_size", "reference.ahead_steps", "reference.shard_steps",
+    "reference.wait_seconds",
+)  # fmt: skip
+
+
+def trajectory_settings(run: RunConfig) -> dict[str, Any]:
+    """Key -> value of all that shapes the trajectory besides the data, whose hash is compared where it is opened."""
     tree = run.model_dump(mode="json", by_alias=True)
-    for section in ("logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "paper"):
-        tree.pop(section)
-    tree["data"] = {"codes": tree["data"]["codes"]}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    flat = {name: value for name, value in tree.items() if not isinstance(value, dict)}
+    flat |= {
+        f"{name}.{key}": v for name, values in tree.items() if isinstance(values, dict) for key, v in values.items()
+    }
+    return {key: value for key, value in flat.items() if not {key, key.partition(".")[0]} & set(MAY_CHANGE)}
+
+
+def config_hash(run: RunConfig) -> str:
+    """sha256 of `trajectory_settings`."""
+    return hashlib.sha256(json.dumps(trajectory_settings(run), sort_keys=True).encode()).hexdigest()
+
+
+def changed_settings(before: dict[str, Any], run: RunConfig) -> list[str]:
+    """`trajectory_settings` that differ from an earlier start's, each as KEY=OLD, not NEW."""
+    now = trajectory_settings(run)
+    return [f"{key}={before.get(key)}, not {now.get(key)}" for key in now if before.get(key) != now[key]]
 
 
 def dump_recipe(run: RunConfig) -> str:
@@ -90,7 +114,7 @@ def dump_recipe(run: RunConfig) -> str:
 
 def resolve_path(path: str) -> Path:
     """`asset:NAME` is a file shipped with the package, anything else a path of the user's."""
-    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
+    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else expand(path)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...] | None = None) -> None:
@@ -135,7 +159,7 @@ def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = N
 
 def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     shipped = RECIPES / f"{canonical_recipe(name_or_file)}.yaml"
-    path = shipped if shipped.is_file() else Path(name_or_file).expanduser()
+    path = shipped if shipped.is_file() else expand(name_or_file)
     if not path.is_file():
         near = _nearest(name_or_file, recipe_names())
         problems.append(f"--recipe {name_or_file}: no shipped recipe and no file of that name{near}")
@@ -144,7 +168,8 @@ def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, .
         problems.append(f"recipe {path.name} extends itself")
         return {}
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text()
+        tree = _with_literal_text(yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader), RunConfig)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(f"recipe {path}: not YAML ({' '.join(str(error).split())})")
         return {}
@@ -168,12 +193,8 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     if not equals or not key:
         problems.append(f"--set {override}: write KEY.PATH=VALUE, e.g. loss.beta=0.1")
         return
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
     key = original_names.KEYS.get(key, key)
-    value = _number(value)
+    value = _literal(text) if _is_text(_annotation(key)) else _scalar(text)
     if key.endswith(".name") and isinstance(value, str):  # CCA's own script takes --loss_type CCA
         value = value.lower()
     *parents, leaf = key.split(".")
@@ -187,6 +208,54 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     tree[leaf] = value
 
 
+def _scalar(text: str) -> Any:
+    """What YAML makes of a value, with 1e-5 as a number, which YAML 1.1 reads as a string."""
+    try:
+        return _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        return text
+
+
+def _literal(text: str) -> str | None:
+    """A text as it is written, without quotes around it; null and nothing are None."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return None if text in ("", "null") else text
+
+
+def _annotation(key: str) -> Any:
+    """The type of a key (SECTION.NAME); None for one that is not in the schema."""
+    section: Any = RunConfig
+    for part in key.split("."):
+        fields = getattr(section, "model_fields", {})
+        found = [field for name, field in fields.items() if part in (name, field.alias)]
+        section = found[0].annotation if found else None
+    return section
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a key takes text and nothing else but null."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _is_text(typing.get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType):
+        return all(part is types.NoneType or _is_text(part) for part in typing.get_args(annotation))
+    return annotation is str
+
+
+def _with_literal_text(tree: Any, literal: Any, section: type[BaseModel]) -> Any:
+    """A file's tree with the values of text keys as they are written: a folder 007 is no number, 2024-01-01 no date."""
+    if not isinstance(tree, dict) or not isinstance(literal, dict):
+        return tree
+    fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+    for key, value in tree.items():
+        kind, written = fields.get(key), literal.get(str(key))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            _with_literal_text(value, written, kind)
+        elif value is not None and _is_text(kind) and isinstance(written, str):
+            tree[key] = written
+    return tree
+
+
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-5 as a string; users mean the number."""
     if isinstance(value, str):
@@ -197,6 +266,19 @@ def _number(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}
     return [_number(item) for item in value] if isinstance(value, list) else value
+
+
+def _numbers(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """The tree with numbers that YAML read as strings, except in text keys."""
+    fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+    found = {}
+    for key, value in tree.items():
+        kind = fields.get(key)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[key] = _numbers(value, kind) if isinstance(value, dict) else value
+        else:
+            found[key] = value if _is_text(kind) else _number(value)
+    return found
 
 
 # keys that older versions wrote into a run's config.yaml, with the only value that is still taken
@@ -219,8 +301,7 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
     still find what is wrong with them; None where even that is not valid.
     """
     _drop_retired(tree)
-    names = {"name": tree["name"]} if "name" in tree else {}  # a name like 1e5 stays a string
-    tree = {**_number(tree), **names}
+    tree = _numbers(tree, RunConfig)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from cca_ds.config.original_names import canonical_model
+from cca_ds.files import expand
+
+PathText = Annotated[str, AfterValidator(lambda text: str(expand(text)) if text.startswith("~") else text)]
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -28,7 +31,9 @@ class Model(Section):
 
     preset: str = key("digits", "the model: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, digits")
     overrides: dict[str, Any] = key({}, "fields of LlamaGenConfig or VARConfig that differ from the preset's")
-    weights: str | None = key(None, "a published checkpoint, a safetensors file, or asset:NAME; null draws at random")
+    weights: PathText | None = key(
+        None, "a published checkpoint, a safetensors file, or asset:NAME; null draws at random"
+    )
     dropout: bool = key(True, "keep the model's own dropouts while training")
     activation_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
@@ -54,15 +59,15 @@ class Tokenizer(Section):
     """What turns images into codes and codes into images."""
 
     name: str = key("digits", "digits, llamagen-vq16 or var-vqvae")
-    weights: str | None = key(None, "its weights file; the digits' tokenizer needs none")
+    weights: PathText | None = key(None, "its weights file; the digits' tokenizer needs none")
     options: dict[str, Any] = key({}, "its shape where that differs: channels, channel_multipliers, scales, ...")
 
 
 class Data(Section):
     """The training data, and how `encode` makes it."""
 
-    codes: str = key("digits", "the folder that encode wrote, or digits")
-    source: str | None = key(None, "encode: the images, as a folder, a tar, or a dataset on disk")
+    codes: PathText = key("digits", "the folder that encode wrote, or digits")
+    source: PathText | None = key(None, "encode: the images, as a folder, a tar, or a dataset on disk")
     image_size: int = key(8, "encode: side of a crop in pixels", gt=0)
     crops: Literal["none", "ten_crop", "random"] = key("none", "encode: how crops are taken from an image")
     crop_ranges: list[float] = key([1.1, 1.05], "encode: ten_crop resizes the image to these multiples of image_size")
@@ -85,10 +90,10 @@ class Reference(Section):
     """The frozen model that log-likelihoods are compared with."""
 
     placement: str = key("inference", "inference, zero3, cached or streamed; README says what each is")
-    weights: str | None = key(None, "its weights; null takes the policy's starting weights")
+    weights: PathText | None = key(None, "its weights; null takes the policy's starting weights")
     dropout: bool = key(False, "run it in training mode with dropout, as the public program does")
     offload: bool = key(False, "zero3: its parameters wait in host memory")
-    cache: str | None = key(None, "cached, streamed: folder of the stored log-likelihoods")
+    cache: PathText | None = key(None, "cached, streamed: folder of the stored log-likelihoods")
     batch_size: int = key(64, "cached, streamed: pairs a forward", ge=1)
     ahead_steps: int = key(64, "streamed: steps that producers may run ahead", ge=1)
     shard_steps: int = key(8, "cached, streamed: steps in a file of the cache", ge=1)
@@ -183,8 +188,8 @@ class Sampling(Section):
 class Evaluation(Section):
     """Of `evaluate`."""
 
-    reference: str | None = key(None, ".npz of real images or of statistics; null takes the digits' own")
-    inception_weights: str | None = key(None, "weights file of the FID network")
+    reference: PathText | None = key(None, ".npz of real images or of statistics; null takes the digits' own")
+    inception_weights: PathText | None = key(None, "weights file of the FID network")
     batch_size: int = key(64, "images a forward of the FID network", ge=1)
 
 

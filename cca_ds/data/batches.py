@@ -5,7 +5,12 @@ Letters: K pairs of a global batch, B pairs of a micro-batch, L codes per image,
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from cca_ds.config import schema
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.pairs import PairBatch, epoch_order, make_pairs
+
+LONGEST_TMPDIR = 60  # characters; Python adds the names of a folder and a socket
 
 
 @dataclass
@@ -169,4 +176,19 @@ def read_ahead(
         steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=_ignore_signals, generator=torch.Generator(), **ahead
     )  # fmt: skip
-    yield from zip(order, loader, strict=True)
+    _make_room_for_sockets(workers)
+    iterator = iter(loader)
+    try:
+        yield from zip(order, iterator, strict=True)
+    finally:  # also after an error: at its exit the process waits for workers, and they ignore SIGTERM
+        if workers:
+            iterator._shutdown_workers()
+
+
+def _make_room_for_sockets(workers: int) -> None:
+    """Let workers pass tensors through sockets in /tmp where TMPDIR is too long for the name of a socket, 107 bytes."""
+    process = multiprocessing.current_process()
+    if workers and len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR and "tempdir" not in process._config:
+        folder = tempfile.mkdtemp(prefix="cca_ds_", dir="/tmp")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        process._config["tempdir"] = folder

@@ -7,13 +7,17 @@ second. `datasets.load_from_disk` opens the same folder.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cca_ds.data.manifest import CodesError, Manifest, Shard, read_manifest
+from cca_ds.data.manifest import MANIFEST_NAME, CodesError, Manifest, Shard, read_manifest
 from cca_ds.data.table_files import check_rows
-from cca_ds.files import file_hash
+from cca_ds.files import file_hash, write_atomic
+
+VERIFIED = "verified.json"
 
 
 class CodeTable:
@@ -104,13 +108,17 @@ class CodeTable:
             )
         return codes_BL.astype(np.int64), self._labels[indices].astype(np.int64)
 
-    def check(self) -> None:
+    def check(self, part: slice = slice(None)) -> None:
         """Read every file and compare hashes, ranges and the label histogram with the manifest.
+
+        Args:
+            part: of the files; with one of several parts, the files of the others are not read.
 
         Raises:
             CodesError: the first difference.
         """
-        for shard, codes_NCL, start in zip(self.manifest.shards, self._chunks, self._starts[:-1], strict=True):
+        files = list(zip(self.manifest.shards, self._chunks, self._starts[:-1], strict=True))
+        for shard, codes_NCL, start in files[part]:
             if file_hash(self.folder / shard.file) != shard.sha256:
                 raise CodesError(f"{self.folder / shard.file} differs from its hash in the manifest: encode it again")
             labels_N = self._labels[start : start + shard.images]
@@ -119,6 +127,26 @@ class CodeTable:
         counts = np.bincount(self._labels, minlength=self.manifest.classes)
         if tuple(counts.tolist()) != self.manifest.label_histogram:
             raise CodesError(f"{self.folder}: the labels differ from the manifest's histogram: encode the images again")
+
+    def is_verified(self) -> bool:
+        """Whether an earlier start has checked exactly these files: their sizes and times are those it wrote down."""
+        try:
+            return json.loads((self.folder / VERIFIED).read_text()) == self._fingerprint()
+        except (OSError, ValueError):
+            return False
+
+    def mark_verified(self) -> bool:
+        """Write down that the files were checked. False where the folder cannot be written."""
+        try:
+            write_atomic(self.folder / VERIFIED, json.dumps(self._fingerprint(), indent=1) + "\n")
+        except OSError:
+            return False
+        return True
+
+    def _fingerprint(self) -> dict[str, Any]:
+        names = [MANIFEST_NAME, *(shard.file for shard in self.manifest.shards)]
+        found = {name: (self.folder / name).stat() for name in names}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
     def used_codes(self) -> int:
         """Number of different codes in the table; reads all of it."""

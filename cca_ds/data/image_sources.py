@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cca_ds.data.manifest import CodesError
+from cca_ds.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -64,7 +65,7 @@ def open_images(path: str | Path, split: str = "train") -> ImageSource:
     """
     from cca_ds.data import dataset_images  # imports pyarrow, which a folder of images does not need
 
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.is_dir():
         if dataset_images.is_dataset(path):
             return dataset_images.open_dataset(path, split)
@@ -99,6 +100,23 @@ def _labels_by_class(source: Path, classes: list[str], found: set[str]) -> dict[
     return {name: label for label, name in enumerate(sorted(classes))}
 
 
+def _walk(folder: Path) -> list[tuple[str, list[str]]]:
+    """(folder, names of its files) of a folder and those below it, sorted.
+
+    Links are followed, but each real folder is visited once, and none that the search came through.
+    """
+    found, seen, above = [], set(), Path(os.path.realpath(folder)).parents
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = Path(os.path.realpath(parent))
+        if real in seen or real in above:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # so that of several ways to a folder the same is taken everywhere
+        found.append((parent, files))
+    return sorted(found)
+
+
 class ImageFolder(ImageSource):
     """ImageNet's layout, class/**/image, in torchvision's order of classes and files."""
 
@@ -108,7 +126,7 @@ class ImageFolder(ImageSource):
         class_of: list[str] = []
         for name in classes:
             before = len(self._paths)
-            for parent, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            for parent, files in _walk(folder / name):
                 here = os.path.relpath(parent, folder)
                 images = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
                 self._paths += [os.path.join(here, file) for file in images]

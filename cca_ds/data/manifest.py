@@ -5,10 +5,13 @@ Training reads images, classes, crops and sequence length from here, never from 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from cca_ds.files import expand
 
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"  # {"index", "name", "reason"} of each image that was left out
@@ -92,6 +95,11 @@ class Manifest:
             lines.append(f"{self.skipped_images} images skipped, listed in {SKIPPED_NAME}")
         return lines
 
+    def content_hash(self) -> str:
+        """16 hexadecimal digits that identify the rows, whatever wrote or copied the files."""
+        rows = [[shard.images, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.vocab_size, rows]).encode()).hexdigest()[:16]
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -143,7 +151,7 @@ def expected_images(codes: str, builtin_images: int | None = None) -> tuple[int,
     """
     if builtin_images is not None:
         return builtin_images, f"the built-in table {codes}"
-    folder = Path(codes).expanduser()
+    folder = expand(codes)
     if (folder / MANIFEST_NAME).is_file():
         return read_manifest(folder).images, f"the manifest of {codes}"
     return IMAGENET_IMAGES, f"the paper's ImageNet; {codes} is not there yet"

@@ -18,6 +18,7 @@ import numpy as np
 from cca_ds.console import progress, say
 from cca_ds.data.manifest import CodesError, Manifest
 from cca_ds.data.table_builder import ShardContent, TablePlan
+from cca_ds.files import expand
 
 LONGEST_PADDING = 4096  # more than the ranks of any run of the original
 
@@ -40,7 +41,7 @@ class NpyFolders:
     def __init__(self, folders: Sequence[str | Path], show: bool = False) -> None:
         self.show = show
         self.names = [Path(folder).name for folder in folders]
-        self._pairs = [_codes_and_labels(Path(folder).expanduser()) for folder in folders]
+        self._pairs = [_codes_and_labels(expand(folder)) for folder in folders]
         counts = {_count(part) for pair in self._pairs for part in pair}
         if len(counts) != 1:
             raise CodesError(f"--import_npy: the folders hold different numbers of files {sorted(counts)}")

@@ -15,7 +15,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cca_ds.files import file_hash
+from cca_ds.files import expand, file_hash
 from cca_ds.metrics.frechet import FeatureStatistics
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -42,7 +42,7 @@ class Images(Protocol):
 
 def open_images(path: str | Path) -> Images:
     """The images of an `.npz` (`arr_0`, labels in `arr_1`) or of a folder; ImagesError without any."""
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.is_dir():
         return FolderImages(path)
     if not path.is_file():
@@ -54,7 +54,7 @@ def open_images(path: str | Path) -> Images:
 
 def read_statistics(path: str | Path) -> tuple[FeatureStatistics, FeatureStatistics | None] | None:
     """Stored statistics of pool features (`mu`, `sigma`) and spatial ones (`mu_s`, `sigma_s`), or None."""
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return None
     try:

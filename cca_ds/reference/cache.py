@@ -28,12 +28,13 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
-from cca_ds.files import write_atomic
+from cca_ds.files import expand, write_atomic
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.interface import ReferenceInputs
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
+CHECKSUM = "sha256"
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 30.0
 
@@ -94,7 +95,7 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any]):
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder)
         self.shard_steps, self.global_size = key["shard_steps"], key["global_size"]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "key.json"
@@ -117,29 +118,57 @@ class ReferenceCache:
         return step // self.shard_steps
 
     def write(self, shard: int, content: Shard) -> None:
-        """Store a shard, whole or not at all."""
+        """Store a shard with its checksum, whole or not at all."""
         import pyarrow
 
         steps = np.repeat(np.arange(len(content.samples) // self.global_size), self.global_size)
         columns = [steps + shard * self.shard_steps, content.samples, content.positive, content.negative]
         batch = pyarrow.record_batch([pyarrow.array(c) for c in columns], names=list(COLUMNS))
+        batch = batch.replace_schema_metadata({CHECKSUM: _checksum(shard, content)})
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         write_atomic(self.path(shard), sink.getvalue().to_pybytes())
 
     def read(self, shard: int) -> Shard:
-        """Read a shard. Raises ReferenceCacheError where the file is damaged."""
+        """Read a shard and compare it with its checksum, which those of older versions do not have.
+
+        Raises:
+            ReferenceCacheError: the file is damaged, or holds another shard.
+        """
         import pyarrow
 
         try:
-            with pyarrow.memory_map(str(self.path(shard))) as source:
-                table = pyarrow.ipc.open_file(source).read_all()
-            return Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
-        except (pyarrow.ArrowException, KeyError, OSError) as error:
+            with open(self.path(shard), "rb") as source:
+                table = pyarrow.ipc.open_file(source.read()).read_all()
+            content = Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
+            expected = (table.schema.metadata or {}).get(CHECKSUM.encode())
+        except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
+            raise ReferenceCacheError(self._damaged(shard, " ".join(str(error).split()))) from None
+        if expected is not None and expected.decode() != _checksum(shard, content):
+            raise ReferenceCacheError(self._damaged(shard, "its numbers differ from its checksum"))
+        return content
+
+    def _damaged(self, shard: int, how: str) -> str:
+        return f"{self.path(shard)} is damaged ({how}): --cache_reference computes it again"
+
+    def require(self, steps: int) -> None:
+        """Raise ReferenceCacheError unless the log-likelihoods of all of a run's steps are there."""
+        shards = -(-steps // self.shard_steps)
+        missing = [shard for shard in range(shards) if not self.path(shard).is_file()]
+        if missing:
+            have = missing[0] * self.shard_steps
             raise ReferenceCacheError(
-                f"{self.path(shard)} is damaged ({' '.join(str(error).split())}): delete it and compute it again"
-            ) from None
+                f"reference.cache={self.folder} holds the first {have} of the run's {steps} steps ({len(missing)} of "
+                f"{shards} files are missing): compute the others with --cache_reference"
+            )
+
+    def is_intact(self, shard: int, samples: np.ndarray) -> bool:
+        """Whether a shard is there, whole, and of these samples [S K]."""
+        try:
+            return np.array_equal(self.read(shard).samples, samples)
+        except ReferenceCacheError:
+            return False
 
     def note_producer(self, rank: int, host: str, shard: int) -> None:
         """Record which shard a producer works on, for messages of those that wait."""
@@ -166,6 +195,13 @@ class ReferenceCache:
         """The step that training has reached; 0 before it began."""
         path = self.folder / "trainer.json"
         return json.loads(path.read_text())["step"] if path.is_file() else 0
+
+
+def _checksum(shard: int, content: Shard) -> str:
+    digest = hashlib.sha256(str(shard).encode())
+    for column in (content.samples, content.positive, content.negative):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 class CachedReference:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from cca_ds.balance.memory import Sharding, gathered_bytes
 from cca_ds.config.variants import Registry
+from cca_ds.data.batches import total_steps
 from cca_ds.models.cost import ModelCost
 from cca_ds.reference.cache import CachedReference, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
@@ -70,7 +71,10 @@ def _build_sharded(inputs: ReferenceInputs) -> Reference:
 
 
 def _build_cached(inputs: ReferenceInputs) -> Reference:
-    return CachedReference(open_cache(inputs))
+    cache = open_cache(inputs)
+    batch = inputs.run.batch
+    cache.require(total_steps(batch, len(inputs.table) // batch.global_size))
+    return CachedReference(cache)
 
 
 def _build_streamed(inputs: ReferenceInputs) -> Reference:

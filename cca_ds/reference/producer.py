@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cca_ds.cluster.launch import Ranks
-from cca_ds.console import progress
+from cca_ds.console import progress, say
 from cca_ds.data.batches import Steps
 from cca_ds.files import write_atomic
 from cca_ds.reference.cache import COMPLETED, ReferenceCache, Shard
@@ -40,12 +40,14 @@ def fill_cache(
     for shard in progress(shards, "reference log-likelihoods", total=len(shards), show=ranks.rank == 0):
         cache.note_producer(ranks.rank, ranks.host, shard)
         first = shard * cache.shard_steps
+        whole = range(first, first + cache.shard_steps)  # beyond the run's end too: a longer run uses them
         if cache.path(shard).is_file():
-            continue
+            if cache.is_intact(shard, np.concatenate([steps.global_pairs(step).sample_indices_K for step in whole])):
+                continue
+            say(f"{cache.path(shard)} is damaged or of another run: computing it again")
         while ahead_steps is not None and first > cache.trainer_step() + ahead_steps:
             cache.note_producer(ranks.rank, ranks.host, shard)
             time.sleep(1.0)
-        whole = range(first, first + cache.shard_steps)  # beyond the run's end too: a longer run uses them
         cache.write(shard, _compute(reference, steps, whole, batch_size, torch.device(ranks.device)))
     if all(cache.path(shard).is_file() for shard in range(last_shard)):
         # the last rank to finish, or several at once, to the same effect

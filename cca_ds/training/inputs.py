@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed
 from torch import nn
 
 from cca_ds.alignment.losses import LOSSES
+from cca_ds.cluster.collectives import barrier
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config import schema
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
+from cca_ds.console import say
 from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
 from cca_ds.models import family_of, model_config
@@ -58,11 +62,32 @@ def open_inputs(run: RunConfig, cache_folder: Path) -> RunInputs:
     return RunInputs(table, tokenizer, plan, steps_per_epoch, total_steps(run.batch, steps_per_epoch))
 
 
+def verify_once(table: CodeTable, ranks: Ranks) -> None:
+    """Compare the table's files with their hashes, unless an earlier start did; each rank reads its share. Collective.
+
+    Raises:
+        CodesError: a file that differs from its hash; on the rank that read it.
+    """
+    verified = [table.is_verified()]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(verified, src=0)
+    if verified[0]:
+        return
+    size = sum(shard.bytes for shard in table.manifest.shards) / 1e9
+    takes_time = ranks.rank == 0 and size > 1.0
+    if takes_time:
+        say(f"{table.folder}: comparing {size:.0f} GB with their hashes, at the first use only")
+    table.check(slice(ranks.rank, None, ranks.world_size))
+    barrier(ranks)
+    if ranks.rank == 0 and not table.mark_verified() and takes_time:
+        say(f"{table.folder}: cannot be written, so its hashes are compared at every start")
+
+
 def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:
     """The codes to train on, checked against the model. Raises CodesError, ValueError."""
     name = run.data.codes
     builtin = TOKENIZERS[name].builtin_codes if name in TOKENIZERS else None
-    table = CodeTable.open(builtin(cache_folder) if builtin else name)
+    table = CodeTable.open(builtin(cache_folder) if builtin else resolve_path(name))
     config = model_config(run.model.preset, **run.model.overrides)
     expected = (config.sequence_length, config.vocab_size)
     found = (table.manifest.sequence_length, table.manifest.vocab_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ import cca_ds
 from cca_ds.alignment.objective import Objective
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
+from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
+from cca_ds.cluster.folder_lock import FolderLock
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import check_ranks
 from cca_ds.cluster.rank_logs import keep_rank_log
@@ -28,9 +29,10 @@ from cca_ds.cluster.ranked import run_on_ranks
 from cca_ds.cluster.stop_signal import Stopped, StopSignal
 from cca_ds.cluster.watchdog import Watchdog
 from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero_stage
-from cca_ds.config.recipes import config_hash, dump_recipe
+from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import Steps
+from cca_ds.files import expand
 from cca_ds.likelihood import backend
 from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
@@ -41,7 +43,7 @@ from cca_ds.reference.replica import ReplicaReference, reference_model
 from cca_ds.training import run_folder
 from cca_ds.training.baseline import check_baseline
 from cca_ds.training.engines import Engines, OptimizerSteps
-from cca_ds.training.inputs import RunInputs, open_inputs
+from cca_ds.training.inputs import RunInputs, open_inputs, verify_once
 from cca_ds.training.policy import Policy
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.reader import BatchReader
@@ -98,7 +100,7 @@ def run_training(
     Raises:
         ConfigError: a folder that cannot be used.
     """
-    folder = Path(output or f"runs/{run.name}").expanduser()
+    folder = expand(output or f"runs/{run.name}")
     run_folder.check_output(folder, run, resume)
     if run_folder.is_completed(folder):
         print(f"{folder}: this run is finished; nothing to do")
@@ -132,7 +134,7 @@ def fill_reference_cache(run: RunConfig, ds: dict[str, Any], ahead: bool) -> int
 def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -> None:
     assert run.reference.cache is not None
     precision = resolve_precision(ds, run, ranks.device != "cpu")
-    inputs = open_inputs(run, Path(run.reference.cache).expanduser() / "data")
+    inputs = open_inputs(run, expand(run.reference.cache) / "data")
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
     coordinator = Coordinator(ranks)
     cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
@@ -145,13 +147,25 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
 def _train(
     run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, loop: Callable[[Run], bool], ranks: Ranks
 ) -> None:
-    fresh = ranks.rank == 0 and run_folder.open_folder(folder, run)
-    torch.distributed.barrier()
+    owned: list[run_folder.OwnedFolder] = []
+    on_first(ranks, lambda: owned.append(run_folder.own(folder, run)))
+    own = owned[0] if owned else None  # on rank 0
     try:
-        started_run = _start(run, ds, folder, resume, ranks)
+        _train_in(run, ds, folder, resume, loop, ranks, own)
+    finally:
+        if own:
+            own.lock.release()
+
+
+def _train_in(
+    run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, loop: Callable[[Run], bool], ranks: Ranks,
+    own: run_folder.OwnedFolder | None,
+) -> None:  # fmt: skip
+    try:
+        started_run = _start(run, ds, folder, resume, ranks, own.lock if own else None)
         ready = _until_stopped(started_run, lambda parts: _check_start(run, parts))
     except ValueError:
-        if fresh:
+        if own and own.fresh:
             run_folder.discard(folder)
         raise
     started = time.perf_counter()
@@ -167,27 +181,31 @@ def _train(
     started_run.close()
 
 
-def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks: Ranks) -> Run:
-    """Build every part of a run, in the order in which one needs another."""
+def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks: Ranks, lock: FolderLock | None) -> Run:
+    """Build every part of a run, in the order in which one needs another; `lock` is rank 0's."""
     keep_rank_log(folder, ranks)
     inputs = open_inputs(run, folder / "data")
-    compared = {
-        "the configuration": config_hash(run),
-        "the data manifest": hashlib.sha256(inputs.table.manifest.to_json().encode()).hexdigest()[:16],
-    }
+    compared = {"the configuration": config_hash(run), "the data": inputs.table.manifest.content_hash()}
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
+    verify_once(inputs.table, ranks)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
-    metadata = {"config": compared["the configuration"], "stage": zero_stage(ds), "precision": precision}
-    checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata)
+    metadata = {
+        "recipe": trajectory_settings(run), "data": compared["the data"], "stage": zero_stage(ds),
+        "precision": precision,
+    }  # fmt: skip
+    still_ours = lock.check if lock else lambda look=True: None
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata, still_ours)
     origin = checkpoints.to_resume(resume)
     engines = _build_engines(run, ds, inputs, balancer, checkpoints, origin, precision, coordinator)
     torch.manual_seed(run.seed + ranks.rank)  # after building: dropout does not depend on how the reference is held
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
-    log = RunLog(folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress)
+    log = RunLog(
+        folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress, still_ours
+    )
     last_values = last_logged_values(folder / "metrics.jsonl", first_step)
     utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
@@ -321,5 +339,6 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
     }
     log.finished()
     if ranks.rank == 0:
+        log.still_ours()
         run_folder.finish(folder, summary)
     log.say(f"finished {parts.inputs.steps} steps in {seconds:.0f} s: {folder}")

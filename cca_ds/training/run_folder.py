@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import yaml
 
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
-from cca_ds.config.recipes import ConfigError, config_hash, dump_recipe, load_recipe
+from cca_ds.cluster.folder_lock import NAME as LOCK
+from cca_ds.cluster.folder_lock import FolderLock
+from cca_ds.config.recipes import ConfigError, changed_settings, dump_recipe, load_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
-from cca_ds.files import write_atomic
+from cca_ds.console import say
+from cca_ds.files import expand, write_atomic
 
 COMPLETED = "COMPLETED"
 
@@ -37,18 +41,18 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
         if place.exists():
             _check_writable(place, folder)
     if resume not in ("auto", "never"):
-        _check_resume(Path(resume), folder)
+        _check_resume(expand(resume), folder, run)
     if not (folder / "config.yaml").exists():
         if folder.is_dir() and any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", COMPLETED)):
             raise ConfigError([f"--output {folder}: holds a run without its config.yaml; choose another folder"])
         return
     try:
-        existing = config_hash(load_recipe(str(folder / "config.yaml")))
+        existing = trajectory_settings(load_recipe(str(folder / "config.yaml")))
     except (ConfigError, yaml.YAMLError) as error:
         raise ConfigError([f"--output {folder}: holds a run whose config.yaml is unreadable ({error})"]) from None
-    if existing != config_hash(run):
+    if changed := changed_settings(existing, run):
         raise ConfigError(
-            [f"--output {folder}: already holds another run (its config.yaml differs); choose another folder"]
+            [f"--output {folder}: already holds another run ({'; '.join(changed)}); choose another folder"]
         )
     if resume == "never":
         raise ConfigError([f"--output {folder}: already holds this run; use --resume auto or another folder"])
@@ -64,11 +68,19 @@ def _check_writable(place: Path, folder: Path) -> None:
         ) from None
 
 
-def _check_resume(checkpoint: Path, folder: Path) -> None:
+def _check_resume(checkpoint: Path, folder: Path, run: RunConfig) -> None:
     try:
-        step = store.read_manifest(checkpoint).step
-    except CheckpointError as error:
+        manifest = store.read_manifest(checkpoint)
+    except (CheckpointError, OSError) as error:
         raise ConfigError([f"--resume {error}"]) from None
+    step, written = manifest.step, manifest.metadata.get("recipe")  # which older checkpoints do not have
+    if isinstance(written, dict) and (changed := changed_settings(written, run)):
+        raise ConfigError(
+            [
+                f"--resume {checkpoint}: was written by another run ({'; '.join(changed)}); give the same settings, or "
+                "start a new run from its weights (export, then model.weights=FILE)"
+            ]
+        )
     newest = next(iter(store.complete_checkpoints(folder / "checkpoints")), None)
     if newest and store.read_manifest(newest).step > step:
         raise ConfigError(
@@ -81,12 +93,29 @@ def is_completed(folder: Path) -> bool:
     return (folder / COMPLETED).is_file()
 
 
-def open_folder(folder: Path, run: RunConfig) -> bool:
-    """Make the folder and write the resolved recipe into it. True where there was nothing before."""
+@dataclass(frozen=True)
+class OwnedFolder:
+    """A run's folder while this process writes to it.
+
+    Args:
+        fresh: whether there was nothing in it before.
+    """
+
+    lock: FolderLock
+    fresh: bool
+
+
+def own(folder: Path, run: RunConfig) -> OwnedFolder:
+    """Make the folder, become its only writer, and write the resolved recipe into it.
+
+    Raises:
+        FolderTaken: another run writes there. ConfigError: there is another run in it. OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = not any(folder.iterdir())
+    fresh = not any(entry.name != LOCK for entry in folder.iterdir())
+    lock = FolderLock(folder, f"--output {folder}", say=say)
     write_atomic(folder / "config.yaml", dump_recipe(run))
-    return fresh
+    return OwnedFolder(lock, fresh)
 
 
 def discard(folder: Path) -> None:

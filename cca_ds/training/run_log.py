@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ class RunLog:
         folder: the run's folder.
         on_rank_0: whether this is rank 0; on others nothing is written.
         steps, first_step: of the whole run, and where this process takes it up.
+        still_ours: raises where another process writes to the folder; `look` asks the file system now.
     """
 
     def __init__(self, folder: Path, on_rank_0: bool, steps: int, first_step: int = 0, tensorboard: bool = True,
-                 bar: bool = True):  # fmt: skip
-        self.on_rank_0, self.folder, self.first_step = on_rank_0, folder, first_step
+                 bar: bool = True, still_ours: Callable[..., None] = lambda look=True: None):  # fmt: skip
+        self.on_rank_0, self.folder, self.first_step, self.still_ours = on_rank_0, folder, first_step, still_ours
         self.writer, self.lines, self.bar = None, None, None
         if not on_rank_0:
             return
@@ -79,6 +81,7 @@ class RunLog:
         if not self.on_rank_0:
             return
         assert self.bar is not None and self.lines is not None
+        self.still_ours(look=False)
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['throughput/images_per_second']:.1f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from cca_ds.config.original_names import KEYS
-from cca_ds.config.recipes import ConfigError, add_recipe_arguments, config_hash, load_recipe, recipe_from_arguments
+from cca_ds.config.recipes import (
+    ConfigError,
+    add_recipe_arguments,
+    config_hash,
+    dump_recipe,
+    load_recipe,
+    recipe_from_arguments,
+)
 from cca_ds.training.checks import recipe_problems
 
 REPOSITORY = Path(__file__).parents[2]
@@ -229,3 +236,42 @@ def test_a_config_of_an_older_version_is_read_where_retired_keys_change_nothing(
 )
 def test_names_that_are_not_registered(override, part):
     assert part in problems(override)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("my data #2", "my data #2"),
+        ("2024", "2024"),
+        ("007", "007"),
+        ("1e5", "1e5"),
+        ("2024-01-01", "2024-01-01"),
+        ("on", "on"),
+        ("a: b", "a: b"),
+        ("[x]", "[x]"),
+        ("{a}", "{a}"),
+        ("'quoted #1'", "quoted #1"),
+        ("*anchor", "*anchor"),
+        ("~/data", str(Path.home() / "data")),
+        ("données/图", "données/图"),
+    ],
+)
+def test_a_path_is_taken_as_it_is_written(tmp_path, text, value):
+    assert load_recipe("digits", [f"data.codes={text}"]).data.codes == value
+    if value == text and text[0] not in "[{*~" and "#" not in text and ": " not in text:
+        (tmp_path / "own.yaml").write_text(f"extends: digits\ndata: {{codes: {text}}}\nname: {text}\n")
+        run = load_recipe(str(tmp_path / "own.yaml"))
+        assert (run.data.codes, run.name) == (value, value)
+        (tmp_path / "again.yaml").write_text(dump_recipe(run))
+        assert load_recipe(str(tmp_path / "again.yaml")) == run
+
+
+def test_null_and_numbers_are_what_they_were():
+    run = load_recipe("digits", ["data.source=null", "optimizer.learning_rate=1e-5", "model.overrides={dim: 1e2}"])
+    assert (run.data.source, run.optimizer.learning_rate, run.model.overrides) == (None, 1e-5, {"dim": 100.0})
+
+
+def test_a_home_that_is_nobodys_is_one_line():
+    with pytest.raises(ConfigError, match=r"data.codes: .*~nosuchuser/x: there is no such user") as caught:
+        load_recipe("digits", ["data.codes=~nosuchuser/x"])
+    assert len(caught.value.problems) == 1

@@ -28,12 +28,19 @@ def checkpoint(folder, step):
     return store.publish(partial, [partial / "weights.pt"])
 
 
+def opened(folder, run):
+    """Whether the folder was fresh; its lock is given up again."""
+    own = run_folder.own(folder, run)
+    own.lock.release()
+    return own.fresh
+
+
 def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run):
     folder = tmp_path / "a/b"
     run_folder.check_output(folder, run, "auto")
     assert not folder.exists()  # looking makes nothing
-    assert run_folder.open_folder(folder, run) is True
-    assert run_folder.open_folder(folder, run) is False
+    assert opened(folder, run) is True
+    assert opened(folder, run) is False
     assert load_recipe(str(folder / "config.yaml")) == run
     run_folder.check_output(folder, run, "auto")
     run_folder.discard(folder)
@@ -43,22 +50,23 @@ def test_a_new_folder_is_made_with_its_recipe_and_may_be_discarded(tmp_path, run
 def test_discarding_follows_a_link_and_leaves_it(tmp_path, run):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "scratch")
-    run_folder.open_folder(tmp_path / "run", run)
+    opened(tmp_path / "run", run)
     (tmp_path / "run" / "data").mkdir()
     run_folder.discard(tmp_path / "run")
     assert (tmp_path / "run").is_symlink() and not any((tmp_path / "scratch").iterdir())
 
 
 def test_habits_of_logging_may_change_what_shapes_the_trajectory_not(tmp_path, run):
-    run_folder.open_folder(tmp_path, run)
+    opened(tmp_path, run)
     for override in ("logging.every_steps=7", "checkpoint.keep_last=9", "data.workers=5", "balance.mode=measured"):
         run_folder.check_output(tmp_path, load_recipe("digits", [override]), "auto")
     for override in ("seed=1", "loss.beta=0.1", "batch.global_size=64", "batch.max_steps=3"):
-        assert "already holds another run" in problem(tmp_path, load_recipe("digits", [override]))
+        line = problem(tmp_path, load_recipe("digits", [override]))
+        assert "already holds another run (" in line and f"{override.partition('=')[0]}=" in line
 
 
 def test_completion_is_marked_last(tmp_path, run, monkeypatch):
-    run_folder.open_folder(tmp_path, run)
+    opened(tmp_path, run)
     assert not run_folder.is_completed(tmp_path)
     written = []
     usual = run_folder.write_atomic
@@ -71,7 +79,7 @@ def test_completion_is_marked_last(tmp_path, run, monkeypatch):
 
 def test_a_path_to_resume_from(tmp_path, run):
     folder = tmp_path / "run"
-    run_folder.open_folder(folder, run)
+    opened(folder, run)
     older, newer = checkpoint(folder, 2), checkpoint(folder, 4)
     run_folder.check_output(folder, run, str(newer))
     run_folder.check_output(tmp_path / "branch", run, str(older))

@@ -1,0 +1,150 @@
+"""One writer in a folder: who holds it, when it is taken over, and how the loser ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from cca_ds.cluster.folder_lock import NAME, FolderLock, FolderLost, FolderTaken
+
+QUICK = {"beat_seconds": 0.05, "silence_seconds": 0.4}
+
+
+def held(folder, **changes) -> dict:
+    """The record of another holder: this machine's process 1 unless changed."""
+    lock = FolderLock(folder, "--output x")
+    record = lock.owner | {"token": "other", "pid": 1, "process_start": None} | changes
+    lock.release()
+    (folder / NAME).write_text(json.dumps(record))
+    return record
+
+
+def test_the_second_start_says_who_holds_it(tmp_path):
+    lock = FolderLock(tmp_path, "--output x", {"SLURM_JOB_ID": "41"})
+    with pytest.raises(FolderTaken) as caught:
+        FolderLock(tmp_path, "--output x", {})
+    line = str(caught.value)
+    assert line.startswith("--output x: process ") and "\n" not in line
+    for part in (str(os.getpid()), lock.owner["host"], "job 41", lock.owner["started"], "give another folder"):
+        assert part in line
+    lock.check()
+    lock.release()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_holder_is_replaced_at_once(tmp_path):
+    code = "import sys, pathlib\nfrom cca_ds.cluster.folder_lock import FolderLock\n"
+    code += "FolderLock(pathlib.Path(sys.argv[1]), 'x')\nprint('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE,
+                          text=True) as holder:  # fmt: skip
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(FolderTaken, match=f"process {holder.pid} on"):
+            FolderLock(tmp_path, "x")
+        holder.kill()
+        holder.wait()
+        lines = []
+        FolderLock(tmp_path, "x", say=lines.append, silence_seconds=100).release()
+        assert len(lines) == 1 and f"taking over from process {holder.pid}" in lines[0] and "has ended" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "gone"),
+    [
+        ({"pid": os.getpid()}, {}, "has ended"),  # the number was given to another process
+        ({"job": "7", "restart": 0, "machine": "elsewhere"},
+         {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, "attempt 0 of this job"),
+        ({"job": "7_2", "restart": 1, "machine": "elsewhere"},
+         {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "2"}, "attempt 1 of this job"),
+        ({"machine": "elsewhere"}, {}, "silent for 0 s"),
+        ({"machine": None, "pid": "1; rm", "host": None}, {}, "silent for 0 s"),
+    ],
+)  # fmt: skip
+def test_a_holder_that_is_gone_is_replaced(tmp_path, changes, environment, gone):
+    held(tmp_path, **changes)
+    lines = []
+    lock = FolderLock(tmp_path, "x", environment, say=lines.append, **QUICK)
+    assert len(lines) == 1 and gone in lines[0]
+    lock.check()
+    lock.release()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\udcff".encode("utf-8", "surrogateescape"), "{}" * 90_000])
+def test_a_record_that_is_no_record_is_judged_by_its_heartbeat(tmp_path, content):
+    (tmp_path / NAME).write_bytes(content if isinstance(content, bytes) else content.encode())
+    FolderLock(tmp_path, "x", **QUICK).release()
+
+
+def test_a_holder_elsewhere_that_beats_is_left_alone(tmp_path):
+    held(tmp_path, machine="elsewhere", host="node7", job="9")
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.05):
+            os.utime(tmp_path / NAME)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        for environment in ({}, {"SLURM_JOB_ID": "9"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "3"}):
+            with pytest.raises(FolderTaken, match="on node7, job 9"):
+                FolderLock(tmp_path, "x", environment, **QUICK)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_of_many_starts_at_once_one_wins(tmp_path):
+    held(tmp_path)
+    locks, refused = [], []
+
+    def start():
+        try:
+            locks.append(FolderLock(tmp_path, "x"))
+        except FolderTaken as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(locks) == 1 and len(refused) == 11
+    locks[0].check()
+    locks[0].release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_older_attempt_learns_that_it_was_replaced(tmp_path, looks):
+    old = FolderLock(tmp_path, "--output x", {"SLURM_JOB_ID": "7"}, **QUICK)
+    new = FolderLock(tmp_path, "--output x", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, **QUICK)
+    assert_lost(old, looks, "job 7, started .* has taken over")
+    old.release()
+    new.check()
+    assert json.loads((tmp_path / NAME).read_text())["restart"] == 1
+    new.release()
+
+
+@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("what", ["the folder", "its lock"])
+def test_a_deleted_folder_is_noticed(tmp_path, looks, what):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = FolderLock(folder, "--output x", **QUICK)
+    shutil.rmtree(folder) if what == "the folder" else (folder / NAME).unlink()
+    assert_lost(lock, looks, f"{what} was deleted while the run was writing there")
+    lock.release()
+
+
+def assert_lost(lock, looks, message):
+    end = time.monotonic() + 5
+    while not looks and lock._lost is None and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(FolderLost, match=message):
+        lock.check(look=looks)
