@@ -25,6 +25,7 @@ from cca_ds.files import expand
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
+LARGEST_RECIPE = 2**20  # bytes
 
 
 class ConfigError(ValueError):
@@ -168,16 +169,38 @@ def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, .
         problems.append(f"recipe {path.name} extends itself")
         return {}
     try:
-        text = path.read_text()
-        tree = _with_literal_text(yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader), RunConfig)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"recipe {path}: not YAML ({' '.join(str(error).split())})")
+        tree = _read_tree(path)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        problems.append(f"recipe {path}: not a recipe's YAML ({' '.join(str(error).split())[:300]})")
         return {}
     if not isinstance(tree, dict):
         problems.append(f"recipe {path}: holds a {type(tree).__name__}, not a mapping of sections")
         return {}
     base = tree.pop("extends", None)
     return _merge(_read_with_bases(str(base), problems, (*seen, path)), tree) if base else tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a recipe has no use for: keys given twice, and aliases, which can multiply a file's size."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write the value again")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in {str(key) for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"{key} is given twice, in line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
+def _read_tree(path: Path) -> Any:
+    """A recipe's file. Raises YAMLError, ValueError (too large, not UTF-8, a date or number that is none), OSError."""
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise ValueError(f"{path.stat().st_size} bytes; a recipe has at most {LARGEST_RECIPE}")
+    text = path.read_text(encoding="utf-8")
+    return _with_literal_text(yaml.load(text, _Loader) or {}, yaml.load(text, yaml.BaseLoader), RunConfig)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -211,8 +234,8 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 def _scalar(text: str) -> Any:
     """What YAML makes of a value, with 1e-5 as a number, which YAML 1.1 reads as a string."""
     try:
-        return _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+        return _number(yaml.load(text, _Loader))
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -235,9 +258,10 @@ def _annotation(key: str) -> Any:
 
 def _is_text(annotation: Any) -> bool:
     """Whether a key takes text and nothing else but null."""
-    if typing.get_origin(annotation) is typing.Annotated:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
         return _is_text(typing.get_args(annotation)[0])
-    if isinstance(annotation, types.UnionType):
+    if origin in (types.UnionType, typing.Union):
         return all(part is types.NoneType or _is_text(part) for part in typing.get_args(annotation))
     return annotation is str
 

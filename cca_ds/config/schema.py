@@ -5,9 +5,10 @@ Figures in the descriptions are the paper's (arXiv 2410.09347, Table 4).
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cca_ds.config.original_names import canonical_model
 from cca_ds.files import expand
@@ -15,15 +16,30 @@ from cca_ds.files import expand
 PathText = Annotated[str, AfterValidator(lambda text: str(expand(text)) if text.startswith("~") else text)]
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 def key(default: Any, meaning: str, **limits: Any) -> Any:
     """A key of a section: its default, what it means, and its limits (gt, ge, lt, le) and alias as pydantic's Field."""
     return Field(default=default, description=meaning, **limits)
 
 
+def _takes_switches(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_takes_switches, typing.get_args(annotation)))
+
+
 class Section(BaseModel):
     """Unknown keys are errors; a field may be written under its name or its alias."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1; a recipe that says so is a mistake."""
+        if isinstance(value, bool) and not _takes_switches(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true and false are no numbers")
+        return value
 
 
 class Model(Section):
@@ -68,20 +84,20 @@ class Data(Section):
 
     codes: PathText = key("digits", "the folder that encode wrote, or digits")
     source: PathText | None = key(None, "encode: the images, as a folder, a tar, or a dataset on disk")
-    image_size: int = key(8, "encode: side of a crop in pixels", gt=0)
+    image_size: int = key(8, "encode: side of a crop in pixels", gt=0, le=8192)
     crops: Literal["none", "ten_crop", "random"] = key("none", "encode: how crops are taken from an image")
     crop_ranges: list[float] = key([1.1, 1.05], "encode: ten_crop resizes the image to these multiples of image_size")
-    crops_per_image: int = key(1, "encode: random crops of each image", ge=1)
-    workers: int = key(2, "processes that read codes ahead; 0 reads in the training process", ge=0)
-    prefetch: int = key(4, "global batches read ahead", ge=1)
+    crops_per_image: int = key(1, "encode: random crops of each image", ge=1, le=1000)
+    workers: int = key(2, "processes that read codes ahead; 0 reads in the training process", ge=0, le=256)
+    prefetch: int = key(4, "global batches read ahead", ge=1, le=1024)
 
 
 class Loss(Section):
     """What is minimised."""
 
     name: str = key("cca", "cca, dpo, unlearning or mle")
-    beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0)
-    lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda")
+    beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0, le=1000.0)
+    lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda", le=1e9)
     condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
     options: dict[str, float] = key({}, "hyperparameters of a loss of your own")
 
@@ -94,30 +110,32 @@ class Reference(Section):
     dropout: bool = key(False, "run it in training mode with dropout, as the public program does")
     offload: bool = key(False, "zero3: its parameters wait in host memory")
     cache: PathText | None = key(None, "cached, streamed: folder of the stored log-likelihoods")
-    batch_size: int = key(64, "cached, streamed: pairs a forward", ge=1)
-    ahead_steps: int = key(64, "streamed: steps that producers may run ahead", ge=1)
-    shard_steps: int = key(8, "cached, streamed: steps in a file of the cache", ge=1)
-    wait_seconds: float = key(600.0, "streamed: longest wait for a file of the cache", gt=0.0)
+    batch_size: int = key(64, "cached, streamed: pairs a forward", ge=1, le=100000)
+    ahead_steps: int = key(64, "streamed: steps that producers may run ahead", ge=1, le=1000000)
+    shard_steps: int = key(8, "cached, streamed: steps in a file of the cache", ge=1, le=100000)
+    wait_seconds: float = key(600.0, "streamed: longest wait for a file of the cache", gt=0.0, le=1e7)
 
 
 class Optimizer(Section):
     """AdamW, with vectors and biases free of weight decay."""
 
     name: Literal["adamw"] = key("adamw", "the optimizer")
-    learning_rate: float = key(1e-5, "its peak", gt=0.0)
-    betas: tuple[float, float] = key((0.9, 0.95), "decay of the moments' averages")
-    eps: float = key(1e-8, "added to the root of the second moment", gt=0.0)
-    weight_decay: float = key(0.05, "decoupled weight decay", ge=0.0)
-    final_weight_decay: float | None = key(None, "reached along half a cosine; null keeps weight_decay", ge=0.0)
+    learning_rate: float = key(1e-5, "its peak", gt=0.0, le=10.0)
+    betas: tuple[Decay, Decay] = key((0.9, 0.95), "decay of the moments' averages")
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0.0, le=1.0)
+    weight_decay: float = key(0.05, "decoupled weight decay", ge=0.0, le=10.0)
+    final_weight_decay: float | None = key(
+        None, "reached along half a cosine; null keeps weight_decay", ge=0.0, le=10.0
+    )
     no_decay: list[str] = key([], "parameters whose name has one of these parts do not decay")
-    grad_clip: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0.0)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 does not clip", ge=0.0, le=1e9)
 
 
 class Schedule(Section):
     """The learning rate over the run."""
 
     name: Literal["constant", "linear", "cosine"] = key("constant", "its course after warm-up and hold")
-    warmup_epochs: float = key(0.0, "epochs of linear warm-up", ge=0.0)
+    warmup_epochs: float = key(0.0, "epochs of linear warm-up", ge=0.0, le=10000.0)
     warmup_start: float = key(0.005, "share of the peak at step 0", ge=0.0, le=1.0)
     hold: float = key(0.0, "share of the steps after warm-up spent at the peak", ge=0.0, lt=1.0)
     final_fraction: float = key(0.0, "share of the peak at the last step", ge=0.0, le=1.0)
@@ -126,10 +144,10 @@ class Schedule(Section):
 class Batch(Section):
     """Pairs of an image and its label."""
 
-    global_size: int = key(256, "pairs a step, whatever the number of ranks", ge=2)
-    micro_size: int = key(8, "most pairs a forward holds on one rank", ge=1)
-    epochs: float = key(1.0, "passes over the data", gt=0.0)
-    max_steps: int | None = key(None, "ends the run earlier; null trains all epochs", ge=1)
+    global_size: int = key(256, "pairs a step, whatever the number of ranks", ge=2, le=10000000)
+    micro_size: int = key(8, "most pairs a forward holds on one rank", ge=1, le=100000)
+    epochs: float = key(1.0, "passes over the data", gt=0.0, le=100000.0)
+    max_steps: int | None = key(None, "ends the run earlier; null trains all epochs", ge=1, le=1000000000)
 
 
 class Balance(Section):
@@ -140,7 +158,9 @@ class Balance(Section):
     )
     speeds: dict[str, Annotated[float, Field(gt=0.0)]] = key({}, "given: pairs a second")
     micro_sizes: dict[str, Annotated[int, Field(ge=0)]] = key({}, "most pairs a forward of some ranks; 0 for none")
-    remeasure_every: int | None = key(None, "measured: steps between measurements; null measures once", ge=1)
+    remeasure_every: int | None = key(
+        None, "measured: steps between measurements; null measures once", ge=1, le=1000000000
+    )
 
     @field_validator("speeds", "micro_sizes", mode="before")
     @classmethod
@@ -152,37 +172,39 @@ class Balance(Section):
 class Checkpoint(Section):
     """When the run's state is saved, and what is kept."""
 
-    every_steps: int = key(500, "steps between checkpoints", ge=1)
-    keep_last: int = key(2, "newest checkpoints kept", ge=1)
-    keep_every: int | None = key(None, "checkpoints of steps divisible by this are kept for good", ge=1)
+    every_steps: int = key(500, "steps between checkpoints", ge=1, le=1000000000)
+    keep_last: int = key(2, "newest checkpoints kept", ge=1, le=10000)
+    keep_every: int | None = key(None, "checkpoints of steps divisible by this are kept for good", ge=1, le=1000000000)
     asynchronous: bool = key(False, "write to disk while training goes on")
 
 
 class Logging(Section):
     """Metrics, progress bar and sample grids."""
 
-    every_steps: int = key(1, "steps between logged metrics", ge=1)
+    every_steps: int = key(1, "steps between logged metrics", ge=1, le=1000000000)
     tensorboard: bool = key(True, "write tensorboard/ beside metrics.jsonl")
-    sample_every_steps: int | None = key(None, "steps between grids of samples; null draws none", ge=1)
-    samples_per_grid: int = key(40, "images in a grid", ge=1)
+    sample_every_steps: int | None = key(None, "steps between grids of samples; null draws none", ge=1, le=1000000000)
+    samples_per_grid: int = key(40, "images in a grid", ge=1, le=10000)
     progress: bool = key(True, "show progress bars")
 
 
 class Sampling(Section):
     """Of `sample`, and of the grids while training."""
 
-    guidance_scale: float = key(0.0, "the paper's s: c + s (c - u); 0 is guidance-free", ge=0.0)
+    guidance_scale: float = key(0.0, "the paper's s: c + s (c - u); 0 is guidance-free", ge=0.0, le=10000.0)
     guidance_schedule: Literal["constant", "linear"] = key(
         "constant", "linear grows from 0 to s, as VAR does over its scales"
     )
     guidance_interval: tuple[int, int] | None = key(None, "guide only from this code to that one")
-    temperature: float = key(1.0, "divides the logits", gt=0.0)
-    top_k: int = key(0, "draw from this many likeliest codes; 0 from all", ge=0)
+    temperature: float = key(1.0, "divides the logits", gt=0.0, le=10000.0)
+    top_k: int = key(0, "draw from this many likeliest codes; 0 from all", ge=0, le=10000000)
     top_p: float = key(1.0, "draw from the likeliest codes that hold this probability", gt=0.0, le=1.0)
-    batch_size: int = key(450, "images drawn together on one rank", ge=1)
-    images_per_class: int = key(50, "images of each class", ge=1)
-    seed: int = key(0, "of the images; an image depends on it and its own index alone")
-    lambda_: float | None = key(None, "of a lambda-conditioned model; null takes loss.lambda", gt=0.0, alias="lambda")
+    batch_size: int = key(450, "images drawn together on one rank", ge=1, le=100000)
+    images_per_class: int = key(50, "images of each class", ge=1, le=10000000)
+    seed: int = key(0, "of the images; an image depends on it and its own index alone", ge=0, lt=2**63)
+    lambda_: float | None = key(
+        None, "of a lambda-conditioned model; null takes loss.lambda", gt=0.0, alias="lambda", le=1e9
+    )
 
 
 class Evaluation(Section):
@@ -190,7 +212,7 @@ class Evaluation(Section):
 
     reference: PathText | None = key(None, ".npz of real images or of statistics; null takes the digits' own")
     inception_weights: PathText | None = key(None, "weights file of the FID network")
-    batch_size: int = key(64, "images a forward of the FID network", ge=1)
+    batch_size: int = key(64, "images a forward of the FID network", ge=1, le=100000)
 
 
 class Baseline(Section):
@@ -203,15 +225,24 @@ class Baseline(Section):
 class Distributed(Section):
     """Ranks."""
 
-    timeout_seconds: float = key(600.0, "after which a silent rank ends the run", gt=0.0)
+    timeout_seconds: float = key(600.0, "after which a silent rank ends the run", gt=0.0, le=1e6)
 
 
 class RunConfig(Section):
     """A whole recipe. See `cca_ds/recipes/` for the shipped ones."""
 
     name: str = key("digits", "of the run: its folder is runs/NAME unless --output names another")
-    seed: int = key(0, "of the order, negatives, masks and dropout")
+    seed: int = key(0, "of the order, negatives, masks and dropout", ge=0, lt=2**63)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto is bf16 on a GPU and fp32 on a CPU")
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        """It names a folder below runs/."""
+        if not 0 < len(name) <= 100 or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name):
+            raise ValueError("give a name without slashes that does not begin with a dot; it becomes a folder")
+        return name
+
     model: Model = Field(default_factory=Model)
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     data: Data = Field(default_factory=Data)

@@ -32,7 +32,7 @@ def test_every_command_runs_and_has_a_version(name, capsys):
 
 def test_keys_by_a_part_of_their_name(capsys):
     assert main(["config", "learning_rate"]) == 0
-    assert capsys.readouterr().out.startswith("| `optimizer.learning_rate` | number | `1e-05` | > 0 |")
+    assert capsys.readouterr().out.startswith("| `optimizer.learning_rate` | number | `1e-05` | > 0, ≤ 10 |")
     assert main(["config", "nonsense"]) == 2
     assert capsys.readouterr().err == "cca_ds config: no key's name contains nonsense\n"
 

@@ -76,8 +76,8 @@ def test_set_wins_over_the_originals_flags_and_takes_their_names():
 @pytest.mark.parametrize("name", KEYS)
 def test_every_such_name_leads_to_a_key(name):
     values = {"loss_type": "dpo", "keep_dropout": "true", "code_path": "x", "data_path": "x", "ref_ckpt": "x",
-              "uncond_ratio": "0.5"}  # fmt: skip
-    value = values.get(name, "32")
+              "uncond_ratio": "0.5", "global_batch_size": "32", "bs": "32"}  # fmt: skip
+    value = values.get(name, "9")
     run = from_flags("--recipe", "llamagen-b", f"--{name}", value)
     section, _, key = KEYS[name].rpartition(".")
     holder = getattr(run, section) if section else run
@@ -135,12 +135,12 @@ def test_contradictions_name_both_values():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("loss: [", "not YAML"),
+        ("loss: [", "not a recipe's YAML"),
         ("- 1", "holds a list"),
         ("extends: own", "no shipped recipe"),
         ("loss: 3", "loss"),
         ("loss:", "loss"),
-        ("\x00", "not YAML"),
+        ("\x00", "not a recipe's YAML"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -257,11 +257,14 @@ def test_names_that_are_not_registered(override, part):
     ],
 )
 def test_a_path_is_taken_as_it_is_written(tmp_path, text, value):
-    assert load_recipe("digits", [f"data.codes={text}"]).data.codes == value
+    run = load_recipe("digits", [f"data.codes={text}", f"tokenizer.weights={text}"])
+    assert (run.data.codes, run.tokenizer.weights) == (value, value)
     if value == text and text[0] not in "[{*~" and "#" not in text and ": " not in text:
-        (tmp_path / "own.yaml").write_text(f"extends: digits\ndata: {{codes: {text}}}\nname: {text}\n")
+        (tmp_path / "own.yaml").write_text(
+            f"extends: digits\ndata: {{codes: {text}}}\ntokenizer: {{weights: {text}}}\n"
+        )
         run = load_recipe(str(tmp_path / "own.yaml"))
-        assert (run.data.codes, run.name) == (value, value)
+        assert (run.data.codes, run.tokenizer.weights) == (value, value)
         (tmp_path / "again.yaml").write_text(dump_recipe(run))
         assert load_recipe(str(tmp_path / "again.yaml")) == run
 
