@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
+from cca_ds.config.deepspeed_keys import KNOWN
 from cca_ds.config.recipes import PACKAGE, ConfigError
 from cca_ds.config.schema import RunConfig
 from cca_ds.files import expand
 
 _MISSING = object()
+LARGEST_FILE = 2**20  # bytes
 # the shipped files: inside an installed package, or beside the package in its repository
 SHIPPED = PACKAGE / "ds_configs" if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent / "ds_configs"
 
@@ -47,17 +50,45 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Raises ConfigError: no such file, not JSON, not an object."""
     path = find_ds_config(path)
     try:
-        tree = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--ds_config {path}: not JSON ({error})"]) from None
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"{path.stat().st_size} bytes; it has at most {LARGEST_FILE}")
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError([f"--ds_config {path}: not JSON ({' '.join(str(error).split())})"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"--ds_config {path}: holds a {type(tree).__name__}, not an object"])
     return tree
 
 
-def conflicts(ds: dict[str, Any], run: RunConfig, source: str = "ds_config") -> list[str]:
-    """Where the DeepSpeed file contradicts the recipe: one line each, with both values."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return tree
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _unknown_keys(ds: dict[str, Any], source: str) -> list[str]:
     found = []
+    for section, known in KNOWN.items():
+        tree = ds.get(section, {}) if section else ds
+        if not isinstance(tree, dict):
+            found.append(f"{source}: {section}={tree!r} is no section of keys")
+            continue
+        for key in tree.keys() - known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; DeepSpeed would ignore it, so remove it"
+            found.append(f"{source}: {section}{'.' if section else ''}{key}: unknown key{hint}")
+    return sorted(found)
+
+
+def conflicts(ds: dict[str, Any], run: RunConfig, source: str = "ds_config") -> list[str]:
+    """Keys of the DeepSpeed file that there are not, and where it contradicts the recipe: one line each."""
+    found = _unknown_keys(ds, source)
     for key, recipe_key, value in _shared_values(run):
         given = _look_up(ds, key)
         if given is not _MISSING and given != "auto" and value is not _MISSING and not _same(given, value):

@@ -110,3 +110,32 @@ def test_bad_files(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_ds_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"zero_optimisation": {"stage": 3}}', "zero_optimisation: unknown key; did you mean zero_optimization?"),
+        ('{"zero_optimization": {"stagee": 3}}', "zero_optimization.stagee: unknown key; did you mean stage?"),
+        ('{"zero_optimization": 3}', "zero_optimization=3 is no section"),
+        ('{"bf16": true}', "bf16=True is no section"),
+        ('{"bf16": {"enable": true}}', "bf16.enable: unknown key; did you mean enabled?"),
+        ('{"optimizer": {"typ": "AdamW"}}', "optimizer.typ: unknown key; did you mean type?"),
+        ('{"comment": "mine"}', "comment: unknown key"),
+        ('{"bf16": {}, "bf16": {}}', "bf16 is given twice"),
+        ('{"gradient_clipping": NaN}', "NaN is no number"),
+        ('{"gradient_clipping": -Infinity}', "-Infinity is no number"),
+        ('{"gradient_clipping": ' + "9" * 5000 + "}", "4300 digits"),
+        ("[" * 100_000, "recursion"),
+        ('{"steps_per_print": 1}' + " " * 2**20, "at most 1048576"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_deepspeed_would_ignore_or_misread(tmp_path, text, said):
+    (tmp_path / "ds.json").write_text(text)
+    try:
+        found = conflicts(read_ds_config(tmp_path / "ds.json"), load_recipe("digits"))
+    except ConfigError as error:
+        found = error.problems
+    assert any(said in problem for problem in found), found
+    assert all("\n" not in problem for problem in found)
