@@ -89,8 +89,10 @@ def existing_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"weights file {path} does not exist: check the path")
-    if not path.is_file():
+    if path.is_dir():
         raise WeightsError(f"weights file {path} is a folder: name the file in it")
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} is a pipe or a device: name a file")
     if path.stat().st_size == 0:
         raise WeightsError(f"weights file {path} is empty: copy it again")
     return path
@@ -114,7 +116,7 @@ def _load_pickle(path: Path) -> Any:
             f"weights file {path} holds pickled code ({what[1]}), not tensors alone, and was not loaded: "
             "save its state_dict on the machine it comes from"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError, TypeError):
+    except Exception:  # of a damaged file torch's reader may raise anything
         raise _damaged(path) from None
 
 
@@ -127,7 +129,9 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(path: Path, state: Any) -> dict[str, Tensor]:
-    while isinstance(state, dict):
+    for _ in range(len(_WRAPPERS) + 1):  # a file may refer to itself
+        if not isinstance(state, dict):
+            break
         if any(isinstance(value, Tensor) for value in state.values()):
             return {key: value for key, value in state.items() if isinstance(value, Tensor)}
         inner = [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]
@@ -154,7 +158,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = existing_file(path)
     state = _load_safetensors(path) if is_safetensors(path) else _unwrap(path, _load_pickle(path))
+    if wrong := next((key for key in state if not isinstance(key, str)), None):
+        raise WeightsError(f"weights file {path} names a tensor {wrong!r}, which is no text: save its state_dict again")
+    if plain := next((problem for key, value in state.items() if (problem := _not_plain(key, value))), None):
+        raise WeightsError(f"weights file {path}: {plain}; save its state_dict as plain tensors again")
     return {_plain_key(key): value for key, value in state.items()}
+
+
+def _not_plain(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor holds no numbers that a model takes; None where it does. Its values are not read."""
+    if tensor.device.type == "meta":
+        return f"{name} has a shape and no values"
+    if tensor.layout != torch.strided:
+        return f"{name} is sparse"
+    if tensor.is_quantized:
+        return f"{name} is quantized"
+    return None
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:

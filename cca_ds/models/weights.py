@@ -76,7 +76,13 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
         if key in state and state[key].shape != shape
     }
     misshaped = [f"{key} is {found} in the file and {wanted} in the model" for key, (found, wanted) in shapes.items()]
+    fitting = {key: state[key] for key in expected if key in state and key not in shapes}
+    mistyped = [f"{key} is {str(value.dtype).removeprefix('torch.')}" for key, value in fitting.items()
+                if not value.is_floating_point()]  # fmt: skip
     problems = _named("missing", missing) + _named("unexpected", unexpected) + _named("mis-shaped", misshaped)
+    problems += _named("not of floating point", mistyped)
+    if not problems:
+        problems = _named("with values that are no numbers", [k for k, v in fitting.items() if not v.isfinite().all()])
     if problems:
         hint = _size_hint(own_kind, shapes)
         raise WeightsError(f"weights file {path} does not fit the model{hint}: {'; '.join(problems)}")

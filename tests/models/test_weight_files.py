@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import cca_ds.vq  # noqa: F401 (registers the tokenizers' files)
 from cca_ds.models import (
     FAMILIES,
     LlamaGenConfig,
@@ -322,3 +323,65 @@ def test_var_masks_equal_the_recorded_ones(golden, golden_configs):
     recorded = torch.load(golden / "var_depth2.pth", weights_only=True)
     for key, value in masks(golden_configs["var"]["patch_nums"]).items():
         assert torch.equal(value, recorded[key]) and value.dtype == recorded[key].dtype
+
+
+def spoilt(kind: str, state: dict) -> object:
+    name, tensor = "norm.weight", state["norm.weight"]
+    if kind == "itself":
+        whole: dict = {}
+        whole["model"] = whole
+        return whole
+    if kind == "nested":
+        return {"model": {"module": {"state_dict": {"trainer": {"var_wo_ddp": {"model": {"model": state}}}}}}}
+    if kind == "integer key":
+        return state | {7: tensor}
+    return state | {
+        name: {
+            "int64": tensor.long(),
+            "bool": tensor > 0,
+            "complex": tensor.to(torch.complex64),
+            "nan": tensor.clone().index_fill_(0, torch.tensor([3]), torch.nan),
+            "inf": tensor.clone().index_fill_(0, torch.tensor([0]), torch.inf),
+            "sparse": tensor.to_sparse(),
+            "quantized": torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+            "meta": tensor.to("meta"),
+        }[kind]
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("itself", "holds no tensors"),
+        ("nested", "holds no tensors"),
+        ("integer key", "a tensor 7, which is no text"),
+        ("int64", "norm.weight is int64"),
+        ("bool", "norm.weight is bool"),
+        ("complex", "norm.weight is complex64"),
+        ("nan", "1 with values that are no numbers: norm.weight"),
+        ("inf", "1 with values that are no numbers: norm.weight"),
+        ("sparse", "norm.weight is sparse"),
+        ("quantized", "norm.weight is quantized"),
+        ("meta", "norm.weight has a shape and no values"),
+    ],
+)
+def test_tensors_that_are_no_weights(tmp_path, kind, said):
+    module = create_model("digits", n_layer=1, n_head=2, dim=32, multiple_of=16)
+    path = tmp_path / "w.pt"
+    torch.save(spoilt(kind, dict(module.state_dict())), path)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(module, path)
+    assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="is a pipe or a device"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("length", [2**62, 2**63 - 1, 2**27 - 1, 0, 1])
+def test_a_header_of_any_length(tmp_path, length):
+    (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a": 1}')
+    with pytest.raises(WeightsError):
+        read_weights(tmp_path / "w.safetensors")
