@@ -235,7 +235,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_killed_at_many_random_moments_and_resumed(seed, tmp_path):
-    killed_again_and_again(tmp_path / "run", kills=15, seed=seed)
+    killed_again_and_again(tmp_path / "run", kills=8, seed=seed)
 
 
 @pytest.fixture
