@@ -164,7 +164,7 @@ def markdown(body: dict[str, Any]) -> str:
             rows = rows[:: max(1, len(rows) // 8)]
         keys = list(rows[0])
         lines += ["", f"## {name}", "", f"| {' | '.join(keys)} |", f"| {' | '.join('---' for _ in keys)} |"]
-        lines += [f"| {' | '.join(_cell(row[key]) for key in keys)} |" for row in rows]
+        lines += [f"| {' | '.join(_cell(row.get(key, '')) for key in keys)} |" for row in rows]
     lines += ["", "## Claims", ""]
     lines += [f"- {'holds' if holds else 'FAILS'}: {claim}" for claim, holds in body["claims"].items()]
     return "\n".join(lines) + "\n"
