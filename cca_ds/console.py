@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import cca_ds
+from cca_ds.files import expand
 
 Item = TypeVar("Item")
 
@@ -18,6 +20,14 @@ def command_parser(name: str, description: str, **options: str) -> argparse.Argu
     parser = argparse.ArgumentParser(prog=name, description=description, formatter_class=formatter, **options)
     parser.add_argument("--version", action="version", version=f"cca_ds {cca_ds.__version__}")
     return parser
+
+
+def path(text: str) -> Path:
+    """A flag's path, with ~ replaced."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say(message: str) -> None:

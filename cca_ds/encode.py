@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments, resolve_path
-from cca_ds.console import command_parser
+from cca_ds.console import command_parser, path
 from cca_ds.files import expand
 
 
@@ -30,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", help="images: folder, dataset on disk, or tar (default: the recipe's data.source)")
     add("--split", default="train", help="of a dataset with several splits (default: train)")
-    add("--output", type=Path, help="folder of the table to write (default: the recipe's data.codes)")
+    add("--output", type=path, help="folder of the table to write (default: the recipe's data.codes)")
     add("--import_npy", nargs="+", metavar="FOLDER",
         help="instead of images, the original's codes: folders that hold *_codes and *_labels")  # fmt: skip
     add("--verify", action="store_true",

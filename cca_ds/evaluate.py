@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
-from cca_ds.console import command_parser
+from cca_ds.console import command_parser, path
 from cca_ds.files import expand
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("samples", nargs="?", help=".npz (arr_0: uint8 [N, H, W, 3]) or folder of images")
     parser.add_argument("--reference", help="the same of real images, or .npz of mu, sigma, mu_s, sigma_s")
-    parser.add_argument("--inception_weights", help="the FID network's weights file; never downloaded")
+    parser.add_argument("--inception_weights", type=path, help="the FID network's weights file; never downloaded")
     parser.add_argument("--batch_size", type=int, help="images per forward (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--output", help="also write this .json file and the Markdown table beside it")

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from cca_ds.cluster.failures import run_command
-from cca_ds.console import command_parser
-from cca_ds.files import expand
+from cca_ds.console import command_parser, path
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -27,9 +25,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = command_parser("export", __doc__)
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="the folder that train wrote")
-    add("--checkpoint", type=Path, help="one of its checkpoints (default: the newest intact one)")
-    add("--output", type=Path, required=True, help="file to write, whole or not at all")
+    add("--run", type=path, required=True, help="the folder that train wrote")
+    add("--checkpoint", type=path, help="one of its checkpoints (default: the newest intact one)")
+    add("--output", type=path, required=True, help="file to write, whole or not at all")
     add("--layout", default="safetensors",
         help="safetensors (default), or that of the model's own program: llamagen, var")  # fmt: skip
     add("--dtype", choices=PRECISIONS, default="fp32", help="of the weights in the file (default: fp32)")
@@ -38,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ema", action="store_true", help="the policy's moving average instead of its last weights")
     add("--model_card", action="store_true",
         help="with safetensors: a Hugging Face model card beside the file")  # fmt: skip
-    add("--metrics", type=Path, help="evaluate's JSON report, whose numbers go into the model card")
+    add("--metrics", type=path, help="evaluate's JSON report, whose numbers go into the model card")
     return parser.parse_args(argv)
 
 
@@ -52,15 +50,15 @@ def export(arguments: argparse.Namespace) -> None:
     from cca_ds.checkpoints.export_weights import export_weights  # imports torch, which --help does not need
 
     line = export_weights(
-        expand(arguments.run),
-        expand(arguments.output),
-        checkpoint=arguments.checkpoint and expand(arguments.checkpoint),
+        arguments.run,
+        arguments.output,
+        checkpoint=arguments.checkpoint,
         layout=arguments.layout,
         dtype=arguments.dtype,
         average=arguments.ema,
         lambda_=arguments.lambda_,
         with_card=arguments.model_card,
-        metrics=arguments.metrics and expand(arguments.metrics),
+        metrics=arguments.metrics,
     )
     print(line)
 

@@ -17,13 +17,11 @@ import os
 import sys
 import time
 from argparse import SUPPRESS, Namespace
-from pathlib import Path
 
 from cca_ds.cluster.failures import INTERRUPTED, run_command
 from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
 from cca_ds.config.schema import RunConfig
-from cca_ds.console import command_parser, say
-from cca_ds.files import expand
+from cca_ds.console import command_parser, path, say
 
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
@@ -34,10 +32,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add_recipe_arguments(parser, reads=("model.weights", "loss.lambda"))
     parser.set_defaults(recipe=None)  # the run's own, where --weights is a run's folder; else the digits'
     add = parser.add_argument
-    add("--weights", type=Path, help="weights file, or a run's folder (default: the recipe's model.weights)")
-    add("--checkpoint", type=Path, help="of the run's checkpoints, another than the newest")
+    add("--weights", type=path, help="weights file, or a run's folder (default: the recipe's model.weights)")
+    add("--checkpoint", type=path, help="of the run's checkpoints, another than the newest")
     add("--ema", action="store_true", help="of a run's folder: the moving average of its policy")
-    add("--output", type=Path, required=True, help="folder to fill; settings go into its sampling.json")
+    add("--output", type=path, required=True, help="folder to fill; settings go into its sampling.json")
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
     add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
     add("--classes", type=int, nargs="+", help="draw these classes only (default: all)")
@@ -90,7 +88,7 @@ def sample(arguments: Namespace) -> int | None:
         if ranks.world_size > 1:
             ranks = initialize(ranks, WAIT_SECONDS)
         loaded = load_model(run.model, run.tokenizer, source, ranks, precision)
-        folder = SampleFolder(expand(arguments.output), loaded.model.num_classes)
+        folder = SampleFolder(arguments.output, loaded.model.num_classes)
         indices = image_indices(run.sampling.images_per_class, folder.classes, arguments.classes)
         names = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
         how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)

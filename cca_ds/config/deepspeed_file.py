@@ -43,7 +43,7 @@ def find_ds_config(name: str | Path) -> Path:
         return path
     if path.parent == Path() and path.name.removesuffix(".json") in shipped:
         return shipped[path.name.removesuffix(".json")]
-    raise ConfigError([f"--ds_config {name}: no such file; the shipped ones are {', '.join(shipped)}"])
+    raise ConfigError([f"--ds_config {path}: no such file; the shipped ones are {', '.join(shipped)}"])
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:

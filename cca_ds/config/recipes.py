@@ -163,7 +163,7 @@ def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, .
     path = shipped if shipped.is_file() else expand(name_or_file)
     if not path.is_file():
         near = _nearest(name_or_file, recipe_names())
-        problems.append(f"--recipe {name_or_file}: no shipped recipe and no file of that name{near}")
+        problems.append(f"--recipe {path}: no shipped recipe and no file of that name{near}")
         return {}
     if path in seen:
         problems.append(f"recipe {path.name} extends itself")
