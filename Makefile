@@ -23,7 +23,7 @@ $(VENV)/installed: requirements.txt setup.py $(wildcard csrc/*/*)
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "install 1/3: virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "install 2/3: packages of requirements.txt, a few minutes. The largest is PyTorch: 0.2 GB to download as a CPU"
 	@echo "             build, 3 GB (7 GB on disk) as PyPI's CUDA build, which pip takes unless a CPU build is installed."
-	@started=$$(date +%s); $(PIP) -r requirements.txt | sed -un '/Downloading/p' && \
+	@started=$$(date +%s); $(PIP) -r requirements.txt | sed -un '/Downloading.* MB)/p' && \
 	echo "             $$(( $$(date +%s) - started )) s"
 	@echo "install 3/3: kernels in C++, and in CUDA where there is a toolkit: three to six minutes on two cores."
 	@started=$$(date +%s); $(PIP) --quiet --no-build-isolation --no-deps -e . && \
