@@ -60,10 +60,11 @@ take_sweep() {
     sweep=()
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     local words
-    read -ra words <<< "${CCA_SWEEP:-}"
+    read -r -d '' -a words <<< "${CCA_SWEEP:-}" || true # of all lines; read fails at the end of its input
     [ "$SLURM_ARRAY_TASK_ID" -lt "${#words[@]}" ] ||
         die "array task $SLURM_ARRAY_TASK_ID, but CCA_SWEEP has ${#words[@]} words: use --array=0-$((${#words[@]} - 1))"
     sweep=("${words[$SLURM_ARRAY_TASK_ID]}")
+    [[ ${sweep[0]} == [!./=]*=* ]] || die "CCA_SWEEP: ${sweep[0]} is not KEY.PATH=VALUE; it also names a folder"
     CCA_OUTPUT=$CCA_OUTPUT/${sweep[0]//\//_}
 }
 
@@ -93,7 +94,7 @@ choose_environment() {
 # overrides WORD...: "--set ..." of these, the sweep's and CCA_SET's words, in the array $overrides
 overrides() {
     local words
-    read -ra words <<< "${CCA_SET:-}"
+    read -r -d '' -a words <<< "${CCA_SET:-}" || true
     overrides=("$@" ${sweep[@]+"${sweep[@]}"} ${words[@]+"${words[@]}"})
     [ "${#overrides[@]}" = 0 ] || overrides=(--set "${overrides[@]}")
 }
@@ -102,7 +103,7 @@ overrides() {
 step_flags=()
 step() {
     local flags
-    read -ra flags <<< "${CCA_SRUN:-}"
+    read -r -d '' -a flags <<< "${CCA_SRUN:-}" || true
     # a rank that fails takes the others along; else they would wait for it
     set -- srun --kill-on-bad-exit=1 ${step_flags[@]+"${step_flags[@]}"} ${flags[@]+"${flags[@]}"} "$@"
     if [ -n "${CCA_DRY_RUN:-}" ]; then
@@ -204,8 +205,8 @@ count_failures() {
     local now file=$state_folder/.failures at='' count=0
     now=$(progress)
     [ ! -f "$file" ] || read -r count at < "$file"
-    { [ "$now" = "$progress_before" ] && [ "$at" = "$now" ]; } || count=0
-    attempts_without_progress=$((count + 1))
+    { [ "$now" = "$progress_before" ] && [ "$at" = "$now" ] && [[ $count =~ ^[0-9]{1,6}$ ]]; } || count=0
+    attempts_without_progress=$((10#$count + 1)) # a number by now: arithmetic would run what else the file holds
     echo "$attempts_without_progress $now" > "$file"
 }
 

@@ -2,7 +2,8 @@
 
     OWNER.json    who writes: host, process, job and start; touched every few seconds
 
-The file is made by `link`, which is atomic on NFS too; no lock of the kernel is used. A lock whose process is gone is
+The file is made by `link`, which is atomic on NFS too (by exclusive creation where there are no links); no lock of the
+kernel is used. A lock whose process is gone is
 taken over: at once where that can be seen (the same machine, or an earlier attempt of the same Slurm job), else after
 its heartbeat has not come for half a minute.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import secrets
@@ -26,6 +28,7 @@ from cca_ds.files import sync_folder
 NAME = "OWNER.json"
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
 class FolderTaken(ValueError):
@@ -85,7 +88,7 @@ class FolderLock:
         try:
             for _ in range(5):  # between two looks another start may take it over first
                 with contextlib.suppress(FileExistsError):
-                    os.link(own, self.path)
+                    _appear(own, self.path)
                     sync_folder(self.path.parent)
                     return
                 holder = _read(self.path)
@@ -181,6 +184,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
+def _appear(source: Path, path: Path) -> None:
+    """Give a file a second name at once and whole, or FileExistsError; exclusively created where there are no links."""
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        content = source.read_bytes()
+        with open(path, "xb") as file:
+            file.write(content)
+
+
 def _remove(path: Path, holder: dict[str, Any]) -> None:
     """Take the holder's record away; one that another start has put there in the meantime is put back."""
     aside = path.with_name(f".{NAME}.{secrets.token_hex(8)}.gone")
@@ -188,7 +203,7 @@ def _remove(path: Path, holder: dict[str, Any]) -> None:
         os.rename(path, aside)
         if _read(aside) != holder:
             with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+                _appear(aside, path)
         aside.unlink()
 
 

@@ -1,5 +1,6 @@
 """One writer in a folder: who holds it, when it is taken over, and how the loser ends."""
 
+import errno
 import json
 import os
 import shutil
@@ -117,6 +118,21 @@ def test_of_many_starts_at_once_one_wins(tmp_path):
     assert len(locks) == 1 and len(refused) == 11
     locks[0].check()
     locks[0].release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_links(tmp_path, monkeypatch, number):
+    def no_link(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_link)
+    lock = FolderLock(tmp_path, "--output x")
+    with pytest.raises(FolderTaken, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path, "--output x")
+    lock.release()
+    held(tmp_path)
+    FolderLock(tmp_path, "--output x").release()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -92,6 +92,38 @@ def test_array_tasks_take_their_word_and_a_folder_of_their_own():
     assert "array task 2, but CCA_SWEEP has 2 words: use --array=0-1" in printed
 
 
+def test_words_of_all_lines_are_taken():
+    printed = dry_run(
+        "cca_3b.sh", {"CCA_SET": "loss.beta=0.1\nbatch.epochs=2\n  seed=3\n", "CCA_SRUN": "--mpi=pmix\n-l"}
+    )
+    assert printed.endswith(" --set loss.beta=0.1 batch.epochs=2 seed=3 \n") and " --mpi=pmix -l " in printed
+    sweep = {"CCA_SWEEP": "loss.lambda=1\nloss.lambda=2", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
+    assert " --output runs/cca-3b-40/loss.lambda=2 " in dry_run("cca_3b.sh", sweep)
+
+
+@pytest.mark.parametrize("word", ["..", ".", "../x=1", "/tmp/x=1", "=1", "loss.lambda"])
+def test_a_sweep_stays_in_its_folder(word):
+    sweep = {"CCA_SWEEP": word, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "0"}
+    printed = dry_run("cca_3b.sh", sweep, check=False)
+    assert f"CCA_SWEEP: {word} is not KEY.PATH=VALUE" in printed and "srun" not in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [("2 nothing", 3), ("08 nothing", 9), ("PPID[$(touch touched)] nothing", 1), ("x nothing", 1), ("", 1),
+     ("-5 nothing", 1), ("9999999 nothing", 1), ("2 step_1", 1)],
+)  # fmt: skip
+def test_the_counter_of_failures_is_read_as_a_number(tmp_path, content, count):
+    (tmp_path / ".failures").write_text(f"{content}\n")
+    code = (
+        f". {REPOSITORY}/slurm/common.sh; state_folder=.; CCA_OUTPUT=.; progress_before=nothing; "
+        'count_failures; echo "$attempts_without_progress"'
+    )
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=ALWAYS, capture_output=True, text=True)
+    assert done.stdout == f"{count}\n", done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".failures"]
+
+
 def test_a_script_outside_the_repository_says_what_to_do():
     printed = dry_run("cca_3b.sh", {"CCA_HOME": "tests"}, check=False)
     assert "tests/slurm/common.sh: No such file" in printed
