@@ -3,9 +3,8 @@
     OWNER.json    who writes: host, process, job and start; touched every few seconds
 
 The file is made by `link`, which is atomic on NFS too (by exclusive creation where there are no links); no lock of the
-kernel is used. A lock whose process is gone is
-taken over: at once where that can be seen (the same machine, or an earlier attempt of the same Slurm job), else after
-its heartbeat has not come for half a minute.
+kernel is used. A lock whose process is gone is taken over: at once where that can be seen (the same machine, or an
+earlier attempt of the same Slurm job), else after its heartbeat has not come for half a minute.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("cca_ds", "csrc", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 TOOLS = ("sh", "env", "uname", "which", "touch", "cat", "rm", "ar")  # what a bare machine has
@@ -57,6 +59,8 @@ class Machine:
             copy(ROOT / name, self.source / name)
         for built in (*self.source.rglob("*.so"), self.source / "cca_ds/ops/build.json"):
             built.unlink(missing_ok=True)
+        if torch.version.cuda is not None:
+            self.cuda_pytorch(None)
 
     def add_compiler(self, fail: str = "") -> Machine:
         """A C++ compiler on PATH that fails on command lines with the word `fail`."""
@@ -80,13 +84,13 @@ class Machine:
             self.environment["CUDA_HOME"] = str(toolkit)
         return self
 
-    def cuda_pytorch(self, version: str = "13.0") -> Machine:
-        """PyTorch says that it was built for this CUDA."""
+    def cuda_pytorch(self, version: str | None = "13.0") -> Machine:
+        """PyTorch says that it was built for this CUDA, None for a CPU build."""
         hook = self.folder / "hook"
-        hook.mkdir()
+        hook.mkdir(exist_ok=True)
         (hook / "sitecustomize.py").write_text(
-            f"import torch\ntorch.version.cuda = {version!r}\ntorch.cuda._is_compiled = lambda: True\n"
-            "torch.cuda.is_available = lambda: False\n"
+            f"import torch\ntorch.version.cuda = {version!r}\n"
+            f"torch.cuda._is_compiled = lambda: {version is not None}\ntorch.cuda.is_available = lambda: False\n"
         )
         self.environment["PYTHONPATH"] = str(hook)
         return self
