@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import random
 import shutil
@@ -239,7 +240,17 @@ def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:
         engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
     finally:
         engine.checkpoint_engine = usual
-    return collector.contents
+    return [(_without_enums(state), path) for state, path in collector.contents]
+
+
+def _without_enums(state: Any) -> Any:
+    """The state with DeepSpeed's enums as the numbers they are: some Pythons pickle an enum as a call of getattr."""
+    return _map(lambda leaf: int(leaf) if isinstance(leaf, enum.Enum) and isinstance(leaf, int) else leaf, state)
+
+
+def _map(change: Callable[[Any], Any], state: Any) -> Any:
+    """The state with every leaf changed; a tensor's size is a leaf and stays one, which DeepSpeed's readers need."""
+    return tree_map(change, state, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
 def _load_engine(trained: Trained, checkpoint: Path, folder: Path, tag: str) -> None:
@@ -255,7 +266,7 @@ def _load_engine(trained: Trained, checkpoint: Path, folder: Path, tag: str) -> 
 
 def _to_host(state: Any) -> Any:
     """Copies of all tensors in host memory, for a thread to write while training changes the originals."""
-    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
+    return _map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _to_universal(checkpoint: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,13 +25,20 @@ from cca_ds.checkpoints.errors import CheckpointError
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def _allowed() -> list[type]:
-    """Classes without code of their own to run that DeepSpeed stores beside tensors."""
+def _allowed() -> dict[str, Any]:
+    """Name in a pickle -> what it stands for: classes of DeepSpeed that run no code of their own."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    def stage_of_name(kind: Any, name: Any) -> ZeroStageEnum:
+        """What Python 3.11.0 to 3.11.3 wrote a stage as: getattr(ZeroStageEnum, "weights"), and nothing else."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"getattr of {name!r}")
+        return ZeroStageEnum[name]
+
+    kinds = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds} | {"builtins.getattr": stage_of_name}
 
 
 @contextlib.contextmanager
@@ -45,7 +53,6 @@ def restricted_load(checkpoint: Path, files: Iterable[Path]) -> Iterator[None]:
         CheckpointError: a file that imports anything else, or that is no file of `torch.save`.
     """
     allowed = _allowed()
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in allowed}
     for path in files:
         try:
             imported = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -53,7 +60,7 @@ def restricted_load(checkpoint: Path, files: Iterable[Path]) -> Iterator[None]:
             raise CheckpointError(
                 f"checkpoint {checkpoint}: {path.name} is not a file that this program wrote; use an older checkpoint"
             ) from None
-        if foreign := sorted(set(imported) - names):
+        if foreign := sorted(set(imported) - allowed.keys()):
             raise CheckpointError(
                 f"checkpoint {checkpoint}: {path.name} would run code when loaded ({', '.join(foreign)}) and was not "
                 "opened; a checkpoint of this program has none, so do not trust this one"
@@ -61,7 +68,7 @@ def restricted_load(checkpoint: Path, files: Iterable[Path]) -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals([(kind, name) for name, kind in allowed.items()]):
             yield
     except pickle.UnpicklingError as error:
         cause = " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cca_ds import export
-from cca_ds.checkpoints.deepspeed_state import load_own
+from cca_ds.checkpoints.deepspeed_state import consolidated_weights, load_own
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.runs import (
@@ -165,6 +165,17 @@ def test_corrupted_newest_falls_back_to_the_older(tmp_path):
     assert "continuing after step 2" in outputs[0].stderr
     assert losses(folder) == losses(whole)
     assert verify(folder / "checkpoints/step_00000004")
+
+
+def test_weights_come_out_of_checkpoints_written_in_the_background(tmp_path):
+    """Bit for bit those of checkpoints that training waited for."""
+    found = []
+    for asynchronous in ("true", "false"):
+        folder = tmp_path / asynchronous
+        train(2, folder, *PLAIN, f"checkpoint.asynchronous={asynchronous}")
+        found.append(consolidated_weights(complete_checkpoints(folder / "checkpoints")[0]))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_resume_takes_a_path_and_refuses_what_it_cannot_continue(tmp_path):

@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from cca_ds import export, sample
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
 from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.checkpoints.store import complete_checkpoints
 from tests.dist.runs import plain_ddp, scratch, train
-from tests.support.hostile import payloads, plant, vouch
+from tests.support.hostile import Calls, payloads, plant, vouch
 
 pytestmark = pytest.mark.dist
 
@@ -103,3 +105,18 @@ def test_own_state_of_an_older_version_is_read_without_code(tmp_path, name):
     outputs = train(2, folder, *SETTINGS, check=False)
     assert [output.returncode for output in outputs] != [0, 0]
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_stage_as_pythons_3_11_0_to_3_11_3_wrote_it_is_read(tmp_path):
+    """They pickled an enum as getattr(ZeroStageEnum, "weights")."""
+    folder = copy_of(tmp_path)
+    (checkpoint,) = complete_checkpoints(folder / "checkpoints")
+    for path in checkpoint.rglob("*_optim_states.pt"):
+        state = torch.load(path, weights_only=False)
+        assert type(state["optimizer_state_dict"]["zero_stage"]) is int  # as it is written now
+        state["optimizer_state_dict"]["zero_stage"] = Calls(getattr, ZeroStageEnum, "weights")
+        torch.save(state, path)
+        assert "builtins.getattr" in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    vouch(checkpoint)
+    assert consolidated_weights(checkpoint)
+    train(2, folder, *SETTINGS)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from cca_ds.checkpoints import store
 from cca_ds.files import describe_file
@@ -31,6 +32,7 @@ def payloads(mark: Path) -> dict[str, object]:
         "eval": Calls(eval, write),
         "exec among tensors": {"a": torch.zeros(3), "b": [Calls(exec, write)]},
         "subprocess": Calls(subprocess.call, ["touch", str(mark)]),
+        "getattr": Calls(getattr, ZeroStageEnum, "mro"),
         "deferred": {"module": {"weight": torch.ones(2)}, "hook": Calls(os.popen, touch)},
     }
 
