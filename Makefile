@@ -1,4 +1,4 @@
-# make demo        one epoch of CCA on real images with three seeds, before and after: four minutes on two CPU cores
+# make demo        one epoch of CCA on real images with three seeds, before and after: two to four minutes on two CPU cores
 # make test        lint and tests
 # make test-slow   the tests that take minutes: kills at random moments, a real Slurm cluster
 # make base        the base model that the demo fine-tunes
