@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TOOLS = ("sh", "env", "uname", "which", "touch", "cat", "rm", "ar")  # what a ba
 # writes the files that a compiler or linker is asked for; FAIL_ON is a word in the command line that makes it fail
 COMPILER = """#!{python} -IS
 import sys
+import sysconfig
 arguments = sys.argv[1:]
 if {fail!r} and any({fail!r} in a for a in arguments):
     sys.exit("error: this compiler cannot compile that")
@@ -65,7 +67,10 @@ class Machine:
     def add_compiler(self, fail: str = "") -> Machine:
         """A C++ compiler on PATH that fails on command lines with the word `fail`."""
         self._program(self.bin / "g++", "gcc version 12.2.0", fail)
-        (self.bin / "c++").symlink_to("g++")
+        # Python builds extensions with the compilers that it was built with, by their names
+        own = (sysconfig.get_config_var(name) or "" for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"))
+        for name in {"c++", *(Path(words.split()[0]).name for words in own if words)} - {"g++"}:
+            (self.bin / name).symlink_to("g++")
         return self
 
     def add_toolkit(
