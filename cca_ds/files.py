@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)  # of file systems without them
 
 
 def expand(path: str | Path) -> Path:
@@ -66,6 +67,34 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all. Raises OSError and leaves `path` as it was."""
     data = content.encode() if isinstance(content, str) else content
     write_streamed(path, lambda file: file.write(data))
+
+
+def write_new(path: str | Path, content: str) -> bool:
+    """Write a file whole, unless there is one: of several writers, on network file systems too, one succeeds.
+
+    Returns:
+        Whether this call made the file. Raises OSError.
+    """
+    path = Path(path)
+    partial = partial_name(path)
+    try:
+        with open(partial, "x") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            with open(path, "x") as file:
+                file.write(content)
+        sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def _rename_durably(partial: Path, path: Path) -> None:

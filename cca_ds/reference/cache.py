@@ -28,13 +28,13 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
-from cca_ds.files import expand, write_atomic
+from cca_ds.files import expand, write_atomic, write_new
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.interface import ReferenceInputs
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
-CHECKSUM = "sha256"
+CHECKSUM, KEY = "sha256", "key"  # in a shard's metadata
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 30.0
 
@@ -64,8 +64,11 @@ def cache_key(run: RunConfig, table: CodeTable, weights_hash: str, precision: st
     }
 
 
-def open_cache(inputs: ReferenceInputs) -> ReferenceCache:
+def open_cache(inputs: ReferenceInputs, make: bool = True) -> ReferenceCache:
     """The cache of `reference.cache` for a run, whose key rank 0 computes; collective.
+
+    Args:
+        make: make the folder where there is none.
 
     Raises:
         ReferenceCacheError: the folder's numbers belong to another run.
@@ -75,7 +78,7 @@ def open_cache(inputs: ReferenceInputs) -> ReferenceCache:
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(hashes, src=0)
     assert run.reference.cache is not None
-    return ReferenceCache(run.reference.cache, cache_key(run, inputs.table, hashes[0], inputs.precision))
+    return ReferenceCache(run.reference.cache, cache_key(run, inputs.table, hashes[0], inputs.precision), make)
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,29 @@ class Shard:
 class ReferenceCache:
     """A folder of shards that belong to one key.
 
+    Args:
+        make: make the folder where there is none.
+
     Raises:
-        ReferenceCacheError: the folder's key is another; the fields that differ are named.
+        ReferenceCacheError: the folder's key is another, the fields that differ are named; or there is no folder.
     """
 
-    def __init__(self, folder: str | Path, key: dict[str, Any]):
+    def __init__(self, folder: str | Path, key: dict[str, Any], make: bool = True):
         self.folder = expand(folder)
         self.shard_steps, self.global_size = key["shard_steps"], key["global_size"]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._key_hash = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = self.folder / "key.json"
-        if not path.is_file():
-            write_atomic(path, json.dumps(key, indent=1) + "\n")
-        found = json.loads(path.read_text())
+        if make:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_new(path, json.dumps(key, indent=1) + "\n")  # of two runs that begin at once one gets the folder
+        try:
+            found = dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ReferenceCacheError(
+                f"reference.cache={folder}: holds no cache; make it with --cache_reference"
+            ) from None
+        except (ValueError, TypeError):
+            raise ReferenceCacheError(f"{path} cannot be read: delete {self.folder} and compute it again") from None
         differing = [f"{name} ({found.get(name)!r} there)" for name in key if found.get(name) != key[name]]
         if differing:
             raise ReferenceCacheError(
@@ -124,17 +138,17 @@ class ReferenceCache:
         steps = np.repeat(np.arange(len(content.samples) // self.global_size), self.global_size)
         columns = [steps + shard * self.shard_steps, content.samples, content.positive, content.negative]
         batch = pyarrow.record_batch([pyarrow.array(c) for c in columns], names=list(COLUMNS))
-        batch = batch.replace_schema_metadata({CHECKSUM: _checksum(shard, content)})
+        batch = batch.replace_schema_metadata({CHECKSUM: _checksum(shard, content), KEY: self._key_hash})
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         write_atomic(self.path(shard), sink.getvalue().to_pybytes())
 
     def read(self, shard: int) -> Shard:
-        """Read a shard and compare it with its checksum, which those of older versions do not have.
+        """Read a shard and compare it with its checksum and the cache's key, which older versions did not write.
 
         Raises:
-            ReferenceCacheError: the file is damaged, or holds another shard.
+            ReferenceCacheError: the file is damaged, holds another shard, or is another cache's.
         """
         import pyarrow
 
@@ -142,25 +156,36 @@ class ReferenceCache:
             with open(self.path(shard), "rb") as source:
                 table = pyarrow.ipc.open_file(source.read()).read_all()
             content = Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
-            expected = (table.schema.metadata or {}).get(CHECKSUM.encode())
+            metadata = table.schema.metadata
         except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
             raise ReferenceCacheError(self._damaged(shard, " ".join(str(error).split()))) from None
-        if expected is not None and expected.decode() != _checksum(shard, content):
-            raise ReferenceCacheError(self._damaged(shard, "its numbers differ from its checksum"))
+        if metadata is not None:
+            if metadata.get(CHECKSUM.encode()) != _checksum(shard, content).encode():
+                raise ReferenceCacheError(self._damaged(shard, "its numbers differ from its checksum"))
+            if metadata.get(KEY.encode(), self._key_hash.encode()) != self._key_hash.encode():
+                raise ReferenceCacheError(self._damaged(shard, "it was written for another cache"))
         return content
 
     def _damaged(self, shard: int, how: str) -> str:
         return f"{self.path(shard)} is damaged ({how}): --cache_reference computes it again"
 
     def require(self, steps: int) -> None:
-        """Raise ReferenceCacheError unless the log-likelihoods of all of a run's steps are there."""
-        shards = -(-steps // self.shard_steps)
-        missing = [shard for shard in range(shards) if not self.path(shard).is_file()]
-        if missing:
-            have = missing[0] * self.shard_steps
+        """Read all that a run of so many steps needs.
+
+        Raises:
+            ReferenceCacheError: a shard is damaged, or steps are missing; older versions also wrote short shards.
+        """
+        shards, have, incomplete = -(-steps // self.shard_steps), 0, 0
+        for shard in range(shards):
+            needed = min(self.shard_steps, steps - shard * self.shard_steps)
+            rows = len(self.read(shard).samples) if self.path(shard).is_file() else 0
+            found = min(rows // self.global_size, needed)
+            have += found if not incomplete else 0
+            incomplete += found < needed
+        if incomplete:
             raise ReferenceCacheError(
-                f"reference.cache={self.folder} holds the first {have} of the run's {steps} steps ({len(missing)} of "
-                f"{shards} files are missing): compute the others with --cache_reference"
+                f"reference.cache={self.folder} holds the first {have} of the run's {steps} steps ({incomplete} of "
+                f"{shards} files are missing or too short): compute the others with --cache_reference"
             )
 
     def is_intact(self, shard: int, samples: np.ndarray) -> bool:

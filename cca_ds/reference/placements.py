@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cca_ds.balance.memory import Sharding, gathered_bytes
+from cca_ds.cluster.collectives import on_first
 from cca_ds.config.variants import Registry
 from cca_ds.data.batches import total_steps
 from cca_ds.models.cost import ModelCost
@@ -71,9 +72,9 @@ def _build_sharded(inputs: ReferenceInputs) -> Reference:
 
 
 def _build_cached(inputs: ReferenceInputs) -> Reference:
-    cache = open_cache(inputs)
-    batch = inputs.run.batch
-    cache.require(total_steps(batch, len(inputs.table) // batch.global_size))
+    cache, batch = open_cache(inputs, make=False), inputs.run.batch
+    steps = total_steps(batch, len(inputs.table) // batch.global_size)
+    on_first(inputs.coordinator.ranks, lambda: cache.require(steps))
     return CachedReference(cache)
 
 

@@ -88,7 +88,7 @@ def test_an_incomplete_cache_is_an_error_where_nobody_fills_it(tmp_path):
     use = ("reference.placement=cached", f"reference.cache={tmp_path / 'cache'}")
     (output,) = train(1, tmp_path / "run", *SETTINGS, *use, check=False)
     assert output.returncode == 2
-    assert "holds the first 2 of the run's 8 steps (1 of 4 files are missing)" in output.stderr
+    assert "holds the first 2 of the run's 8 steps (1 of 4 files are missing or too short)" in output.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -58,6 +58,84 @@ def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
         cache.read(0)
 
 
+def test_no_flipped_bit_changes_a_number_in_silence(tmp_path):
+    """Elsewhere than in the numbers a flip may pass, as nothing reads it."""
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(0, shard())
+    path, refused = cache.path(0), 0
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        try:
+            found = cache.read(0)
+        except ReferenceCacheError:
+            refused += 1
+            continue
+        for name, expected in vars(shard()).items():
+            np.testing.assert_array_equal(getattr(found, name), expected)
+    assert refused > 50
+
+
+def test_shards_of_another_cache_or_place_are_refused_and_of_an_older_version_read(tmp_path):
+    cache, other = ReferenceCache(tmp_path / "a", KEY), ReferenceCache(tmp_path / "b", KEY | {"seed": 1})
+    other.write(0, shard())
+    cache.path(0).write_bytes(other.path(0).read_bytes())
+    with pytest.raises(ReferenceCacheError, match="it was written for another cache"):
+        cache.read(0)
+    cache.write(1, shard())
+    cache.path(1).rename(cache.path(0))
+    with pytest.raises(ReferenceCacheError, match="its numbers differ from its checksum"):
+        cache.read(0)
+    cache.write(2, shard())
+    import pyarrow
+
+    table = pyarrow.ipc.open_file(cache.path(2).read_bytes()).read_all().replace_schema_metadata(None)
+    with pyarrow.ipc.new_file(str(cache.path(2)), table.schema) as writer:
+        writer.write_table(table)
+    np.testing.assert_array_equal(cache.read(2).positive, shard().positive)
+
+
+def test_of_two_runs_that_make_a_cache_at_once_one_gets_it(tmp_path):
+    gate, made, refused = threading.Barrier(8), [], []
+
+    def make(seed: int) -> None:
+        gate.wait()
+        try:
+            made.append(ReferenceCache(tmp_path / "c", KEY | {"seed": seed})._key_hash)
+        except ReferenceCacheError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=make, args=(seed,)) for seed in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(made) == 1 and len(refused) == 7 and all("another run: seed (" in line for line in refused)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "3"])
+def test_a_key_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "key.json").write_text(content)
+    with pytest.raises(ReferenceCacheError, match=r"delete|another run"):
+        ReferenceCache(tmp_path, KEY)
+
+
+def test_what_a_run_requires(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.write(0, shard())
+    cache.require(2)
+    with pytest.raises(ReferenceCacheError, match=r"holds the first 2 of the run's 3 steps \(1 of 2 files are missing"):
+        cache.require(3)
+    cache.write(1, Shard(*(column[:4] for column in vars(shard()).values())))  # an older version's last one
+    cache.require(3)
+    with pytest.raises(ReferenceCacheError, match="holds the first 3 of the run's 4 steps"):
+        cache.require(4)
+    cache.path(0).write_bytes(cache.path(0).read_bytes()[:-40])
+    with pytest.raises(ReferenceCacheError, match=r"shard_000000\.arrow is damaged"):
+        cache.require(2)
+    with pytest.raises(ReferenceCacheError, match="holds no cache; make it with --cache_reference"):
+        ReferenceCache(tmp_path / "none", KEY, make=False)
+    assert not (tmp_path / "none").exists()
+
+
 def batch_of(step: int, positions: slice):
     """A micro-batch whose samples are those of `shard()`."""
     table = type("Table", (), {"manifest": type("M", (), {"crops": 1}), "labels": np.zeros(8, np.int64)})
