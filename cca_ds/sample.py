@@ -84,6 +84,7 @@ def sample(arguments: Namespace) -> int | None:
     ranks, family, show = find_ranks(os.environ), family_of(run.model.preset), run.logging.progress
     precision = resolve_precision({}, run, ranks.device.startswith("cuda"))
     lambda_ = drawing.sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning)
+    folder: SampleFolder | None = None
     try:
         if ranks.world_size > 1:
             ranks = initialize(ranks, WAIT_SECONDS)
@@ -111,6 +112,8 @@ def sample(arguments: Namespace) -> int | None:
         print("sample: stopped; finished images are kept, the same command draws the rest", file=sys.stderr)
         return INTERRUPTED
     finally:
+        if folder is not None:
+            folder.release()
         shutdown()
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "ops",
     "config",
     "console",
+    "folder_lock",
     "files",
     "__init__",
 )

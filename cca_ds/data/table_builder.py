@@ -5,7 +5,7 @@ Until the table is finished its files are in `<table>.partial`:
     plan.json             what is encoded and how; a later start with another plan is refused
     data-*.arrow          finished shards
     records/00003.json    written after shard 3: a shard is finished when its record exists
-    rank0.lock            held by the process that works as rank 0
+    rank0.lock            names the process that works as rank 0
 
 Rank r of W makes the shards r, r + W, ... that have no record, so the number of ranks may change between starts. The
 rank that finds all records writes the manifest and renames the folder, so the table appears whole.
@@ -13,7 +13,6 @@ rank that finds all records writes the manifest and renames the folder, so the t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +25,12 @@ import numpy as np
 from cca_ds.console import say
 from cca_ds.data.manifest import SKIPPED_NAME, CodesError, Manifest, Shard, histogram, read_manifest
 from cca_ds.data.table_files import check_rows, one_line_errors, publish_folder, write_descriptions, write_shard
-from cca_ds.files import write_atomic
+from cca_ds.files import write_atomic, write_new
+from cca_ds.folder_lock import FolderLock, FolderTaken
+
+
+class RankTaken(CodesError):
+    """Another process works as this rank, and what is in the folder is its."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,7 @@ class TableBuilder:
             return self._finished()
         (self.work / "records").mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
-        if not path.exists():
-            write_atomic(path, self.plan.to_json())  # several ranks may write it, all the same text
+        write_new(path, self.plan.to_json())  # by the first of several ranks, or of two commands
         try:
             begun = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -128,19 +131,19 @@ class TableBuilder:
 
     @contextmanager
     def as_rank(self, rank: int) -> Iterator[None]:
-        """Hold the lock of this rank, which the system releases when the process dies.
+        """Be the only process that works as this rank.
 
         Raises:
-            CodesError: another process works as this rank.
+            RankTaken: another process does.
         """
-        with open(self.work / f"rank{rank}.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CodesError(f"another process is encoding {self.folder} as rank {rank}: wait for it") from error
-            except OSError:
-                pass  # a file system without locks
+        try:
+            lock = FolderLock(self.work, f"{self.folder} as rank {rank}", say=say, name=f"rank{rank}.lock")
+        except FolderTaken as error:
+            raise RankTaken(str(error)) from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def pending(self, rank: int, world_size: int) -> list[int]:
         """Numbers of this rank's unfinished shards."""
@@ -211,7 +214,10 @@ class TableBuilder:
 
     def _clean(self) -> None:
         """Remove the files that were needed only to build the table."""
-        leftovers = (*self.folder.glob("rank*.lock"), *self.folder.glob(".*.partial"), self.folder / "plan.json")
+        leftovers = (
+            *self.folder.glob("rank*.lock"), *self.folder.glob(".rank*.lock.*"), *self.folder.glob(".*.partial"),
+            self.folder / "plan.json",
+        )  # fmt: skip
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "records", ignore_errors=True)
@@ -271,6 +277,8 @@ def build_table(
             with tqdm(total=share, initial=share - unfinished, desc="images", unit="image",
                       disable=rank != 0, dynamic_ncols=True) as bar:  # fmt: skip
                 manifest = build_shards(builder, produce, rank, world_size, allowed_share, bar.update)
+        except RankTaken:
+            raise
         except BaseException as error:
             if world_size == 1:
                 builder.discard_if_empty()

@@ -28,6 +28,7 @@ from torch import Tensor
 from cca_ds.console import progress
 from cca_ds.data.image_grid import encode_png, image_grid
 from cca_ds.files import write_atomic, write_streamed
+from cca_ds.folder_lock import FolderLock
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
@@ -58,6 +59,7 @@ class SampleFolder:
 
     def __init__(self, folder: Path, classes: int):
         self.folder, self.classes = folder, classes
+        self._lock: FolderLock | None = None
         self._writers: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
 
@@ -70,8 +72,16 @@ class SampleFolder:
         return [index for index in indices if not self.path(index).is_file()]
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Write the settings; with images of other settings in the folder, refuse it. Raises SamplesError."""
+        """Become the folder's only writer and write the settings; with images of other settings in it, refuse it.
+
+        Raises SamplesError, and FolderTaken where another process writes there.
+        """
         path = self.folder / SETTINGS
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder, f"--output {self.folder}")
+        except OSError as error:
+            raise SamplesError(f"--output {self.folder}: cannot be written ({error.strerror})") from None
         old = _read_settings(path)
         differing = [key for key in settings if key not in FREE and old and old.get(key) != settings[key]]
         if differing:
@@ -84,6 +94,11 @@ class SampleFolder:
             write_atomic(path, json.dumps(settings, indent=1) + "\n")
         except OSError as error:
             raise SamplesError(f"--output {self.folder}: cannot be written ({error.strerror})") from None
+
+    def release(self) -> None:
+        """Let another process write into the folder; safe to call twice, and on ranks that did not claim it."""
+        if self._lock is not None:
+            self._lock.release()
 
     def finish(self, indices: Sequence[int], *, npz: bool, grid: bool, show: bool) -> list[str]:
         """Once all of `indices` are written: record their number, write the archive and the grid where asked.

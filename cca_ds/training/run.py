@@ -21,7 +21,6 @@ from cca_ds.checkpoints.deepspeed_state import Checkpoints
 from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
-from cca_ds.cluster.folder_lock import FolderLock
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import check_ranks
 from cca_ds.cluster.rank_logs import keep_rank_log
@@ -33,6 +32,7 @@ from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import Steps
 from cca_ds.files import expand
+from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
 from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCacheError, open_cache

@@ -14,12 +14,12 @@ import yaml
 
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
-from cca_ds.cluster.folder_lock import NAME as LOCK
-from cca_ds.cluster.folder_lock import FolderLock
 from cca_ds.config.recipes import ConfigError, changed_settings, dump_recipe, load_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.files import expand, write_atomic
+from cca_ds.folder_lock import NAME as LOCK
+from cca_ds.folder_lock import FolderLock
 
 COMPLETED = "COMPLETED"
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from cca_ds.cluster.folder_lock import NAME, FolderLock, FolderLost, FolderTaken
+from cca_ds.folder_lock import NAME, FolderLock, FolderLost, FolderTaken
 
 QUICK = {"beat_seconds": 0.05, "silence_seconds": 0.4}
 
@@ -40,7 +40,7 @@ def test_the_second_start_says_who_holds_it(tmp_path):
 
 
 def test_a_killed_holder_is_replaced_at_once(tmp_path):
-    code = "import sys, pathlib\nfrom cca_ds.cluster.folder_lock import FolderLock\n"
+    code = "import sys, pathlib\nfrom cca_ds.folder_lock import FolderLock\n"
     code += "FolderLock(pathlib.Path(sys.argv[1]), 'x')\nprint('held', flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE,
                           text=True) as holder:  # fmt: skip

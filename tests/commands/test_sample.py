@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
         folder.close()
     with pytest.raises(OSError, match="No space left"):
         files.write_streamed(tmp_path / "x.npz", lambda file: file.write(b"x"))
+    folder.release()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sampling.json"]
 
 
@@ -303,3 +305,16 @@ def test_lambda_of_a_conditioned_model():
     assert log_lambda() is None
     assert log_lambda("model.lambda_conditioning=true") == pytest.approx(np.log(10))
     assert log_lambda("model.lambda_conditioning=true", "sampling.lambda=300") == pytest.approx(np.log(300))
+
+
+def test_a_second_process_that_draws_into_the_folder_is_refused(tmp_path):
+    """With other settings too: before the first has drawn an image, only its lock tells of it."""
+    first, second = SampleFolder(tmp_path / "s", classes=2), SampleFolder(tmp_path / "s", classes=2)
+    first.claim({"seed": 0})
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .* is writing there"):
+        second.claim({"seed": 1})
+    first.release()
+    with pytest.raises(SamplesError, match="holds images drawn with seed 0 and not 1"):
+        second.claim({"seed": 1})
+    second.release()
+    assert not (tmp_path / "s/OWNER.json").exists()

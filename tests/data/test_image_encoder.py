@@ -1,15 +1,18 @@
 """Batches and pixel values that the tokenizer gets, and the lock that each rank holds."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cca_ds import folder_lock
 from cca_ds.data.crops import CropSettings
 from cca_ds.data.image_encoder import ImageEncoder
 from cca_ds.data.image_sources import open_images
 from cca_ds.data.manifest import CodesError, Manifest
-from cca_ds.data.table_builder import TableBuilder, TablePlan
+from cca_ds.data.table_builder import ShardContent, TableBuilder, TablePlan, build_table
 
 
 class Counting(torch.nn.Module):
@@ -66,9 +69,31 @@ def test_a_second_process_of_the_same_rank_is_refused(tmp_path):
     builder = TableBuilder(tmp_path / "t", TablePlan(Manifest(0, 1, 1, 1, 2, "llamagen", "x", ""), 4, 2, {}))
     builder.begin()
     with builder.as_rank(0):
-        with pytest.raises(CodesError, match="as rank 0: wait for it"), builder.as_rank(0):
+        with (
+            pytest.raises(CodesError, match=r"as rank 0: process .* is writing there; wait for it"),
+            builder.as_rank(0),
+        ):
             pass
         with builder.as_rank(1):
             pass
     with builder.as_rank(0):
         pass
+
+
+def test_a_refused_start_leaves_the_first_ones_folder(tmp_path):
+    """Even before its first shard is finished; and a table whose builder was killed is built on."""
+    plan = TablePlan(Manifest(0, 2, 1, 1, 4, "llamagen", "x", ""), 4, 2, {})
+
+    def produce(rows, advance):
+        return ShardContent(np.zeros((len(rows), 1, 1), np.int64), np.array([row % 2 for row in rows]), [])
+
+    builder = TableBuilder(tmp_path / "t", plan)
+    builder.begin()
+    with builder.as_rank(0):
+        with pytest.raises(CodesError, match="is writing there"):
+            build_table(tmp_path / "t", plan, produce, 0.0, rank=0, world_size=1)
+        assert (builder.work / "plan.json").is_file()
+    gone = json.dumps({"host": "a40-7", "pid": 1, "machine": folder_lock._machine(), "process_start": 1})
+    (builder.work / "rank0.lock").write_text(gone)
+    assert build_table(tmp_path / "t", plan, produce, 0.0, rank=0, world_size=1).images == 4
+    assert not list((tmp_path / "t").glob("*lock*"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cca_ds.checkpoints.store import complete_checkpoints
-from cca_ds.cluster.folder_lock import NAME
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.table_files import write_codes
+from cca_ds.folder_lock import NAME
 from tests.dist.ranks import REPOSITORY
 from tests.dist.runs import command, losses, metrics, scratch, start_training, train, wait_until
 

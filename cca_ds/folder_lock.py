@@ -46,6 +46,7 @@ class FolderLock:
         flag: how messages call it, e.g. "--output runs/x".
         environment: of the process, for the job's number and its restarts.
         say: gets a line where the lock of a vanished process is taken over.
+        name: of the file, where writers that do not disturb one another share a folder.
 
     Raises:
         FolderTaken: a process that is alive holds it.
@@ -53,8 +54,9 @@ class FolderLock:
 
     def __init__(self, folder: Path, flag: str, environment: Mapping[str, str] = os.environ,
                  say: Callable[[str], None] = lambda line: None,
-                 beat_seconds: float = BEAT_SECONDS, silence_seconds: float = SILENCE_SECONDS):  # fmt: skip
-        self.path, self.flag = folder / NAME, flag
+                 beat_seconds: float = BEAT_SECONDS, silence_seconds: float = SILENCE_SECONDS,
+                 name: str = NAME):  # fmt: skip
+        self.path, self.flag = folder / name, flag
         self.owner = _this_process(environment)
         self._lost: str | None = None
         self._acquire(say, silence_seconds)
@@ -82,7 +84,7 @@ class FolderLock:
                 self.path.unlink()
 
     def _acquire(self, say: Callable[[str], None], silence_seconds: float) -> None:
-        own = self.path.with_name(f".{NAME}.{self.owner['token']}")
+        own = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
         own.write_text(json.dumps(self.owner, indent=1) + "\n")
         try:
             for _ in range(5):  # between two looks another start may take it over first
@@ -197,7 +199,7 @@ def _appear(source: Path, path: Path) -> None:
 
 def _remove(path: Path, holder: dict[str, Any]) -> None:
     """Take the holder's record away; one that another start has put there in the meantime is put back."""
-    aside = path.with_name(f".{NAME}.{secrets.token_hex(8)}.gone")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.gone")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         if _read(aside) != holder:
