@@ -66,7 +66,7 @@ class Checkpoints:
 
     Args:
         root: the run's `checkpoints` folder.
-        metadata: what a resuming run compares: settings, hash of the data, ZeRO stage, precision.
+        metadata: what a resuming run compares: settings, hashes of the data and weights, ZeRO stage, precision.
         still_ours: raises where another process writes to the run's folder.
     """
 
@@ -204,6 +204,12 @@ class Checkpoints:
                 f"checkpoint {folder}: was trained on other data ({written}, this run's is {self.metadata['data']}); "
                 "name that table in data.codes, or start a new run from its weights (export, then model.weights=FILE)"
             )
+        for key, written in manifest.metadata.get("weights", {}).items():  # which older checkpoints do not have
+            if self.metadata.get("weights", {}).get(key, written) != written:
+                raise CheckpointError(
+                    f"checkpoint {folder}: {key} was another file when it was written (its sha256 began with "
+                    f"{written[:12]}); name that file, or start a new run from this checkpoint's weights"
+                )
         for key, setting in (("precision", "precision"), ("stage", "zero_optimization.stage")):
             written, present = manifest.metadata.get(key), self.metadata[key]
             if written != present:

@@ -105,7 +105,8 @@ def config_hash(run: RunConfig) -> str:
 def changed_settings(before: dict[str, Any], run: RunConfig) -> list[str]:
     """`trajectory_settings` that differ from an earlier start's, each as KEY=OLD, not NEW."""
     now = trajectory_settings(run)
-    return [f"{key}={before.get(key)}, not {now.get(key)}" for key in now if before.get(key) != now[key]]
+    known = [key for key in now if key in before]  # a key of a later version had no effect before
+    return [f"{key}={before[key]}, not {now[key]}" for key in known if before[key] != now[key]]
 
 
 def dump_recipe(run: RunConfig) -> str:

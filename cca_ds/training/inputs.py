@@ -17,7 +17,9 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
+from cca_ds.files import file_hash
 from cca_ds.models import family_of, model_config
+from cca_ds.models.weight_files import existing_file
 from cca_ds.vq import TOKENIZERS, create_tokenizer
 
 
@@ -81,6 +83,15 @@ def verify_once(table: CodeTable, ranks: Ranks) -> None:
     barrier(ranks)
     if ranks.rank == 0 and not table.mark_verified() and takes_time:
         say(f"{table.folder}: cannot be written, so its hashes are compared at every start")
+
+
+def weights_hashes(run: RunConfig) -> dict[str, str]:
+    """sha256 of the files of weights that the recipe names, by key; reads them whole. Raises WeightsError."""
+    named = {
+        "model.weights": run.model.weights, "reference.weights": run.reference.weights,
+        "tokenizer.weights": run.tokenizer.weights,
+    }  # fmt: skip
+    return {key: file_hash(existing_file(resolve_path(name))) for key, name in named.items() if name}
 
 
 def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:

@@ -43,7 +43,7 @@ from cca_ds.reference.replica import ReplicaReference, reference_model
 from cca_ds.training import run_folder
 from cca_ds.training.baseline import check_baseline
 from cca_ds.training.engines import Engines, OptimizerSteps
-from cca_ds.training.inputs import RunInputs, open_inputs, verify_once
+from cca_ds.training.inputs import RunInputs, open_inputs, verify_once, weights_hashes
 from cca_ds.training.policy import Policy
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.reader import BatchReader
@@ -102,6 +102,7 @@ def run_training(
     """
     folder = expand(output or f"runs/{run.name}")
     run_folder.check_output(folder, run, resume)
+    run_folder.check_data(folder, run)
     if run_folder.is_completed(folder):
         print(f"{folder}: this run is finished; nothing to do")
         return 0
@@ -192,9 +193,12 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
+    weights: list[dict[str, str]] = [{}]
+    on_first(ranks, lambda: weights[0].update(weights_hashes(run)))
+    torch.distributed.broadcast_object_list(weights, src=0)
     metadata = {
-        "recipe": trajectory_settings(run), "data": compared["the data"], "stage": zero_stage(ds),
-        "precision": precision,
+        "recipe": trajectory_settings(run), "data": compared["the data"], "weights": weights[0],
+        "stage": zero_stage(ds), "precision": precision,
     }  # fmt: skip
     still_ours = lock.check if lock else lambda look=True: None
     checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata, still_ours)

@@ -14,12 +14,21 @@ import yaml
 
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
-from cca_ds.config.recipes import ConfigError, changed_settings, dump_recipe, load_recipe, trajectory_settings
+from cca_ds.config.recipes import (
+    ConfigError,
+    changed_settings,
+    dump_recipe,
+    load_recipe,
+    resolve_path,
+    trajectory_settings,
+)
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
+from cca_ds.data.manifest import MANIFEST_NAME, read_manifest
 from cca_ds.files import expand, write_atomic
 from cca_ds.folder_lock import NAME as LOCK
 from cca_ds.folder_lock import FolderLock
+from cca_ds.vq import TOKENIZERS
 
 COMPLETED = "COMPLETED"
 
@@ -56,6 +65,26 @@ def check_output(folder: Path, run: RunConfig, resume: str) -> None:
         )
     if resume == "never":
         raise ConfigError([f"--output {folder}: already holds this run; use --resume auto or another folder"])
+
+
+def check_data(folder: Path, run: RunConfig) -> None:
+    """Refuse other data than those of the folder's newest checkpoint, of a finished run too. Raises ConfigError.
+
+    Built-in data, which have no folder yet, are compared where they are opened.
+    """
+    newest = next(iter(store.complete_checkpoints(folder / "checkpoints")), None)
+    table = resolve_path(run.data.codes)
+    if newest is None or run.data.codes in TOKENIZERS or not (table / MANIFEST_NAME).is_file():
+        return
+    with contextlib.suppress(CheckpointError):  # a damaged one is dealt with by the start
+        written, now = store.read_manifest(newest).metadata.get("data"), read_manifest(table).content_hash()
+        if written is not None and written != now:
+            raise ConfigError(
+                [
+                    f"--output {folder}: its run was trained on other data than data.codes={run.data.codes} "
+                    f"({written}, now {now}); name that table, or choose another folder"
+                ]
+            )
 
 
 def _check_writable(place: Path, folder: Path) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from cca_ds.checkpoints import store
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.data.codes import CodeTable
 from cca_ds.data.table_files import write_codes
 from cca_ds.folder_lock import NAME
 from tests.dist.ranks import REPOSITORY
-from tests.dist.runs import command, losses, metrics, scratch, start_training, train, wait_until
+from tests.dist.runs import command, losses, metrics, scratch, start_training, tiny_weights, train, wait_until
 
 pytestmark = pytest.mark.dist
 
@@ -180,10 +182,33 @@ def other_table(folder: Path) -> Path:
 def test_other_data_is_refused(tmp_path):
     folder = cut_short(tmp_path)
     line = refused(folder, *SETTINGS, f"data.codes={other_table(tmp_path / 'other')}")
-    assert "step_00000002: was trained on other data" in line and "data.codes" in line
+    assert "its run was trained on other data than data.codes=" in line
+    line = refused(whole_run(), *SETTINGS, f"data.codes={tmp_path / 'other'}")  # a finished run
+    assert "its run was trained on other data than data.codes=" in line
     start = folder / "checkpoints/step_00000002"
     line = refused(tmp_path / "branch", *SETTINGS, f"data.codes={tmp_path / 'other'}", flags=["--resume", str(start)])
     assert "was trained on other data" in line and not (tmp_path / "branch").exists()
+
+
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_other_weights_under_the_same_name_are_refused(tmp_path, how):
+    """The policy would go on from its checkpoint, and be compared with another reference."""
+    weights, folder = tmp_path / "w.safetensors", tmp_path / "run"
+    shutil.copy(tiny_weights(), weights)
+    named = (*SETTINGS, f"model.weights={weights}")
+    train(1, folder, *named, "batch.max_steps=2")
+    (folder / "COMPLETED").unlink()
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("max_steps: 2", "max_steps: 4"))
+    checkpoint = folder / "checkpoints/step_00000002"
+    body = json.loads((checkpoint / store.COMPLETE).read_text())
+    del body["digest"]
+    body["metadata"]["recipe"]["batch.max_steps"] = 4
+    (checkpoint / store.COMPLETE).write_text(json.dumps(body | {"digest": store._digest(body)}))
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    flags = ["--resume", str(checkpoint)] if how == "path" else []
+    line = refused(folder if how == "auto" else tmp_path / "branch", *named, flags=flags)
+    assert "model.weights was another file when it was written" in line and not (tmp_path / "branch").exists()
 
 
 # ---- tables and caches
