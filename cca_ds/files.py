@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,6 +95,16 @@ def write_new(path: str | Path, content: str) -> bool:
     finally:
         partial.unlink(missing_ok=True)
     return True
+
+
+def save_safetensors(tensors: Mapping[str, Any], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """`safetensors.torch.save_file` with the permissions of any new file: its own lets nobody but the owner read."""
+    from safetensors.torch import save_file  # imports torch
+
+    save_file(dict(tensors), path, metadata)
+    with open(partial_name(Path(path)), "xb") as plain:
+        os.chmod(path, os.fstat(plain.fileno()).st_mode & 0o777)
+    os.unlink(plain.name)
 
 
 def _rename_durably(partial: Path, path: Path) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -30,7 +29,7 @@ from cca_ds.checkpoints.errors import CheckpointError, clear_errors
 from cca_ds.checkpoints.restricted_load import restricted_load
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
-from cca_ds.files import expand
+from cca_ds.files import expand, save_safetensors
 
 TAG = "deepspeed"
 UNIVERSAL = "universal"
@@ -319,7 +318,7 @@ def save_own(state: dict[str, Any], path: Path) -> None:
     """State of this package: its tensors in safetensors, all else as JSON in the file's metadata."""
     tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in state.items() if name not in tensors}
-    save_file(tensors, path, {"state": json.dumps(rest)})
+    save_safetensors(tensors, path, {"state": json.dumps(rest)})
 
 
 def load_own(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cca_ds.checkpoints.errors import CheckpointError, clear_errors
+from cca_ds.checkpoints.errors import CheckpointError, StorageError, clear_errors
 from cca_ds.files import appears, describe_file, sync_folder, write_atomic
 
 COMPLETE = "COMPLETE.json"
@@ -129,10 +129,11 @@ def verify(folder: Path) -> Manifest:
     Files that the manifest does not list, such as a file manager's .DS_Store, are ignored: nothing reads them.
 
     Raises:
-        CheckpointError: names the first missing or changed file.
+        CheckpointError: names the first missing or changed file. StorageError: a file that the disk does not let be
+            read, which may be intact.
     """
     folder = Path(folder)
-    with clear_errors(folder):
+    try:
         manifest = read_manifest(folder)
         for name in sorted(manifest.files):
             if not (folder / name).is_file():
@@ -142,6 +143,11 @@ def verify(folder: Path) -> Manifest:
             for (name, expected), described in zip(manifest.files.items(), found, strict=True):
                 if described != expected:
                     raise CheckpointError(f"checkpoint {folder}: {name} is corrupt; use an older checkpoint")
+    except OSError as error:
+        raise StorageError(
+            f"checkpoint {folder}: cannot be read ({error.strerror}: {error.filename}); make it readable, or move it "
+            "away to continue from an older one"
+        ) from error
     return manifest
 
 
@@ -152,12 +158,15 @@ def newest_verified(root: Path, report: Callable[[str], object] = print) -> tupl
         The folder and its manifest; None where there is no checkpoint at all.
 
     Raises:
-        CheckpointError: there are checkpoints and all are damaged.
+        CheckpointError: there are checkpoints and all are damaged. StorageError: one cannot be read; it may be
+            intact, so that no older one is taken in its place.
     """
     damaged = []
     for folder in published(root):
         try:
             return folder, verify(folder)
+        except StorageError:
+            raise
         except CheckpointError as error:
             damaged.append(str(error).removesuffix("; use an older checkpoint"))
             report(f"passed over: {damaged[-1]}")
@@ -211,7 +220,8 @@ def clean_partials(root: Path) -> list[Path]:
 
     Call it only while no run writes into `root`.
     """
-    deleted = sorted(path for path in Path(root).glob("step_*") if path.name.endswith(LEFTOVERS))
+    named = re.compile(rf"{NAME.pattern}(\.universal)?({'|'.join(map(re.escape, LEFTOVERS))})")
+    deleted = sorted(path for path in Path(root).glob("step_*") if named.fullmatch(path.name) and path.is_dir())
     for path in deleted:
         with clear_errors(path):
             shutil.rmtree(path)
@@ -263,6 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(path.read_bytes())
         digest = body.pop("digest")
         manifest = Manifest(**body)
+        _check_types(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is missing, it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -272,12 +283,23 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _check_types(manifest: Manifest) -> None:
+    """Raise TypeError for values that no run writes: a digest shows damage, not who computed it."""
+    numbers, files = (manifest.step, manifest.world_size), manifest.files
+    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(manifest.metadata, dict):
+        raise TypeError("not a manifest")
+    if not isinstance(files, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise TypeError("not a manifest")
+
+
 def _set_aside_damaged(folder: Path) -> None:
     """Rename a damaged checkpoint: a run that resumed from an older one reaches this step again and must save it."""
     if not folder.exists():
         return
     try:
         verify(folder)
+    except StorageError:
+        raise
     except CheckpointError:
         return _set_aside(folder)
     raise CheckpointError(f"checkpoint {folder}: this step is already saved and intact; resume from it")

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cca_ds.files import save_safetensors
 from cca_ds.models.base import Family
 from cca_ds.models.layers import LambdaEmbedding
 from cca_ds.models.registry import FAMILIES, family_of_model
@@ -161,7 +161,7 @@ def save_weights(
     tensors = _detached(module.state_dict() if state is None else state, dtype)
     if layout == SAFETENSORS:
         header = {"format": "pt", **_described(module), **(metadata or {})}
-        replace_file(path, lambda draft: save_file(tensors, draft, metadata=header))
+        replace_file(path, lambda draft: save_safetensors(tensors, draft, metadata=header))
         if model_card is not None:
             replace_file(path.with_name("README.md"), lambda draft: draft.write_text(model_card) and None)
         return

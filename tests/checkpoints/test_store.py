@@ -3,6 +3,7 @@ ones."""
 
 import errno
 import gc
+import json
 import os
 import subprocess
 import threading
@@ -10,6 +11,8 @@ import threading
 import pytest
 import torch
 
+from cca_ds.checkpoints import store
+from cca_ds.checkpoints.errors import StorageError
 from cca_ds.checkpoints.store import (
     CheckpointError,
     begin,
@@ -328,3 +331,50 @@ def test_a_file_changed_after_its_rank_sealed_it_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"rank_0\.pt changed"):
         publish(partial, [], 1, 2)
     assert complete_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """It may be intact: the disk, or its permissions, are at fault."""
+    save(tmp_path, 1)
+    newest, plain = save(tmp_path, 2), store.describe_file
+
+    def failing(path, *, sync):
+        if path.parent == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path, sync=sync)
+
+    monkeypatch.setattr(store, "describe_file", failing)
+    with pytest.raises(StorageError, match=r"step_00000002: cannot be read \(Input/output error: .*move it away"):
+        newest_verified(tmp_path, pytest.fail)
+    with pytest.raises(StorageError, match="cannot be read"):
+        begin(tmp_path, 2)
+    monkeypatch.undo()
+    assert newest_verified(tmp_path, pytest.fail)[0] == newest
+
+
+def test_what_only_resembles_a_leftover_is_kept(tmp_path):
+    (tmp_path / "step_mine.partial").mkdir()
+    (tmp_path / "step_00000001.partial").write_text("a file")
+    (tmp_path / "step_00000002").write_text("a file")
+    for name in ("step_00000003.partial", "step_00000003.deleting", "step_00000003.universal.partial"):
+        (tmp_path / name).mkdir()
+    assert len(clean_partials(tmp_path)) == 3
+    assert newest_verified(tmp_path, pytest.fail) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000001.partial", "step_00000002", "step_mine.partial"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": []}, {"files": {"../x": {}}}, {"files": {"/etc/passwd": {}}}, {"world_size": "2"}, {"step": True},
+     {"metadata": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_with_values_that_no_run_writes_is_damaged(tmp_path, change):
+    folder = save(tmp_path, 1)
+    body = json.loads((folder / "COMPLETE.json").read_text()) | change
+    del body["digest"]
+    (folder / "COMPLETE.json").write_text(json.dumps(body | {"digest": store._digest(body)}))
+    with pytest.raises(CheckpointError, match=r"COMPLETE\.json is corrupt"):
+        verify(folder)

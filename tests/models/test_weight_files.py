@@ -303,7 +303,7 @@ def test_an_unwritable_place_gets_one_line_and_leaves_nothing(tmp_path, monkeypa
 
     save_weights(random_model(), tmp_path / "kept.safetensors")
     whole = (tmp_path / "kept.safetensors").read_bytes()
-    monkeypatch.setattr("cca_ds.models.weights.save_file", full)
+    monkeypatch.setattr("cca_ds.models.weights.save_safetensors", full)
     with pytest.raises(WeightsError, match=r"cannot write weights to .*: No space left on device"):
         save_weights(random_model(), tmp_path / "kept.safetensors")
     assert (tmp_path / "kept.safetensors").read_bytes() == whole
