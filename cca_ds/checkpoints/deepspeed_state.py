@@ -27,6 +27,7 @@ from cca_ds.checkpoints import store
 from cca_ds.checkpoints.background_writer import BackgroundWriter
 from cca_ds.checkpoints.errors import CheckpointError, clear_errors
 from cca_ds.checkpoints.restricted_load import restricted_load
+from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
 from cca_ds.files import expand, save_safetensors
@@ -176,7 +177,7 @@ class Checkpoints:
             if manifest.world_size == self.ranks.world_size:
                 _set_random_state(load_own(folder / f"random_rank_{self.ranks.rank:05d}"))
         else:
-            _load_engine(trained, folder, folder.parent, f"{folder.name}.{UNIVERSAL}")
+            _load_engine(trained, folder, self.root, f"{folder.name}.{UNIVERSAL}")
             trained.repair_universal_state()
         if trained.ema is not None:
             shards = [load_own(folder / f"average_rank_{r:05d}") for r in range(manifest.world_size)]
@@ -218,10 +219,8 @@ class Checkpoints:
                 )
         if self.is_native(manifest):
             return False
-        universal = folder.with_name(f"{folder.name}.{UNIVERSAL}")
-        if self.ranks.rank == 0:
-            _to_universal(folder, universal)
-        deepspeed.comm.barrier()
+        # in this run's folder: that of the checkpoint may be another run's, or not writable
+        on_first(self.ranks, lambda: _to_universal(folder, self.root / f"{folder.name}.{UNIVERSAL}"))
         return True
 
 
@@ -277,6 +276,7 @@ def _to_host(state: Any) -> Any:
 def _to_universal(checkpoint: Path, target: Path) -> None:
     """Convert a checkpoint anew: nothing vouches for the files of an earlier conversion."""
     partial = target.with_name(target.name + ".partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
     for earlier in (partial, target):
         shutil.rmtree(earlier, ignore_errors=True)
     with store.listed_files(checkpoint) as listed:

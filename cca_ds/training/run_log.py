@@ -6,6 +6,7 @@ A run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, logs/, check
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -119,8 +120,19 @@ class RunLog:
         self._session(settings, part=1)
 
     def finished(self) -> None:
-        """Mark the row as one of a run that went well to its end."""
+        """Mark the row as one of a run that went well to its end.
+
+        Raises:
+            OSError: metrics.jsonl was deleted or replaced, so that the lines since then are lost.
+        """
         self._session({}, part=2)
+        if self.lines is not None:
+            path = Path(self.lines.name)
+            if not path.is_file() or not os.path.samestat(path.stat(), os.fstat(self.lines.fileno())):
+                raise OSError(
+                    f"{path} was deleted or replaced while the run wrote to it, and lines of it are lost; start again "
+                    "to finish the run without them"
+                )
 
     def _session(self, settings: dict[str, bool | str | float], part: int) -> None:
         if self.writer:

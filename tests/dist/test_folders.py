@@ -82,6 +82,25 @@ def test_a_folder_deleted_while_training_is_a_failure(tmp_path):
     assert not (folder / "COMPLETED").exists() and not list(folder.glob("checkpoints/step_*"))
 
 
+def test_a_log_deleted_while_training_is_a_failure(tmp_path):
+    folder = tmp_path / "run"
+    with start_training(1, folder, *LONG[:2], "batch.max_steps=60") as running:
+        wait_until(lambda: (folder / "metrics.jsonl").is_file(), running)
+        (folder / "metrics.jsonl").unlink()
+        (output,) = running.wait(60)
+    assert output.returncode == 1 and "metrics.jsonl was deleted or replaced" in output.stderr, output.stderr
+    assert not (folder / "COMPLETED").exists()
+
+
+def test_a_checkpoint_of_another_run_is_continued_on_more_ranks_and_its_folder_left_alone(tmp_path):
+    folder = cut_short(tmp_path)
+    before = content(folder)
+    start = folder / "checkpoints/step_00000002"
+    outputs = train(2, tmp_path / "branch", *SETTINGS, flags=["--resume", str(start)])
+    assert "continuing after step 2" in outputs[0].stderr and content(folder) == before
+    assert not list((tmp_path / "branch/checkpoints").glob("*.universal*"))
+
+
 def test_a_run_that_was_taken_over_ends_and_publishes_nothing_more(tmp_path):
     folder = tmp_path / "run"
     with start_training(1, folder, *LONG, "checkpoint.every_steps=50") as running:
