@@ -85,8 +85,8 @@ class FolderLock:
 
     def _acquire(self, say: Callable[[str], None], silence_seconds: float) -> None:
         own = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
-        own.write_text(json.dumps(self.owner, indent=1) + "\n")
         try:
+            own.write_text(json.dumps(self.owner, indent=1) + "\n")
             for _ in range(5):  # between two looks another start may take it over first
                 with contextlib.suppress(FileExistsError):
                     _appear(own, self.path)

@@ -183,6 +183,8 @@ def read_ahead(
     finally:  # also after an error: at its exit the process waits for workers, and they ignore SIGTERM
         if workers:
             iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs: it is neither joined nor ended by a signal that it ignores
 
 
 def _make_room_for_sockets(workers: int) -> None:

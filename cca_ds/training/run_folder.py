@@ -102,8 +102,8 @@ def _check_resume(checkpoint: Path, folder: Path, run: RunConfig) -> None:
         manifest = store.read_manifest(checkpoint)
     except (CheckpointError, OSError) as error:
         raise ConfigError([f"--resume {error}"]) from None
-    step, written = manifest.step, manifest.metadata.get("recipe")  # which older checkpoints do not have
-    if isinstance(written, dict) and (changed := changed_settings(written, run)):
+    step, written = manifest.step, _settings_of(checkpoint, manifest)
+    if changed := changed_settings(written, run):
         raise ConfigError(
             [
                 f"--resume {checkpoint}: was written by another run ({'; '.join(changed)}); give the same settings, or "
@@ -115,6 +115,17 @@ def _check_resume(checkpoint: Path, folder: Path, run: RunConfig) -> None:
         raise ConfigError(
             [f"--resume {checkpoint}: {newest.name} is newer in --output {folder}; give another --output"]
         )
+
+
+def _settings_of(checkpoint: Path, manifest: store.Manifest) -> dict[str, Any]:
+    """What a checkpoint was written with; of an older version, what the folder says that it is in; else nothing."""
+    written = manifest.metadata.get("recipe")
+    if isinstance(written, dict):
+        return written
+    try:
+        return trajectory_settings(load_recipe(str(checkpoint.resolve().parents[1] / "config.yaml")))
+    except (ConfigError, yaml.YAMLError, OSError, IndexError):
+        return {}
 
 
 def is_completed(folder: Path) -> bool:

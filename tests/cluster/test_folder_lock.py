@@ -1,5 +1,6 @@
 """One writer in a folder: who holds it, when it is taken over, and how the loser ends."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,10 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from cca_ds import folder_lock
 from cca_ds.folder_lock import NAME, FolderLock, FolderLost, FolderTaken
+from tests.support.small_disk import mounted_disk
 
 QUICK = {"beat_seconds": 0.05, "silence_seconds": 0.4}
 
@@ -164,3 +168,85 @@ def assert_lost(lock, looks, message):
         time.sleep(0.01)
     with pytest.raises(FolderLost, match=message):
         lock.check(look=looks)
+
+
+# ends before its k-th call that changes the disk
+CRASHING = """
+import itertools, os, sys
+from pathlib import Path
+from cca_ds.folder_lock import FolderLock
+calls, crash_at = itertools.count(1), int(sys.argv[2])
+
+def guarded(call):
+    def guard(*args, **kwargs):
+        if next(calls) == crash_at:
+            os._exit(9)
+        return call(*args, **kwargs)
+    return guard
+
+for name in ("fsync", "link", "rename", "unlink", "utime"):
+    setattr(os, name, guarded(getattr(os, name)))
+FolderLock(Path(sys.argv[1]), "--output x").release()
+"""
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_kill_at_any_call_leaves_a_folder_to_take(tmp_path, stale):
+    codes = []
+    for at in range(1, 9):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        if stale:
+            holder = {"host": "a40-7", "pid": 1, "machine": folder_lock._machine(), "process_start": 1, "token": "x"}
+            (folder / NAME).write_text(json.dumps(holder))
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", CRASHING, str(folder), str(at)]
+        codes.append(subprocess.run(command, env=environment).returncode)
+        lock = FolderLock(folder, "--output x")
+        lock.check()
+        lock.release()
+        assert not (folder / NAME).exists()
+    assert 9 in codes and codes[-1] == 0 and set(codes) == {0, 9}
+
+
+@pytest.mark.parametrize("environment", [{"PBS_JOBID": "5"}, {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "$(x)"}])
+def test_only_a_later_attempt_of_a_slurm_job_takes_over_from_a_live_process(tmp_path, environment):
+    lock = FolderLock(tmp_path, "--output x", environment)
+    with pytest.raises(FolderTaken, match="is writing there"):
+        FolderLock(tmp_path, "--output x", environment)
+    lock.release()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_that_start_at_once_one_writes(tmp_path, stale):
+    if stale:
+        holder = {"host": "a40-7", "pid": 1, "machine": folder_lock._machine(), "process_start": 1, "token": "x"}
+        (tmp_path / NAME).write_text(json.dumps(holder))
+    gate, locks, refused = threading.Barrier(12), [], []
+
+    def start():
+        gate.wait()
+        try:
+            locks.append(FolderLock(tmp_path, "--output x"))
+        except FolderTaken as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(12)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    still = [lock for lock in locks if json.loads((tmp_path / NAME).read_text())["token"] == lock.owner["token"]]
+    assert len(still) == 1 and len(locks) + len(refused) == 12
+    [lock.release() for lock in locks]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(tmp_path):
+    with mounted_disk(tmp_path, mib=1) as disk:
+        with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:
+            file.write(b"x" * 2**21)
+        with pytest.raises(OSError, match="No space left"):
+            FolderLock(disk, "--output x")
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            FolderLock(disk, "--output x")
