@@ -96,3 +96,23 @@ def test_no_name_in_the_package_hides_another():
             others.add(name)
     assert {"torch", "datasets", "yaml"} <= others  # the list is of this environment
     assert not own & others
+
+
+def test_no_source_unpickles():
+    """`weights_only` and `allow_pickle` are written at every call; YAML is read by safe loaders."""
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            arguments = [ast.unparse(argument) for argument in node.args]
+            fine = {
+                "torch.load": words.get("weights_only") == "True",
+                "np.load": words.get("allow_pickle") == "False",
+                "yaml.load": bool({"_Loader", "yaml.SafeLoader", "yaml.BaseLoader"} & {*arguments, *words.values()}),
+            }
+            forbidden = ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
+            if not fine.get(name, name not in forbidden):
+                found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert not found

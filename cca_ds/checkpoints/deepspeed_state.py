@@ -171,17 +171,17 @@ class Checkpoints:
         manifest = store.read_manifest(folder)
         if folder.resolve().parent == self.root.resolve():
             self._newest = manifest.step
-        if self.is_native(manifest):
-            with store.listed_files(folder) as listed:
+        with store.listed_files(folder) as listed:
+            if self.is_native(manifest):
                 _load_engine(trained, folder, listed, TAG)
-            if manifest.world_size == self.ranks.world_size:
-                _set_random_state(load_own(folder / f"random_rank_{self.ranks.rank:05d}"))
-        else:
-            _load_engine(trained, folder, self.root, f"{folder.name}.{UNIVERSAL}")
-            trained.repair_universal_state()
-        if trained.ema is not None:
-            shards = [load_own(folder / f"average_rank_{r:05d}") for r in range(manifest.world_size)]
-            trained.ema.restore(shards)
+                if manifest.world_size == self.ranks.world_size:
+                    _set_random_state(load_own(listed / f"random_rank_{self.ranks.rank:05d}"))
+            else:
+                _load_engine(trained, folder, self.root, f"{folder.name}.{UNIVERSAL}")
+                trained.repair_universal_state()
+            if trained.ema is not None:
+                shards = [load_own(listed / f"average_rank_{r:05d}") for r in range(manifest.world_size)]
+                trained.ema.restore(shards)
         return manifest.step
 
     def is_native(self, manifest: store.Manifest) -> bool:
@@ -324,7 +324,8 @@ def save_own(state: dict[str, Any], path: Path) -> None:
 def load_own(path: Path) -> dict[str, Any]:
     """What `save_own` wrote, on the CPU; `path` is without its suffix. Checkpoints of older versions have .pt files."""
     if (old := path.with_name(f"{path.name}.pt")).is_file():
-        return torch.load(old, map_location="cpu", weights_only=True)
+        with restricted_load(old.resolve().parent, [old]):
+            return torch.load(old, map_location="cpu", weights_only=True)
     with safe_open(path.with_name(f"{path.name}.safetensors"), "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()} | json.loads(file.metadata()["state"])  # noqa: SIM118
 
@@ -336,7 +337,7 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
     manifest = store.verify(folder)
     with store.listed_files(folder) as listed, restricted_load(folder, sorted((listed / TAG).glob("*.pt"))):
         if manifest.metadata.get("stage") == 0:
-            weights = torch.load(listed / TAG / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+            weights = torch.load(listed / TAG / "mp_rank_00_model_states.pt", "cpu", weights_only=True)["module"]
         else:
             weights = get_fp32_state_dict_from_zero_checkpoint(str(listed), tag=TAG)
         return {name: tensor.float() for name, tensor in weights.items()}

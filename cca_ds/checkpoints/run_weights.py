@@ -68,8 +68,8 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it reads
         state = consolidated_weights(checkpoint)
     if average:
-        shards = [load_own((checkpoint / name).with_suffix("")) for name in averages]
-        joined = join_shards(shards)
+        with store.listed_files(checkpoint) as listed:
+            joined = join_shards([load_own((listed / name).with_suffix("")) for name in averages])
         state |= {name: flat.view(state[name].shape) for name, flat in joined.items()}
     return RunWeights(state, checkpoint, manifest.step)
 

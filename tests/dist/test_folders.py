@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from cca_ds.checkpoints import store
@@ -139,6 +140,14 @@ def test_foreign_files_do_not_matter(tmp_path, where, name):
     assert "continuing after step 2" in output.stderr
     assert losses(folder) == losses(whole_run())
     assert (folder / where / name).exists()
+
+
+def test_own_state_that_is_not_listed_is_not_read(tmp_path):
+    """As an older version's file, left beside by a careless copy."""
+    folder = cut_short(tmp_path)
+    torch.save({"torch": torch.get_rng_state()}, folder / "checkpoints/step_00000002/random_rank_00000.pt")
+    train(1, folder, *SETTINGS)
+    assert losses(folder) == losses(whole_run())
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])

@@ -1,5 +1,6 @@
 """A checkpoint from a stranger: whatever its files hold and its manifest says, no command runs code from it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from cca_ds import export, sample
+from cca_ds.checkpoints import store
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
 from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.checkpoints.store import complete_checkpoints
@@ -102,8 +104,13 @@ def test_own_state_of_an_older_version_is_read_without_code(tmp_path, name):
     folder = copy_of(tmp_path)
     (checkpoint,) = complete_checkpoints(folder / "checkpoints")
     plant(checkpoint / f"{name}.pt", payloads(tmp_path / "touched")["os.system"])
+    body = json.loads((checkpoint / store.COMPLETE).read_text())
+    body["files"][f"{name}.pt"] = body["files"].pop(f"{name}.safetensors")
+    (checkpoint / store.COMPLETE).write_text(json.dumps(body))
+    vouch(checkpoint)
     outputs = train(2, folder, *SETTINGS, check=False)
-    assert [output.returncode for output in outputs] != [0, 0]
+    assert any(f"{checkpoint}: {name}.pt would run code when loaded" in output.stderr for output in outputs), outputs
+    assert 0 not in [output.returncode for output in outputs]
     assert not (tmp_path / "touched").exists()
 
 
