@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # disks and file servers, not files
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)  # of file systems without them
 
@@ -34,6 +35,17 @@ def partial_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give errors of open files, which name none, the path that the block writes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` at the end of the block: fsynced, then renamed over it.
 
@@ -43,10 +55,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = partial_name(path)
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        _rename_durably(partial, path)
+        with naming(path):
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            _rename_durably(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -121,14 +134,15 @@ def sync_folder(folder: str | Path) -> None:
     """Force a folder's names to the disk: fsync of a file does not cover its name. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def describe_file(path: Path, *, sync: bool) -> dict[str, Any]:
     """{"size": bytes, "sha256": hexadecimal} of a file; `sync` first forces its bytes to the disk."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
+import hashlib
 import json
 import os
 import secrets
@@ -22,12 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cca_ds.files import sync_folder
+from cca_ds.files import sync_folder, write_new
 
 NAME = "OWNER.json"
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
 class FolderTaken(ValueError):
@@ -84,39 +83,55 @@ class FolderLock:
                 self.path.unlink()
 
     def _acquire(self, say: Callable[[str], None], silence_seconds: float) -> None:
-        own = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
-        try:
-            own.write_text(json.dumps(self.owner, indent=1) + "\n")
-            for _ in range(5):  # between two looks another start may take it over first
-                with contextlib.suppress(FileExistsError):
-                    _appear(own, self.path)
-                    sync_folder(self.path.parent)
-                    return
-                holder = _read(self.path)
-                if holder is None:  # released in the meantime
-                    continue
-                if reason := self._gone(holder, silence_seconds):
+        record = json.dumps(self.owner, indent=1) + "\n"
+        for _ in range(5):  # between two looks another start may take it over first
+            if write_new(self.path, record):
+                return
+            holder = _read(self.path)
+            if holder is None:  # released in the meantime
+                continue
+            if reason := self._gone(holder, silence_seconds):
+                if self._replace(self.path, holder, record, silence_seconds):
                     say(f"{self.flag}: taking over from {_describe(holder)}: {reason}")
-                    _remove(self.path, holder)
-                    continue
-                raise FolderTaken(
-                    f"{self.flag}: {_describe(holder)} is writing there; wait for it, stop it, or give another folder"
-                )
-            raise FolderTaken(f"{self.flag}: several processes start writing there at once; start one")
-        finally:
-            own.unlink(missing_ok=True)
+                    return
+                continue
+            raise FolderTaken(
+                f"{self.flag}: {_describe(holder)} is writing there; wait for it, stop it, or give another folder"
+            )
+        raise FolderTaken(f"{self.flag}: several processes start writing there at once; start one")
 
-    def _gone(self, holder: dict[str, Any], silence_seconds: float) -> str | None:
-        """Why the holder cannot be writing any more; None while it may be."""
+    def _replace(self, path: Path, gone: dict[str, Any], record: str, silence_seconds: float) -> bool:
+        """Put our record in the place of a vanished holder's; False where another start was faster.
+
+        Who may do it is decided by a second file, which can be made once for each holder. Its maker may vanish too:
+        then that file is replaced in the same way.
+        """
+        claim = path.with_name(f".{NAME}.{_digest(path.name, gone)}")
+        if not write_new(claim, record):
+            other = _read(claim)
+            if not other or not self._gone(other, silence_seconds, claim):
+                return False
+            if not self._replace(claim, other, record, silence_seconds):
+                return False
+        if _read(path) != gone:  # another start was here before the claim was made
+            claim.unlink(missing_ok=True)
+            return False
+        os.replace(claim, path)
+        sync_folder(path.parent)
+        return True
+
+    def _gone(self, holder: dict[str, Any], silence_seconds: float, path: Path | None = None) -> str | None:
+        """Why the holder of the lock, or of `path`, cannot be writing any more; None while it may be."""
+        path = path or self.path
         own = self.owner
         if holder.get("job") and holder["job"] == own["job"] and _number(holder, "restart") < own["restart"]:
             return f"it is attempt {_number(holder, 'restart')} of this job"
         if holder.get("machine") and holder["machine"] == own["machine"]:
             return None if _start_of(_number(holder, "pid")) == holder.get("process_start") else "it has ended"
-        beat, end = _beat_of(self.path), time.monotonic() + silence_seconds
+        beat, end = _beat_of(path), time.monotonic() + silence_seconds
         while time.monotonic() < end:
             time.sleep(min(1.0, silence_seconds / 10))
-            if _beat_of(self.path) != beat:
+            if _beat_of(path) != beat:
                 return None
         return f"silent for {silence_seconds:.0f} s"
 
@@ -185,27 +200,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _appear(source: Path, path: Path) -> None:
-    """Give a file a second name at once and whole, or FileExistsError; exclusively created where there are no links."""
-    try:
-        os.link(source, path)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        content = source.read_bytes()
-        with open(path, "xb") as file:
-            file.write(content)
-
-
-def _remove(path: Path, holder: dict[str, Any]) -> None:
-    """Take the holder's record away; one that another start has put there in the meantime is put back."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.gone")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, aside)
-        if _read(aside) != holder:
-            with contextlib.suppress(FileExistsError):
-                _appear(aside, path)
-        aside.unlink()
+def _digest(name: str, holder: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{name} {json.dumps(holder, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 def _beat_of(path: Path) -> int | None:

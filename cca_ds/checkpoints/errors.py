@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,10 +52,20 @@ def clear_errors(folder: Path) -> Iterator[None]:
 
 
 def _errno_of_torch_save(text: str, path: Path) -> int | None:
-    """The errno behind a torch.save failure, from its text or the file system's state; None if unknown."""
-    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
-        return errno.EROFS
-    return next((number for number in (*FORBIDDEN, *FULL) if os.strerror(number) in text), None)
+    """The errno behind a torch.save failure, from its text or from a file that is written beside it; None if unknown.
+
+    A disk that is read-only since an error is not marked so: it refuses what is written.
+    """
+    if found := next((number for number in (*FORBIDDEN, *FULL) if os.strerror(number) in text), None):
+        return found
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"written")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _explain(error: OSError, folder: Path) -> str:
@@ -68,4 +79,8 @@ def _explain(error: OSError, folder: Path) -> str:
             f"checkpoint {folder}: not writable ({error.strerror}); make it writable and start again to continue "
             "from the last checkpoint, or choose another --output; older checkpoints are untouched"
         )
-    return f"checkpoint {folder}: {error.strerror or error} ({error.filename})"
+    named = f" ({error.filename})" if error.filename else ""
+    return (
+        f"checkpoint {folder}: {error.strerror or error}{named}; start again to continue from the last checkpoint once "
+        "its disk answers; older checkpoints are untouched"
+    )

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from cca_ds.files import FULL
+from cca_ds.files import FAILING, FULL
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 _CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
@@ -102,6 +102,8 @@ def _explain_os_error(error: OSError, text: str) -> str:
         return f"{name}: not writable ({error.strerror}); make it writable and start again to continue"
     if error.errno in FULL:
         return f"{name}: no space left ({error.strerror}); free some and start again to continue"
+    if error.errno in FAILING:
+        return f"{name}: {error.strerror}; start again to continue once its disk answers"
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
 
 

@@ -201,7 +201,7 @@ def _read_tree(path: Path) -> Any:
     if path.stat().st_size > LARGEST_RECIPE:
         raise ValueError(f"{path.stat().st_size} bytes; a recipe has at most {LARGEST_RECIPE}")
     text = path.read_text(encoding="utf-8")
-    return _with_literal_text(yaml.load(text, _Loader) or {}, yaml.load(text, yaml.BaseLoader), RunConfig)
+    return _typed(yaml.load(text, _Loader) or {}, yaml.load(text, yaml.BaseLoader))
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -267,18 +267,25 @@ def _is_text(annotation: Any) -> bool:
     return annotation is str
 
 
-def _with_literal_text(tree: Any, literal: Any, section: type[BaseModel]) -> Any:
-    """A file's tree with the values of text keys as they are written: a folder 007 is no number, 2024-01-01 no date."""
+def _typed(tree: Any, literal: Any, section: type[BaseModel] = RunConfig) -> Any:
+    """A file's tree with its text keys as they are written (a folder 007 is no number) and 1e-5 as a number.
+
+    Args:
+        tree: as YAML resolves it. literal: the same with every scalar as text.
+    """
     if not isinstance(tree, dict) or not isinstance(literal, dict):
-        return tree
+        return _number(tree)
     fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+    found = {}
     for key, value in tree.items():
         kind, written = fields.get(key), literal.get(str(key))
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            _with_literal_text(value, written, kind)
-        elif value is not None and _is_text(kind) and isinstance(written, str):
-            tree[key] = written
-    return tree
+            found[key] = _typed(value, written, kind)
+        else:
+            found[key] = (
+                written if _is_text(kind) and value is not None and isinstance(written, str) else _number(value)
+            )
+    return found
 
 
 def _number(value: Any) -> Any:
@@ -291,19 +298,6 @@ def _number(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}
     return [_number(item) for item in value] if isinstance(value, list) else value
-
-
-def _numbers(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """The tree with numbers that YAML read as strings, except in text keys."""
-    fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
-    found = {}
-    for key, value in tree.items():
-        kind = fields.get(key)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found[key] = _numbers(value, kind) if isinstance(value, dict) else value
-        else:
-            found[key] = value if _is_text(kind) else _number(value)
-    return found
 
 
 # keys that older versions wrote into a run's config.yaml, with the only value that is still taken
@@ -326,7 +320,6 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
     still find what is wrong with them; None where even that is not valid.
     """
     _drop_retired(tree)
-    tree = _numbers(tree, RunConfig)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

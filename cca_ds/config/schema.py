@@ -74,7 +74,7 @@ class Model(Section):
 class Tokenizer(Section):
     """What turns images into codes and codes into images."""
 
-    name: str = key("digits", "digits, llamagen-vq16 or var-vqvae")
+    name: str = key("digits", "digits, llamagen-vq16, var-vqvae, or one that you registered")
     weights: PathText | None = key(None, "its weights file; the digits' tokenizer needs none")
     options: dict[str, Any] = key({}, "its shape where that differs: channels, channel_multipliers, scales, ...")
 
@@ -95,17 +95,19 @@ class Data(Section):
 class Loss(Section):
     """What is minimised."""
 
-    name: str = key("cca", "cca, dpo, unlearning or mle")
+    name: str = key("cca", "cca, dpo, unlearning, mle, or one that you registered")
     beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0, le=1000.0)
     lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda", le=1e9)
     condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
-    options: dict[str, float] = key({}, "hyperparameters of a loss of your own")
+    options: dict[str, float] = key({}, "the loss's own hyperparameters, for those that have any")
 
 
 class Reference(Section):
     """The frozen model that log-likelihoods are compared with."""
 
-    placement: str = key("inference", "inference, zero3, cached or streamed; README says what each is")
+    placement: str = key(
+        "inference", "inference, zero3, cached, streamed (README says what each is), or one that you registered"
+    )
     weights: PathText | None = key(None, "its weights; null takes the policy's starting weights")
     dropout: bool = key(False, "run it in training mode with dropout, as the public program does")
     offload: bool = key(False, "zero3: its parameters wait in host memory")

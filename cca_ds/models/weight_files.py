@@ -167,7 +167,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _not_plain(name: str, tensor: Tensor) -> str | None:
     """Why a tensor holds no numbers that a model takes; None where it does. Its values are not read."""
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return f"{name} has a shape and no values"
     if tensor.layout != torch.strided:
         return f"{name} is sparse"

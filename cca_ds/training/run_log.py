@@ -15,7 +15,7 @@ from typing import Any
 
 from cca_ds.console import say
 from cca_ds.data.image_grid import encode_png
-from cca_ds.files import write_atomic
+from cca_ds.files import naming, write_atomic
 
 
 def logged_lines(path: Path, last_step: int) -> list[str]:
@@ -88,10 +88,8 @@ class RunLog:
         self.bar.update(1)
         if not write:
             return
-        try:
+        with naming(self.lines.name):
             self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        except OSError as error:  # of an open file: names none
-            raise OSError(error.errno, error.strerror, self.lines.name) from error
         for tag, value in values.items():
             if self.writer:
                 self.writer.add_scalar(tag, value, step)

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import subprocess
+import tempfile
 import threading
 
 import pytest
@@ -289,7 +290,7 @@ def test_a_disk_that_is_really_full(small_disk):
     partial = begin(small_disk, 2)
     with pytest.raises(CheckpointError, match="no space left") as plain, clear_errors(partial):
         (partial / "rank_0.pt").write_bytes(b"x" * 2**21)
-    with pytest.raises(CheckpointError, match="free some space") as from_torch, clear_errors(partial):
+    with pytest.raises(CheckpointError, match=r"no space left|free some space") as from_torch, clear_errors(partial):
         torch.save(torch.zeros(2**19), partial / "rank_0.pt")
     assert "\n" not in str(plain.value) + str(from_torch.value)
     assert newest_verified(small_disk)[0] == older
@@ -316,6 +317,21 @@ def test_a_folder_that_is_really_read_only(small_disk):
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert clean_partials(small_disk) == [partial]
     save(small_disk, 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EROFS, "make it writable and start again"), (errno.EIO, "once its disk answers")]
+)
+def test_what_failed_torch_save_is_asked_of_the_disk(monkeypatch, tmp_path, number, remedy):
+    """A file system that is read-only since an error does not say so, and torch.save names no cause."""
+
+    def failing(**where):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", failing)
+    with pytest.raises(StorageError, match=remedy) as caught, clear_errors(tmp_path / "step"):
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0")
+    assert os.strerror(number) in str(caught.value)
 
 
 def test_errors_that_are_not_the_disks_pass_unchanged(tmp_path):

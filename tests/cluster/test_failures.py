@@ -54,6 +54,10 @@ def test_a_disk_that_cannot_be_written_names_the_file_and_the_remedy():
     assert "no space left (No space left on device); free some" in line_of(
         OSError(errno.ENOSPC, "No space left on device")
     )
+    assert (
+        line_of(OSError(errno.EIO, "Input/output error", "/runs/a/metrics.jsonl"))
+        == "/runs/a/metrics.jsonl: Input/output error; start again to continue once its disk answers"
+    )
     assert line_of(OSError(errno.EACCES, "Permission denied")).endswith("[Errno 13] Permission denied")
 
 

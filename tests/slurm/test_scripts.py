@@ -101,7 +101,7 @@ def test_words_of_all_lines_are_taken():
     assert " --output runs/cca-3b-40/loss.lambda=2 " in dry_run("cca_3b.sh", sweep)
 
 
-@pytest.mark.parametrize("word", ["..", ".", "../x=1", "/tmp/x=1", "=1", "loss.lambda"])
+@pytest.mark.parametrize("word", ["..", ".", "../x=1", "/x=1", "=1", "loss.lambda"])
 def test_a_sweep_stays_in_its_folder(word):
     sweep = {"CCA_SWEEP": word, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "0"}
     printed = dry_run("cca_3b.sh", sweep, check=False)

@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger: whatever its files hold and its manifest says, no command runs code from it."""
+"""An untrusted checkpoint: no command runs code from it, even where its manifest agrees with its files."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PAYLOADS = list(payloads(Path()))
 
 
 def run_of(ranks: int, ds=None) -> Path:
-    folder = scratch() / f"stranger_{ranks}_{ds is None}"
+    folder = scratch() / f"untrusted_{ranks}_{ds is None}"
     if not folder.is_dir():
         train(ranks, folder, *SETTINGS, ds=ds)
     return folder
