@@ -30,6 +30,13 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def positive(text: str) -> int:
+    """A flag's whole number above zero, of at most nine digits."""
+    if not (text.isascii() and text.isdigit()) or not int(text[:10]) or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:80]} is not a whole number above 0")
+    return int(text)
+
+
 def say(message: str) -> None:
     """One line on the console, without tearing a progress bar."""
     from tqdm import tqdm

@@ -18,7 +18,7 @@ import sys
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments, resolve_path
-from cca_ds.console import command_parser, path
+from cca_ds.console import command_parser, path, positive
 from cca_ds.files import expand
 
 
@@ -47,13 +47,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def positive(text: str) -> int:
-    """An integer above zero."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Encode or import, then verify; returns the exit code."""
     options = parse_arguments(arguments)
@@ -62,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(options: argparse.Namespace) -> None:
     """Build the table, unless only --verify is given, then verify it if asked to. Raises ValueError, OSError."""
-    from cca_ds.cluster.launch import find_ranks
+    from cca_ds.cluster.launch import checked_device, find_ranks
     from cca_ds.data.codes import CodeTable
     from cca_ds.data.crops import CropSettings
     from cca_ds.data.image_encoder import ImageEncoder
@@ -88,7 +81,7 @@ def work(options: argparse.Namespace) -> None:
         raise ValueError(f"tokenizer.weights is missing: --set tokenizer.weights=FILE ({spec.name}'s)")
     tokenizer = create_tokenizer(spec.name, weights=weights, **run.tokenizer.options)
     ranks = find_ranks(os.environ)
-    device, output = options.device or ranks.device, expand(options.output or data.codes)
+    device, output = checked_device(options.device) or ranks.device, expand(options.output or data.codes)
     if images or options.import_npy:
         if options.import_npy:
             produce, allowed_share = NpyFolders(options.import_npy, show=ranks.rank == 0), 0.0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
-from cca_ds.console import command_parser, path
+from cca_ds.console import command_parser, path, positive
 from cca_ds.files import expand
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -29,9 +29,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("samples", nargs="?", help=".npz (arr_0: uint8 [N, H, W, 3]) or folder of images")
     parser.add_argument("--reference", help="the same of real images, or .npz of mu, sigma, mu_s, sigma_s")
     parser.add_argument("--inception_weights", type=path, help="the FID network's weights file; never downloaded")
-    parser.add_argument("--batch_size", type=int, help="images per forward (default: the recipe's)")
+    parser.add_argument("--batch_size", type=positive, help="images per forward (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--output", help="also write this .json file and the Markdown table beside it")
+    parser.add_argument("--output", type=path, help="also write this .json file and the Markdown table beside it")
     parser.add_argument(
         "--format", choices=("line", "json", "markdown"), default="line", help="what to print (default: line)"
     )
@@ -53,9 +53,12 @@ def main(argv: list[str] | None = None) -> int:
             from cca_ds.reporting.page import write_report
 
             return print(write_report(expand(arguments.report)))
+        from cca_ds.reporting.evaluation_report import check_output
         from cca_ds.training.checks import recipe_problems
 
         run = recipe_from_arguments(arguments, recipe_problems)
+        if arguments.output:
+            check_output(arguments.output)
         report = evaluate(
             run,
             samples=arguments.samples,
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             cached=not arguments.no_cache,
         )
         if report is not None:
-            publish(report, arguments.format, arguments.output and expand(arguments.output))
+            publish(report, arguments.format, arguments.output)
 
     return run_command("evaluate", work)
 
@@ -78,7 +81,7 @@ def evaluate(
     """Score the samples on all ranks of the launcher; the report on rank 0, None on the others."""
     import torch.distributed
 
-    from cca_ds.cluster.launch import find_ranks, initialize, shutdown
+    from cca_ds.cluster.launch import checked_device, find_ranks, initialize, shutdown
     from cca_ds.metrics.evaluation import FeatureSource, RankGroup, evaluate_images
     from cca_ds.metrics.extraction import network_for
     from cca_ds.metrics.image_sets import open_images
@@ -86,7 +89,7 @@ def evaluate(
 
     images = open_images(samples)
     place = find_ranks(os.environ)
-    device = device or place.device
+    device = checked_device(device) or place.device
     group = None
     try:
         if place.world_size > 1:

@@ -384,6 +384,22 @@ def _check(ranks: Ranks) -> None:
         )
 
 
+def checked_device(name: str | None) -> str | None:
+    """A --device that this machine has; None stays None. Raises ValueError for any other."""
+    if name is None or name == "cpu":
+        return name
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not (number.isascii() and number.isdigit() and len(number) < 5)):
+        raise ValueError(f"--device {name}: neither cpu, cuda nor cuda:NUMBER")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ValueError(f"--device {name}: this machine shows {count} CUDA devices; use cpu" if not count else
+                         f"--device {name}: this machine shows the CUDA devices 0 to {count - 1}")  # fmt: skip
+    return name
+
+
 def _device(ranks: Ranks, cuda_devices: int | None) -> str:
     if cuda_devices is None:
         import torch

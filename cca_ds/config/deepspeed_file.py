@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cca_ds.config.deepspeed_keys import KNOWN
 from cca_ds.config.recipes import PACKAGE, ConfigError
 from cca_ds.config.schema import RunConfig
 from cca_ds.files import expand
+from cca_ds.untrusted import parse_json, regular_file
 
 _MISSING = object()
 LARGEST_FILE = 2**20  # bytes
@@ -50,26 +50,12 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Raises ConfigError: no such file, not JSON, not an object."""
     path = find_ds_config(path)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{path.stat().st_size} bytes; it has at most {LARGEST_FILE}")
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, OSError, RecursionError) as error:
+        tree = parse_json(regular_file(path, largest=LARGEST_FILE).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ConfigError([f"--ds_config {path}: not JSON ({' '.join(str(error).split())})"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"--ds_config {path}: holds a {type(tree).__name__}, not an object"])
     return tree
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return tree
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
 
 
 def _unknown_keys(ds: dict[str, Any], source: str) -> list[str]:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from cca_ds.config import original_names
 from cca_ds.config.schema import RunConfig
 from cca_ds.files import expand
+from cca_ds.untrusted import PlainYaml, regular_file
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
@@ -181,27 +182,10 @@ def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, .
     return _merge(_read_with_bases(str(base), problems, (*seen, path)), tree) if base else tree
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses what a recipe has no use for: keys given twice, and aliases, which can multiply a file's size."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write the value again")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"{key} is given twice, in line {node.start_mark.line + 1} and below")
-        return super().construct_mapping(node, deep)
-
-
 def _read_tree(path: Path) -> Any:
     """A recipe's file. Raises YAMLError, ValueError (too large, not UTF-8, a date or number that is none), OSError."""
-    if path.stat().st_size > LARGEST_RECIPE:
-        raise ValueError(f"{path.stat().st_size} bytes; a recipe has at most {LARGEST_RECIPE}")
-    text = path.read_text(encoding="utf-8")
-    return _typed(yaml.load(text, _Loader) or {}, yaml.load(text, yaml.BaseLoader))
+    text = regular_file(path, largest=LARGEST_RECIPE).read_text(encoding="utf-8")
+    return _typed(yaml.load(text, PlainYaml) or {}, yaml.load(text, yaml.BaseLoader))
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +219,7 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 def _scalar(text: str) -> Any:
     """What YAML makes of a value, with 1e-5 as a number, which YAML 1.1 reads as a string."""
     try:
-        return _number(yaml.load(text, _Loader))
+        return _number(yaml.load(text, PlainYaml))
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 

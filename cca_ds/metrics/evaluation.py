@@ -11,7 +11,7 @@ from cca_ds.console import progress, say
 from cca_ds.metrics.extraction import Extractor, Features, ScoringNetwork, extract, join
 from cca_ds.metrics.feature_cache import cache_key, cache_path, load_cached, store_cached
 from cca_ds.metrics.image_sets import Images, ImagesError, open_images, read_statistics
-from cca_ds.metrics.scores import Reference, Scores, order_note, reference_of, score
+from cca_ds.metrics.scores import MINIMUM, Reference, Scores, order_note, reference_of, score
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,17 @@ def evaluate_images(
     Raises:
         ValueError: images, reference or their number cannot be scored.
     """
+    labels_N = images.labels_N if network.label_classes else None
+    if labels_N is not None and labels_N.max() >= network.label_classes:
+        raise ImagesError(
+            f"{images.path}: label {labels_N.max()} is outside the network's classes 0..{network.label_classes - 1}"
+        )
+    if images.count < MINIMUM:
+        raise ImagesError(f"{images.path}: {images.count} image: a Frechet distance needs at least {MINIMUM}")
     reference = find_reference(reference_path, network, source)
     samples = source.features(images, "samples")
     if source.ranks.rank != 0:
         return None
     assert reference is not None and samples is not None
-    labels_N = images.labels_N if network.classes_are_labels else None
     scores = score(samples, reference, labels_N, device=device)
     return Scores(scores.values, [*scores.notes, *order_note(images.labels_N)])

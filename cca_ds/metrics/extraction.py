@@ -111,14 +111,14 @@ class ScoringNetwork:
         build: (Inception weights file or None, device) -> the network.
         real_features: features of real images that come with the package; None: the user gives --reference.
         real_images: what those images are, for reports.
-        classes_are_labels: the network's classes are the images' labels, so that class accuracy can be computed.
+        label_classes: how many classes the network has, where they are the images' labels: class accuracy is computed.
     """
 
     name: str
     build: Callable[[str | None, str], Extractor]
     real_features: Callable[[], Features] | None = None
     real_images: str | None = None
-    classes_are_labels: bool = False
+    label_classes: int | None = None
 
 
 # of tokenizers whose images are not scored by Inception
@@ -129,7 +129,7 @@ NETWORKS.register(
         build=lambda weights, device: DigitsExtractor(),
         real_features=lambda: digits_features(digits_classifier().reference_codes),
         real_images="scikit-learn's 1,797 digits",
-        classes_are_labels=True,
+        label_classes=10,
     )
 )
 INCEPTION = ScoringNetwork("inception", build=InceptionExtractor)  # its 1,008 classes are in another order

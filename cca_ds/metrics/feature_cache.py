@@ -1,13 +1,14 @@
 """The cache of features beside the images: an .npz under a key of the pixels' and the network's hashes."""
 
-import zipfile
+import contextlib
 from pathlib import Path
 
 import numpy as np
 
 from cca_ds.files import write_streamed
 from cca_ds.metrics.extraction import Features
-from cca_ds.metrics.image_sets import Images
+from cca_ds.metrics.image_sets import Images, read_arrays
+from cca_ds.untrusted import decoding, regular_file
 
 
 def cache_key(images: Images, identity: str) -> str:
@@ -24,14 +25,12 @@ def cache_path(images: Images) -> Path:
 
 def load_cached(path: Path, key: str) -> Features | None:
     """The features stored under this key; None when the file is missing, damaged or of another key."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays["key"]) != key:
-                return None
-            spatial_NS = arrays.get("spatial")
-            return Features(arrays["pool"], spatial_NS, arrays["probabilities"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    with contextlib.suppress(ValueError, OSError), decoding(path):
+        regular_file(path)
+        arrays = read_arrays(path, ("key", "pool", "spatial", "probabilities"))
+        if str(arrays["key"]) == key:
+            return Features(arrays["pool"], arrays.get("spatial"), arrays["probabilities"])
+    return None
 
 
 def store_cached(path: Path, key: str, features: Features) -> None:

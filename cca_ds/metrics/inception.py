@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cca_ds.untrusted import not_a_file
+
 WEIGHTS_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -151,10 +153,9 @@ def load_inception(weights: str | Path | None, device: str | torch.device = "cpu
     Raises InceptionWeightsError, one line, when the file is missing or its keys or shapes are not the
     network's.
     """
-    if weights is None or not Path(weights).is_file():
-        found = "no --inception_weights given"
-        if weights is not None:
-            found = f"--inception_weights {weights}: no such file"
+    reason = None if weights is None else not_a_file(Path(weights))
+    if weights is None or reason:
+        found = f"--inception_weights {weights}: {reason}" if reason else "no --inception_weights given"
         raise InceptionWeightsError(
             f"{found}; download {WEIGHTS_URL} and check that its sha256 is {WEIGHTS_SHA256} (sha256sum FILE)"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cca_ds.metrics.extraction import Extractor
 from cca_ds.metrics.image_sets import Images
 from cca_ds.metrics.precision_recall import NEIGHBOURS
 from cca_ds.metrics.scores import SPLIT, Scores
+from cca_ds.untrusted import read_json
 
 TITLES = {
     "fid": "FID",
@@ -91,7 +93,7 @@ def sampler_settings(images: Path, recipe: str, sampling: dict[str, Any]) -> tup
     beside = [images.with_suffix(".json"), images / "sampling.json", images.parent / "sampling.json"]
     for path in beside:
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except (OSError, ValueError):
             continue
         if isinstance(found, dict) and "metrics" not in found:
@@ -140,6 +142,20 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 STYLES = {"line": as_line, "json": as_json, "markdown": as_markdown}
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError for an --output that `write_report_files` could not write, before images are scored."""
+    if path.suffix != ".json":
+        raise ValueError(f"--output {path}: give a name that ends in .json; the Markdown table goes beside it")
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; give the name of a .json file in it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {path}: {there} cannot be written ({error.strerror}); choose another") from None
 
 
 def write_report_files(report: dict[str, Any], path: Path) -> None:

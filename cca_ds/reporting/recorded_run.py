@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cca_ds.untrusted import PlainYaml, decoding, parse_json, read_json, reason_of, regular_file
+
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json")
 LARGEST_IMAGE = 32 * 2**20  # bytes of a picture; larger ones are left out
+LARGEST_TEXT = 2**30  # bytes of config.yaml and metrics.jsonl: a million steps take 0.5 GB
 LARGEST_STEP = 2**53  # steps are drawn as float64
 
 
@@ -70,28 +74,30 @@ def _mean(value: Any) -> Any:
 
 def _text(run: RecordedRun, name: str) -> str:
     try:
-        return (run.path / name).read_text(errors="replace")
-    except OSError:
-        run.problems.append(f"{name} is missing")
+        return regular_file(run.path / name, largest=LARGEST_TEXT).read_text(errors="replace")
+    except (OSError, ValueError) as error:
+        missing = not (run.path / name).is_symlink() and not (run.path / name).exists()
+        run.problems.append(f"{name} is missing" if missing else f"{name} cannot be read: {reason_of(error)}")
         return ""
 
 
 def _config(run: RecordedRun) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(run.config_text)
-    except yaml.YAMLError:
+        with decoding("config.yaml"):
+            config = yaml.load(run.config_text, PlainYaml)
+    except ValueError:
         run.problems.append("config.yaml is not YAML")
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def _json(run: RecordedRun, file: Path) -> dict[str, Any] | None:
-    try:
-        content = _parse(file.read_text())
-    except OSError:
+    if not file.is_symlink() and not file.exists():
         run.problems.append(f"{file.name} is missing")
         return None
-    except ValueError:
+    try:
+        content = read_json(file, odd_numbers=True)
+    except (ValueError, OSError):
         run.problems.append(f"{file.name} is not JSON")
         return None
     return content if isinstance(content, dict) else None
@@ -103,15 +109,16 @@ def _series(run: RecordedRun) -> dict[str, list[tuple[int, float]]]:
     unreadable = 0
     for line in _text(run, "metrics.jsonl").splitlines():
         try:
-            record = _parse(line)
+            record = parse_json(line, odd_numbers=True)
             step = int(record["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+            tags = record.items()
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
             unreadable += 1
             continue
         if abs(step) > LARGEST_STEP:
             unreadable += 1
             continue
-        for tag, value in record.items():
+        for tag, value in tags:
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if number and tag not in ("step", "time"):
                 values.setdefault(tag, {})[step] = float(value)
@@ -124,25 +131,23 @@ def _pictures(run: RecordedRun, files: list[Path]) -> list[tuple[str, bytes]]:
     """The first and the last of the files, as (name, bytes), if they decode as PNG."""
     grids = []
     for file in dict.fromkeys([*files[:1], *files[-1:]]):
-        data = file.read_bytes()
-        if len(data) <= LARGEST_IMAGE and _is_png(data):
+        try:
+            data = regular_file(file, largest=LARGEST_IMAGE).read_bytes()
+        except (OSError, ValueError):
+            data = b""
+        if _is_png(data):
             grids.append((file.stem, data))
         else:
             run.problems.append(f"{file.relative_to(run.path)} is not a picture")
     return grids
 
 
-def _parse(text: str) -> Any:
-    """JSON whose integers all fit a float; those of 16 digits and more become floats."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
-
-
 def _is_png(data: bytes) -> bool:
     from PIL import Image
 
-    try:
+    with warnings.catch_warnings(), contextlib.suppress(ValueError), decoding("a picture"):
+        warnings.simplefilter("error")  # of many pixels
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return image.format == "PNG"
-    except (OSError, ValueError, SyntaxError):
-        return False
+    return False

@@ -70,7 +70,7 @@ def test_a_value_that_is_none(override, said):
         ("loss:\n  beta: 1\n  beta: 2\n", "beta is given twice"),
         (BOMB, "alias *a"),
         ("a: &a {b: *a}\n", "alias *a"),
-        ("loss: {beta: " + "9" * 5000 + "}\n", "4300 digits"),
+        ("loss: {beta: " + "9" * 5000 + "}\n", "digits"),
         ("name: x\nseed: 2024-99-99\n", "month must be"),
         ("a: " + "{b: " * 2000 + "1" + "}" * 2000, "recursion"),
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
@@ -81,7 +81,7 @@ def test_a_value_that_is_none(override, said):
         ("loss: [1]\n", "loss"),
         ("losss: {}\n", "did you mean loss?"),
         ("1: 2\n", "Keys should be strings"),
-        ("x" * (2**20 + 1), "at most 1048576"),
+        ("x" * (2**20 + 1), "more than the 1,048,576"),
     ],
     ids=lambda text: text[:25],
 )

@@ -1,6 +1,7 @@
 """Archives and folders of images that the evaluation reads or refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
         return folder
     if kind == "cut picture":
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "a.png")
+        shutil.copy(folder / "a.png", folder / "b.png")
         (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:90])
         return folder
     if kind == "text":
@@ -86,7 +88,7 @@ def write_bad_input(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "no such file or folder"),
+        ("missing", "no such file"),
         ("empty folder", "no image in this folder"),
         ("mixed sizes", "mixed sizes, 8.png is 8 x 8 and 9.png is 8 x 9"),
         ("transparent", "mode RGBA"),
