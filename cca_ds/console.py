@@ -37,6 +37,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(text: str, least: float, most: float, whole: bool = False) -> float:
+    """A flag's number between two others."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no {kind} from {least:g} to {most:g}")
+    return value
+
+
 def say(message: str) -> None:
     """One line on the console, without tearing a progress bar."""
     from tqdm import tqdm

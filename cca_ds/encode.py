@@ -18,7 +18,7 @@ import sys
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments, resolve_path
-from cca_ds.console import command_parser, path, positive
+from cca_ds.console import command_parser, number, path, positive
 from cca_ds.files import expand
 
 
@@ -35,16 +35,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--verify", action="store_true",
         help="check the table at --output, after encoding it if there is a --source, and decode a grid")  # fmt: skip
     add("--batch_size", type=positive, default=32, help="crops per forward of the tokenizer (default: 32)")
-    add("--threads", type=positive, default=min(16, os.cpu_count() or 1), help="that read and crop images")
+    add("--threads", type=threads, default=min(16, os.cpu_count() or 1), help="that read and crop images")
     add("--images_per_shard", type=positive, default=1024, help="most images lost by a kill (default: 1024)")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32", help="of the tokenizer (tf32)")
     add("--flip", action="store_true", help="mirror half of the random crops (VAR's --hflip)")
-    add("--max_unreadable", type=float, default=0.001,
+    add("--max_unreadable", type=share, default=0.001,
         help="share of images that may be unusable; they are listed in skipped.jsonl (default: 0.001)")  # fmt: skip
-    add("--max_megapixels", type=float, default=90.0, help="larger images count as unusable (default: 90)")
+    add("--max_megapixels", type=megapixels, default=90.0, help="larger images count as unusable (default: 90)")
     add("--device", help="default: this rank's GPU, or cpu")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher gives it
     return parser.parse_args(arguments)
+
+
+def threads(text: str) -> int:
+    """A number of threads."""
+    return int(number(text, 1, 256, whole=True))
+
+
+def share(text: str) -> float:
+    """From 0 to 1."""
+    return number(text, 0, 1)
+
+
+def megapixels(text: str) -> float:
+    """Of an image that is still decoded."""
+    return number(text, 1e-6, 10_000)
 
 
 def main(arguments: list[str] | None = None) -> int:

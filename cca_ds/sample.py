@@ -23,6 +23,7 @@ from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import command_parser, path, say
 
+LARGEST_SIDE = 8192  # pixels
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
 
@@ -64,8 +65,8 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     run = recipe_from_arguments(arguments, recipe_problems)
     family, scale = family_of(run.model.preset), run.sampling.guidance_scale
     run.sampling.guidance_scale = chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, scale)
-    if arguments.resize is not None and arguments.resize < 1:
-        raise ConfigError([f"--resize {arguments.resize}: give the side in pixels, e.g. 256"])
+    if arguments.resize is not None and not 1 <= arguments.resize <= LARGEST_SIDE:
+        raise ConfigError([f"--resize {arguments.resize}: give the side in pixels, 1 to {LARGEST_SIDE}, e.g. 256"])
     return run
 
 

@@ -71,6 +71,8 @@ def reason_of(raised: BaseException) -> str:
         return "nested too deeply"
     if isinstance(raised, MemoryError):
         return "it claims to hold more than fits into memory"
+    if isinstance(raised, AttributeError | TypeError | IndexError):  # of code that took what is not there for granted
+        return "not laid out as it should be"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(raised)).split())
     if isinstance(raised, KeyError):
         text = f"{text} is missing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from cca_ds.models import (
 )
 from cca_ds.models.model_card import model_card
 from cca_ds.models.weights import SAFETENSORS, layouts
+from cca_ds.untrusted import read_json
 
 
 def export_weights(
@@ -148,7 +148,7 @@ def _card(run: RunConfig, family: Family, metrics: dict[str, float] | None) -> s
 def _read_metrics(path: Path) -> dict[str, float]:
     """Numbers of evaluate's JSON report. Raises ConfigError."""
     try:
-        values = json.loads(path.read_text())["metrics"]
+        values = read_json(path)["metrics"]
         return {name: float(value) for name, value in values.items() if value is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"--metrics {path}: not a report that evaluate --output wrote ({error})"]) from None

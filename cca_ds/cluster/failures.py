@@ -109,7 +109,7 @@ def _explain_os_error(error: OSError, text: str) -> str:
 
 def _out_of_memory(micro_size: int | None) -> str:
     if micro_size is None:
-        return "out of memory; use a smaller batch, or a machine with more"
+        return "out of memory; use a smaller batch or model, or a machine with more"
     if micro_size > 1:
         return (
             f"out of memory with batch.micro_size={micro_size}; batch.micro_size={micro_size // 2} needs about half "

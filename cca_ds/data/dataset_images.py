@@ -6,19 +6,16 @@ mapped in place. Nothing in the folder is executed: the images are taken as byte
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
-from pyarrow import ArrowException
 
 from cca_ds.data.image_sources import ImageSource, PlainArchive, TarMember, open_archive
 from cca_ds.data.manifest import CodesError
 from cca_ds.data.table_files import offline_datasets
+from cca_ds.untrusted import decoding, parse_json, read_json
 
 if TYPE_CHECKING:
     import datasets  # takes a second to import
@@ -42,7 +39,11 @@ def open_dataset(folder: Path, split: str) -> DatasetImages:
         found = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{STATE_NAME}")))
         raise CodesError(f"--source {folder} has the splits {found}, not {split}: choose with --split")
     library = offline_datasets()
-    with _readable(folder):
+    with decoding(f"--source {folder}: not a readable dataset", CodesError):
+        for name in (STATE_NAME, INFO_NAME):
+            if not isinstance(read_json(chosen / name), dict):
+                raise CodesError(f"--source {folder}: not a readable dataset ({name} holds no object)")
+    with decoding(f"--source {folder}: not a readable dataset", CodesError):
         dataset = library.Dataset.load_from_disk(str(chosen), keep_in_memory=False)
     return DatasetImages(folder, dataset.data, dataset.features)
 
@@ -68,25 +69,15 @@ def open_dataset_in_tar(path: Path, members: list[TarMember], split: str) -> Dat
 
     def content(name: str) -> Any:
         member = by_name[str(chosen[0] / name)]
-        return json.loads(archive.read(member.offset, member.size))
+        return parse_json(archive.read(member.offset, member.size))
 
     mapped = pyarrow.py_buffer(memoryview(np.memmap(path, mode="r")))
-    with _readable(path):
+    with decoding(f"--source {path}: not a readable dataset", CodesError):
         files = [by_name[str(chosen[0] / entry["filename"])] for entry in content(STATE_NAME)["_data_files"]]
         buffers = [pyarrow.BufferReader(mapped.slice(file.offset, file.size)) for file in files]
         table = pyarrow.concat_tables(pyarrow.ipc.open_stream(buffer).read_all() for buffer in buffers)
         features = offline_datasets().DatasetInfo.from_dict(content(INFO_NAME)).features
     return DatasetImages(path, table, features)
-
-
-@contextmanager
-def _readable(source: Path) -> Iterator[None]:
-    """In this block, whatever pyarrow, `datasets` and json raise for damaged files becomes a CodesError."""
-    try:
-        yield
-    except (ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CodesError(f"--source {source}: not a readable dataset ({reason})") from error
 
 
 class DatasetImages(ImageSource):

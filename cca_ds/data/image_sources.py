@@ -7,9 +7,11 @@ archive: the members of a tar are read in place.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import tarfile
 import threading
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ import numpy as np
 
 from cca_ds.data.manifest import CodesError
 from cca_ds.files import expand
+from cca_ds.untrusted import not_a_file, reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -70,12 +73,12 @@ def open_images(path: str | Path, split: str = "train") -> ImageSource:
         if dataset_images.is_dataset(path):
             return dataset_images.open_dataset(path, split)
         return ImageFolder(path)
-    if not path.exists():
-        raise CodesError(f"--source {path}: no such file or folder")
+    if reason := not_a_file(path):
+        raise CodesError(f"--source {path}: {reason}; give a folder of images, a dataset on disk, or a tar")
     try:
         members = index_tar(path)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line per compression it tried
+    except Exception as error:  # tarfile and the decompressors raise half a dozen kinds
+        reason = reason_of(error).partition(": - method")[0]  # tarfile adds a line per compression it tried
         raise CodesError(f"--source {path}: neither a folder nor a readable tar ({reason})") from error
     if any(PurePosixPath(member.name).name == "state.json" for member in members):
         return dataset_images.open_dataset_in_tar(path, members, split)
@@ -140,7 +143,10 @@ class ImageFolder(ImageSource):
         return self._paths[index]
 
     def read(self, index: int) -> bytes:
-        return (self._folder / self._paths[index]).read_bytes()
+        path = self._folder / self._paths[index]
+        if reason := not_a_file(path):
+            raise OSError(reason)
+        return path.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -259,8 +265,8 @@ class CompressedArchive:
             try:
                 self._file.seek(offset)
                 content = self._file.read(size)
-            except EOFError as error:
-                raise OSError(f"the archive is truncated ({error})") from error
+            except (EOFError, lzma.LZMAError, zlib.error) as error:
+                raise OSError(f"the archive is truncated or damaged ({error})") from error
         if len(content) != size:
             raise OSError(f"the archive ends after {len(content)} of {size} bytes")
         return content

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from cca_ds.files import expand
+from cca_ds.untrusted import decoding, read_json
 
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"  # {"index", "name", "reason"} of each image that was left out
@@ -112,14 +113,12 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CodesError(
             f"{folder} holds no table of codes ({MANIFEST_NAME} is missing): make one with cca_ds/encode.py"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+    with decoding(f"{path} is not a manifest of this program", CodesError, "encode the images again"):
+        values = read_json(path)
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
         for name in ("label_histogram", "class_names"):
             values[name] = tuple(values[name])
         manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CodesError(f"{path} is not a manifest of this program ({error!r}): encode the images again") from error
     if manifest.format_version != FORMAT_VERSION:
         raise CodesError(
             f"{path} has format {manifest.format_version}, this program reads {FORMAT_VERSION}: encode again"

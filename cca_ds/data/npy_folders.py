@@ -19,7 +19,9 @@ from cca_ds.console import progress, say
 from cca_ds.data.manifest import CodesError, Manifest
 from cca_ds.data.table_builder import ShardContent, TablePlan
 from cca_ds.files import expand
+from cca_ds.untrusted import decoding, regular_file
 
+LARGEST_NPY = 64 * 2**20  # bytes of one image's codes; twenty crops of 576 codes take 92 kB
 LONGEST_PADDING = 4096  # more than the ranks of any run of the original
 
 
@@ -156,7 +158,7 @@ def _codes_and_labels(folder: Path) -> tuple[Path, Path]:
 
 def _count(folder: Path) -> int:
     """Number of .npy files in `folder`. Raises CodesError unless they are numbered 0, 1, 2, ..."""
-    numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit())
+    numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isascii() and path.stem.isdigit())
     if not numbers:
         raise CodesError(f"--import_npy {folder}: holds no .npy files")
     if numbers != list(range(len(numbers))):
@@ -175,10 +177,10 @@ def _label(path: Path) -> int:
 
 def _load(path: Path) -> np.ndarray:
     """The integers of one .npy file, which is never unpickled. Raises CodesError."""
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CodesError(f"{path} is not a readable .npy file ({' '.join(str(error).split())})") from error
+    with decoding(f"{path} is not a readable .npy file", CodesError):
+        values = np.load(regular_file(path, CodesError, LARGEST_NPY), allow_pickle=False)
+    if not isinstance(values, np.ndarray):
+        raise CodesError(f"{path} is an .npz archive under the name of an .npy file")
     if values.dtype.kind not in "iu":
         raise CodesError(f"{path} holds {values.dtype}, not integers")
     return values

@@ -2,8 +2,9 @@
 
 import difflib
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from cca_ds.config.original_names import canonical_model
@@ -11,6 +12,7 @@ from cca_ds.config.variants import Registry
 from cca_ds.models.base import CodeModel, Family
 
 FAMILIES: Registry[Family] = Registry("family")
+LARGEST = 2**20  # of any number in a config
 
 
 def presets() -> list[str]:
@@ -57,13 +59,33 @@ def model_config(preset: str, **overrides: Any) -> Any:
 
 
 def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides as the config's fields have them: whole numbers, tuples. Raises ValueError for what is none."""
+    kinds = get_type_hints(config_class)
     known = [field.name for field in fields(config_class)]
-    for key in overrides:
+    found = {}
+    for key, value in overrides.items():
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
             raise ValueError(f"{config_class.__name__} has no {key!r}: {hint}")
-    return overrides
+        found[key] = _checked_value(config_class, key, kinds[key], value)
+    return found
+
+
+def _checked_value(config_class: type, key: str, kind: Any, value: Any) -> Any:
+    given = str(value)[:80]
+    words = any(isinstance(value, odd) and odd not in (kind, *get_args(kind)) for odd in (bool, str))
+    try:
+        converted = None if words else TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        words = True
+    if words:
+        name = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
+        raise ValueError(f"{config_class.__name__}: {key}={given} is no {name}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(number, int | float) and not abs(number) <= LARGEST:  # NaN too
+            raise ValueError(f"{config_class.__name__}: {key}={given} is not finite, or more than {LARGEST:,}")
+    return converted
 
 
 def create_model(preset_or_config: Any, tokenizer: nn.Module | None = None, **overrides: Any) -> CodeModel:

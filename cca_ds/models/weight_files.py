@@ -5,7 +5,6 @@ runs no code of theirs.
 """
 
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cca_ds.config.variants import Registry
 from cca_ds.files import atomic_path
+from cca_ds.untrusted import parse_json
 
 # where the programs keep the model's own state, the outermost first
 _WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -79,8 +79,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            return json.loads(file.read(length)).get("__metadata__", {})
-        except ValueError:
+            found = parse_json(file.read(length)).get("__metadata__", {})
+            return {str(name): str(value) for name, value in found.items()}
+        except (ValueError, AttributeError):
             raise _damaged(path) from None
 
 

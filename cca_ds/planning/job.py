@@ -10,6 +10,8 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.models.cost import ModelCost
 from cca_ds.reference.placements import PLACEMENTS, Placement
 
+MOST_IMAGES = 10**12
+
 
 @dataclass(frozen=True)
 class Job:
@@ -69,8 +71,8 @@ def job_of(run: RunConfig, model: ModelCost, sharding: Sharding, images: int) ->
     Raises:
         ValueError: fewer than 1 image.
     """
-    if images < 1:
-        raise ValueError(f"--images {images}: an epoch has at least one image")
+    if not 1 <= images <= MOST_IMAGES:
+        raise ValueError(f"--images {images}: an epoch has at least one image, and at most {MOST_IMAGES:,}")
     loss = LOSSES[run.loss.name]
     return Job(
         model=model,

@@ -8,6 +8,7 @@ from cca_ds.cluster.devices import DEVICES, Device
 
 GROUP = re.compile(r"(\d+)x([a-z0-9-]+)(?::(\d+))?")
 GPUS_PER_NODE = 8
+MOST_GPUS, MOST_GROUPS = 100_000, 64
 LINK_SHARE = 0.8  # of a link's rate that large collectives reach
 
 
@@ -42,12 +43,16 @@ def parse_nodes(text: str, efficiencies: str = "", networks: str = "") -> list[N
         devices[name] = replace(devices[name], node_link=value * 1e9)
     groups = []
     for part in filter(None, (part.strip().lower() for part in text.split(","))):
-        match = GROUP.fullmatch(part)
-        if not match or int(match[1]) < 1 or match[3] == "0":
-            raise ValueError(f"--nodes {part}: write NODESxDEVICE:GPUS, e.g. 4xh100:8")
+        match = GROUP.fullmatch(part) if len(part) < 80 else None
+        if not match or int(match[1]) < 1 or int(match[3] or GPUS_PER_NODE) < 1:
+            raise ValueError(f"--nodes {part[:80]}: write NODESxDEVICE:GPUS, e.g. 4xh100:8")
         groups.append(NodeGroup(devices[_known(match[2], "--nodes")], int(match[1]), int(match[3] or GPUS_PER_NODE)))
     if not groups:
         raise ValueError("--nodes names no node; write NODESxDEVICE:GPUS, e.g. 4xh100:8")
+    if (ranks := sum(group.ranks for group in groups)) > MOST_GPUS or len(groups) > MOST_GROUPS:
+        raise ValueError(
+            f"--nodes: {ranks:,} GPUs in {len(groups)} groups; at most {MOST_GPUS:,} in {MOST_GROUPS} are planned"
+        )
     return groups
 
 
@@ -59,8 +64,8 @@ def _values(text: str, flag: str) -> list[tuple[str, float]]:
             value = float(number)
         except ValueError:
             value = 0.0
-        if value <= 0:
-            raise ValueError(f"{flag} {part}: write DEVICE=NUMBER with a positive number")
+        if not 0 < value < 1e9:
+            raise ValueError(f"{flag} {part}: write DEVICE=NUMBER with a positive number below 1e9")
         pairs.append((_known(name, flag), value))
     return pairs
 

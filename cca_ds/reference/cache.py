@@ -31,6 +31,7 @@ from cca_ds.data.codes import CodeTable
 from cca_ds.files import expand, write_atomic, write_new
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.interface import ReferenceInputs
+from cca_ds.untrusted import read_json
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
@@ -109,7 +110,8 @@ class ReferenceCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_new(path, json.dumps(key, indent=1) + "\n")  # of two runs that begin at once one gets the folder
         try:
-            found = dict(json.loads(path.read_text()))
+            path.stat()
+            found = dict(read_json(path))
         except FileNotFoundError:
             raise ReferenceCacheError(
                 f"reference.cache={folder}: holds no cache; make it with --cache_reference"

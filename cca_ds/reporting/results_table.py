@@ -12,12 +12,12 @@ where a cell is a text, a number, null, or {"mean": m, "spread": s}; or {"rows":
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from cca_ds.files import write_atomic
+from cca_ds.untrusted import read_json
 
 SOURCES = {"demo": "What `make demo` prints", "digits_paper": "The paper's findings on the digits"}
 COLUMNS = {"name": "model", "s": "guidance s", "fid": "FID", "inception_score": "IS", "accuracy": "class accuracy",
@@ -76,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ResultsError(f"{path}: not JSON ({error})") from error
+    content = read_json(path, ResultsError)
     if isinstance(content, dict) and "table" not in content and isinstance(content.get("rows"), list):
         content["table"] = _table_of_models(content["rows"])
     table = content.get("table") if isinstance(content, dict) else None

@@ -29,6 +29,7 @@ from cca_ds.console import progress
 from cca_ds.data.image_grid import encode_png, image_grid
 from cca_ds.files import write_atomic, write_streamed
 from cca_ds.folder_lock import FolderLock
+from cca_ds.untrusted import read_json
 
 SETTINGS = "sampling.json"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
@@ -194,9 +195,7 @@ def to_pixels(images_BCHW: Tensor, shift: float) -> np.ndarray:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        found = read_json(path) if path.exists() or path.is_symlink() else {}
     except (OSError, ValueError) as error:
         raise SamplesError(f"{path}: cannot be read ({error}); choose another --output") from None
     return found if isinstance(found, dict) else {}

@@ -136,7 +136,7 @@ def make_tar_of_truncated_dataset(tmp_path, images):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_nothing, "no such file or folder"),
+        (make_nothing, "no such file"),
         (make_empty_folder, "no class folders with images"),
         (make_empty_class, r"1 class folder\(s\) without images \(class10\)"),
         (make_empty_class_in_tar, r"1 class folder\(s\) without images \(class10\)"),
