@@ -55,7 +55,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_recipe_arguments(parser)
     add("--output", help="the run's folder (default: runs/RECIPE)")
     add("--resume", default="auto", help="auto, never, or a checkpoint's folder (default: auto)")
-    add("--dry_run", action="store_true", help="print configuration, parameters, memory and steps; train nothing")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print configuration, parameters, memory and steps, and what training would refuse; train nothing",
+    )
     add("--cache_reference", action="store_true", help="only compute the reference's log-likelihoods of the run")
     add("--produce_reference", action="store_true", help="compute them ahead of trainers that are running")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -80,7 +84,11 @@ def start(arguments: argparse.Namespace) -> int | None:
     if arguments.dry_run:
         from cca_ds.planning.dry_run import describe
 
-        print(describe(run, ds))
+        print(describe(run, ds), flush=True)
+        from cca_ds.training.refusals import refusals
+
+        if problems := refusals(run, arguments.output, arguments.resume):
+            raise ConfigError(problems)
         return 0
     from cca_ds.cluster.launch import choose_accelerator
 

@@ -53,9 +53,10 @@ def test_the_package_is_imported_at_once():
 def test_a_dry_run_takes_three_seconds():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "cca_ds", "train", "--recipe", "llamagen-3b", "--dry_run"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "3,096,659,200 parameters" in shown and "stage 3 *" in shown  # zero3.json is the default
+    assert "3,096,659,200 parameters" in done.stdout and "stage 3 *" in done.stdout  # zero3.json is the default
+    assert done.returncode == 2 and "holds no table of codes" in done.stderr and done.stderr.count("\n") == 1
     assert after.ru_utime - before.ru_utime < 3.0
 
 

@@ -1,0 +1,54 @@
+"""What would make a run stop at its start, found without ranks, engines or a GPU, for `--dry_run`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cca_ds.cluster.failures import explain_error
+from cca_ds.config.recipes import ConfigError, resolve_path
+from cca_ds.config.schema import RunConfig
+from cca_ds.files import expand
+from cca_ds.models.cost import meta_model
+from cca_ds.models.weights import load_weights
+from cca_ds.training import run_folder
+from cca_ds.training.inputs import open_inputs
+
+COMPARED_BYTES = 10**9  # larger tables are compared with their hashes by the run itself
+
+
+def refusals(run: RunConfig, output: str | None, resume: str) -> list[str]:
+    """One line for each part of a run that its start would refuse; empty where none would.
+
+    Looked at are the output folder, the checkpoint to resume from, codes, tokenizer, batch and weights. What only the
+    run finds: ranks, GPUs, fp16 without a GPU, a reference's cache, and hashes of tables over 1 GB.
+
+    Args:
+        run: a checked recipe.
+        output, resume: as on the command line of `train`.
+    """
+    found: list[str] = []
+    folder = expand(output or f"runs/{run.name}")
+
+    def attempt(check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found.extend(error.problems if isinstance(error, ConfigError) else [explain_error(error)])
+
+    attempt(lambda: run_folder.check_output(folder, run, resume))
+    attempt(lambda: run_folder.check_data(folder, run))
+    attempt(lambda: _read_inputs(run))
+    for path in dict.fromkeys((run.model.weights, run.reference.weights)):
+        if path is not None:
+            attempt(lambda path=path: load_weights(meta_model(run.model.preset, run.model.shape), resolve_path(path)))
+    return list(dict.fromkeys(found))
+
+
+def _read_inputs(run: RunConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # for a table that the package builds
+        table = open_inputs(run, Path(folder)).table
+        if not table.is_verified() and sum(shard.bytes for shard in table.manifest.shards) <= COMPARED_BYTES:
+            table.check()
