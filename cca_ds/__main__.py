@@ -68,4 +68,6 @@ def config(parts: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    sys.exit(main())
+    from cca_ds.cluster.failures import run_command
+
+    sys.exit(run_command("cca_ds", main))

@@ -38,7 +38,10 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
         The exit code.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a disk that is full is an error of the command, not of the interpreter's end
+        return code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -14,6 +14,7 @@ Letters: B images of a batch, N of all, H and W pixels, C channels (1 or 3).
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,9 +30,10 @@ from cca_ds.console import progress
 from cca_ds.data.image_grid import encode_png, image_grid
 from cca_ds.files import write_atomic, write_streamed
 from cca_ds.folder_lock import FolderLock
-from cca_ds.untrusted import read_json
+from cca_ds.untrusted import not_a_file, read_json
 
 SETTINGS = "sampling.json"
+PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 WRITERS = 8  # threads: PNG compression leaves Python's lock, and so does waiting for the disk
 # What may differ between two starts that fill one folder.
 FREE = frozenset({"recipe", "weights", "images_per_class", "classes", "images", "complete", "seconds", "versions"})
@@ -69,8 +71,8 @@ class SampleFolder:
         return self.folder / "images" / f"{index % self.classes:04d}" / f"{index:06d}.png"
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """Those of the indices whose image is not there yet."""
-        return [index for index in indices if not self.path(index).is_file()]
+        """Those of the indices whose image is not there yet, or not whole."""
+        return [index for index in indices if not _is_whole(self.path(index))]
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Become the folder's only writer and write the settings; with images of other settings in it, refuse it.
@@ -92,6 +94,8 @@ class SampleFolder:
             raise SamplesError(f"--output {self.folder}: holds images without {SETTINGS}; choose another folder")
         try:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            for left in [*self.folder.glob("images/*/.*.partial"), *self.folder.glob(".s*.partial")]:
+                left.unlink()  # of a process that was killed while it wrote
             write_atomic(path, json.dumps(settings, indent=1) + "\n")
         except OSError as error:
             raise SamplesError(f"--output {self.folder}: cannot be written ({error.strerror})") from None
@@ -191,6 +195,16 @@ def to_pixels(images_BCHW: Tensor, shift: float) -> np.ndarray:
     """Images in [-1, 1] as uint8 [B, H, W, C]: 127.5 x + shift, cut off; `shift` is the family's `pixel_shift`."""
     pixels_BCHW = (127.5 * images_BCHW.float() + shift).clamp(0, 255).to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG does, as one that a full disk or a copy cut short does not."""
+    if not_a_file(path):
+        return False
+    with open(path, "rb") as file:
+        begin = file.read(len(PNG_BEGIN))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - len(PNG_END)))
+        return begin == PNG_BEGIN and file.read() == PNG_END
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -71,3 +71,12 @@ def test_a_shipped_deepspeed_file_by_its_name_anywhere(name, tmp_path, monkeypat
 def test_a_deepspeed_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"elsewhere/zero2.json: no such file; the shipped ones are zero2, zero3, "):
         read_ds_config("elsewhere/zero2.json")
+
+
+@pytest.mark.parametrize("command", ["config", "--help", "plan --nodes 1xh100:8", "train --dry_run", "nothing"])
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_console_that_takes_nothing_is_no_traceback(command, where):
+    line = f"{sys.executable} -m cca_ds {command} {where}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert where != ">/dev/full" or (done.returncode in (1, 2) and done.stderr.count("\n") == 1)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +319,16 @@ def test_a_second_process_that_draws_into_the_folder_is_refused(tmp_path):
         second.claim({"seed": 1})
     second.release()
     assert not (tmp_path / "s/OWNER.json").exists()
+
+
+def test_what_is_no_whole_picture_is_drawn_again_and_leftovers_go(drawn, tmp_path, small):
+    folder = Path(shutil.copytree(drawn, tmp_path / "samples"))
+    before = hashes(folder)
+    first, second, third, *_ = sorted((folder / "images").rglob("*.png"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-9])
+    third.unlink()
+    (third.parent / f".{third.name}.17-abc.partial").write_bytes(b"x")
+    (folder / ".samples.npz.17-abc.partial").write_bytes(b"x")
+    assert sample(folder, *small) == 0
+    assert hashes(folder) == before and not list(folder.rglob(".*.partial"))
