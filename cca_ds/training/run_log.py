@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cca_ds.cluster.rank_logs import log_only
 from cca_ds.console import say
 from cca_ds.data.image_grid import encode_png
 from cca_ds.files import naming, write_atomic
@@ -35,6 +38,20 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     """Drop lines of steps after `last_step`, so that a resumed run logs no step twice."""
     if path.is_file():
         write_atomic(path, "".join(f"{line}\n" for line in logged_lines(path, last_step)))
+
+
+def _log_errors_of_event_writers() -> None:
+    """Print no traceback of TensorBoard's writing threads: what they met is raised where the next value is added."""
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        frames = traceback.extract_tb(args.exc_traceback)
+        if any(Path(frame.filename).name == "event_file_writer.py" for frame in frames):
+            log_only("".join(traceback.format_exception(args.exc_value)))
+        else:
+            previous(args)
+
+    threading.excepthook = hook
 
 
 class RunLog:
@@ -60,6 +77,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            _log_errors_of_event_writers()
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(
             total=steps,
@@ -90,9 +108,10 @@ class RunLog:
             return
         with naming(self.lines.name):
             self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for tag, value in values.items():
-            if self.writer:
-                self.writer.add_scalar(tag, value, step)
+        if self.writer:
+            with naming(self.folder / "tensorboard"):  # raises what TensorBoard's thread met with an earlier value
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, step: int, grid: Any, file_name: str) -> None:
         """A picture [H, W, C] uint8: into TensorBoard and as samples/`file_name`."""

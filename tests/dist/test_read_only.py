@@ -108,3 +108,17 @@ def test_a_whole_output_that_turns_read_only_is_one_clear_error(mounts, tmp_path
     (output,) = train(1, folder, *SETTINGS)
     assert f"continuing after step {manifest.step}" in output.stderr
     assert metrics(folder)[-1]["step"] == STEPS
+
+
+def test_a_full_disk_of_tensorboard_is_one_clear_error(mounts, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mounts(folder / "tensorboard", "-t", "tmpfs", "-o", "size=8k", "tmpfs")
+    settings = (*SETTINGS, "logging.tensorboard=true", "logging.every_steps=1")
+    (output,) = train(1, folder, *settings, check=False)
+    lines = [line for line in output.stderr.splitlines() if line.startswith("rank 0 on ")]
+    assert output.returncode == 1 and "Traceback" not in output.stderr and len(lines) == 1, output.stderr
+    assert f"{folder}/tensorboard: no space left" in lines[0]
+    subprocess.run(["mount", "-o", "remount,size=8m", folder / "tensorboard"], check=True)
+    train(1, folder, *settings)
+    assert metrics(folder)[-1]["step"] == STEPS
