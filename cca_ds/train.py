@@ -9,6 +9,7 @@ sbatch slurm/cca_3b.sh
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(arguments: argparse.Namespace) -> int | None:
     """Check the configuration, then describe the run, fill its reference's cache, or train."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that waits for another warns every second
     from cca_ds.config.deepspeed_file import conflicts, read_ds_config
     from cca_ds.config.recipes import ConfigError, recipe_from_arguments
     from cca_ds.training.checks import recipe_problems

@@ -31,6 +31,12 @@ class LaunchError(ValueError):
     """The environment does not determine the ranks, or the ranks did not find each other."""
 
 
+class NotAllArrived(LaunchError):
+    """A rank did not come in time: a failure of the cluster, not of the input."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The place of this process among those of one start."""
@@ -132,12 +138,19 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, rendezvous_seconds
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=2 * timeout_seconds),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=2 * timeout_seconds),
+        )
+    except torch.distributed.DistError as error:  # of the store or the network
+        raise NotAllArrived(
+            f"rank {ranks.rank} on {ranks.host}: not all {ranks.world_size} ranks met at {ranks.master_address}:"
+            f"{ranks.master_port} within {2 * timeout_seconds:.0f} s; see which rank's log ends early, and that "
+            "MASTER_ADDR and MASTER_PORT are those of rank 0 and can be reached"
+        ) from error
     del store
     return ranks
 
@@ -382,6 +395,8 @@ def _check(ranks: Ranks) -> None:
             f"rank {ranks.rank}: local rank {ranks.local_rank} of {ranks.local_world_size} on this node does "
             f"not fit a world of {ranks.world_size}"
         )
+    if ranks.master_port is not None and not 0 < ranks.master_port < 2**16:
+        raise LaunchError(f"MASTER_PORT={ranks.master_port} is no port; give 1 to 65535, free on rank 0's node")
 
 
 def checked_device(name: str | None) -> str | None:

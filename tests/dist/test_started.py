@@ -1,5 +1,6 @@
 """Ranks that the launchers themselves start."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,3 +70,18 @@ def test_started_alone():
 def test_a_rank_number_missing_from_the_environment_ends_the_start():
     with pytest.raises(RanksFailed, match="LaunchError: LOCAL_RANK, WORLD_SIZE"):
         run_ranks("tests/dist/hello.py", 1, env={"RANK": ""}, timeout=60, group=ForkedRanks)
+
+
+@pytest.mark.parametrize("place", [{"RANK": "0"}, {"RANK": "1"}, {"RANK": "1", "MASTER_ADDR": "no.such.host.invalid"}])
+def test_a_rank_that_waits_in_vain_says_where(tmp_path, place):
+    """The other rank never comes."""
+    port = str(free_port())
+    nowhere = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | place
+    settings = ["distributed.timeout_seconds=1.5", "baseline.check=false"]
+    command = [sys.executable, "cca_ds/train.py", "--output", tmp_path / "run", "--set", *settings]
+    environment = os.environ | nowhere | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    line = done.stderr.splitlines()[-1]  # PyTorch's C++ code prints errors of its own before it
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1 and f"{nowhere['MASTER_ADDR']}:{port} within 3 s" in line
+    assert f"rank {place['RANK']} on" in line and not (tmp_path / "run").exists()
