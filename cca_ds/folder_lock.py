@@ -109,7 +109,7 @@ class FolderLock:
         claim = path.with_name(f".{NAME}.{_digest(path.name, gone)}")
         if not write_new(claim, record):
             other = _read(claim)
-            if not other or not self._gone(other, silence_seconds, claim):
+            if other is None or not self._gone(other, silence_seconds, claim):
                 return False
             if not self._replace(claim, other, record, silence_seconds):
                 return False

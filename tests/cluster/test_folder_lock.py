@@ -104,27 +104,6 @@ def test_a_holder_elsewhere_that_beats_is_left_alone(tmp_path):
         thread.join()
 
 
-def test_of_many_starts_at_once_one_wins(tmp_path):
-    held(tmp_path)
-    locks, refused = [], []
-
-    def start():
-        try:
-            locks.append(FolderLock(tmp_path, "x"))
-        except FolderTaken as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=start) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(locks) == 1 and len(refused) == 11
-    locks[0].check()
-    locks[0].release()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
 def test_a_file_system_without_links(tmp_path, monkeypatch, number):
     def no_link(*_):
@@ -250,3 +229,14 @@ def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(OSError, match="Read-only"):
             FolderLock(disk, "--output x")
+
+
+def test_a_claim_that_was_cut_short_does_not_keep_a_folder_for_ever(tmp_path):
+    """As a kill leaves it on a file system without links."""
+    holder = {"host": "a40-7", "pid": 1, "machine": folder_lock._machine(), "process_start": 1, "token": "x"}
+    (tmp_path / NAME).write_text(json.dumps(holder))
+    (tmp_path / f".{NAME}.{folder_lock._digest(NAME, holder)}").write_text('{"host')
+    lock = FolderLock(tmp_path, "--output x", **QUICK)
+    lock.check()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []

@@ -100,7 +100,7 @@ def test_a_whole_output_that_turns_read_only_is_one_clear_error(mounts, tmp_path
     assert output.returncode == 1 and "Traceback" not in output.stderr
     lines = [line for line in output.stderr.splitlines() if line.startswith("rank 0 on ")]
     assert len(lines) == 1 and str(folder) in lines[0] and "start again" in lines[0], output.stderr
-    # a file that was open when the disk failed is told of its error, others that the disk is read-only
+    # an fsync of an open file gets the disk's I/O error, a new file gets EROFS
     assert "Input/output error" in lines[0] or "not writable (Read-only file system)" in lines[0]
     subprocess.run(["umount", str(disk)], check=True)
     assert mount("-o", "loop", image, disk)
