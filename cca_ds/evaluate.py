@@ -93,7 +93,7 @@ def evaluate(
     group = None
     try:
         if place.world_size > 1:
-            initialize(place)
+            initialize(place, rendezvous_seconds=run.distributed.rendezvous_seconds)
             group = torch.distributed.new_group(backend="gloo")  # features are gathered on the CPU
         network = network_for(run.tokenizer.name)
         extractor = network.build(inception_weights, device)

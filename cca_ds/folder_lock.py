@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cca_ds.files import sync_folder, write_new
+from cca_ds.untrusted import not_a_file, parse_json
 
 NAME = "OWNER.json"
 BEAT_SECONDS = 5.0
@@ -191,8 +192,10 @@ def _start_of(pid: int) -> int | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """The holder's record; None where there is none. A record that is no JSON is a holder without a name."""
     try:
+        if path.exists() and not_a_file(path):  # opening a pipe would wait for its writer
+            return {}
         with open(path, "rb") as file:
-            found = json.loads(file.read(1 << 16))
+            found = parse_json(file.read(1 << 16))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

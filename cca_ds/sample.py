@@ -88,7 +88,7 @@ def sample(arguments: Namespace) -> int | None:
     folder: SampleFolder | None = None
     try:
         if ranks.world_size > 1:
-            ranks = initialize(ranks, WAIT_SECONDS)
+            ranks = initialize(ranks, WAIT_SECONDS, run.distributed.rendezvous_seconds)
         loaded = load_model(run.model, run.tokenizer, source, ranks, precision)
         folder = SampleFolder(arguments.output, loaded.model.num_classes)
         indices = image_indices(run.sampling.images_per_class, folder.classes, arguments.classes)

@@ -29,6 +29,7 @@ from typing import Any
 
 from cca_ds.checkpoints.errors import CheckpointError, StorageError, clear_errors
 from cca_ds.files import appears, describe_file, sync_folder, write_atomic
+from cca_ds.untrusted import read_json
 
 COMPLETE = "COMPLETE.json"
 LATEST = "latest"
@@ -269,13 +270,13 @@ def _is_last(partial: Path, world_size: int) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """COMPLETE.json, checked against its own digest but not against the files. Raises CheckpointError."""
     path = folder / COMPLETE
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is missing, it was never finished")
     try:
-        body = json.loads(path.read_bytes())
+        body = read_json(path)
         digest = body.pop("digest")
         manifest = Manifest(**body)
         _check_types(manifest)
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is missing, it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"checkpoint {folder}: {COMPLETE} is corrupt; use an older checkpoint") from None
     if digest != _digest(body) or manifest.step != _step(folder):

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 a failure of the machine or of the program (starting again
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -38,9 +39,10 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
         The exit code.
     """
     try:
+        if sys.stdout is None:
+            sys.stdout = _ClosedOutput()
         code = work() or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a disk that is full is an error of the command, not of the interpreter's end
+        sys.stdout.flush()  # a disk that is full is an error of the command, not of the interpreter's end
         return code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -50,6 +52,22 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
     except BaseException as error:
         report_error(name, error)
         return exit_code(error)
+
+
+class _ClosedOutput(io.TextIOBase):
+    """In place of a standard output that was closed (`>&-`), to which Python prints nothing and reports nothing."""
+
+    def __init__(self) -> None:
+        self._lost = 0
+
+    def write(self, text: str) -> int:
+        self._lost += len(text)
+        return len(text)
+
+    def flush(self) -> None:
+        lost, self._lost = self._lost, 0
+        if lost:
+            raise OSError(f"standard output is closed, and {lost} characters for it are lost")
 
 
 def report_error(name: str, error: BaseException) -> None:

@@ -49,7 +49,7 @@ class Ranks:
     host: str
     device: str  # "cuda:3" or "cpu"
     launcher: str  # "deepspeed", "torchrun", "slurm", "mpi", "environment" or "alone"
-    master_address: str | None = None  # None: rank 0 shares it in `initialize`
+    master_address: str | None = None  # None: `initialize` finds it
     master_port: int | None = None
     start_key: str = ""  # under srun: the same on all ranks of one start, and on no other's
 
@@ -102,7 +102,7 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, rendezvous_seconds
         ranks: from `find_ranks`.
         timeout_seconds: limit of the watchdog, after which a rank that does not answer ends the run.
             Collectives fail only after twice as long, as the watchdog can name the rank.
-        rendezvous_seconds: limit for all ranks to arrive.
+        rendezvous_seconds: limit for all ranks to arrive (`distributed.rendezvous_seconds`).
 
     Returns:
         `ranks` with the master's address and port filled in.
@@ -110,8 +110,7 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, rendezvous_seconds
     Raises:
         LaunchError: ranks did not arrive in time; the line names them.
     """
-    # rank 0 serves the store that shares the port: it must live until the process group is up
-    ranks, store = _with_address_and_port(ranks, rendezvous_seconds)
+    ranks = _with_address_and_port(ranks)
     cuda = ranks.device.startswith("cuda")
     device_index = int(ranks.device.partition(":")[2] or 0)
     os.environ.update(
@@ -138,20 +137,25 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, rendezvous_seconds
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend, limit = ("nccl" if cuda else "gloo"), timedelta(seconds=2 * timeout_seconds)
+    store = _meet(ranks, rendezvous_seconds)
+    store.set_timeout(limit)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=2 * timeout_seconds),
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("process group", store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=limit,
         )
-    except torch.distributed.DistError as error:  # of the store or the network
+        # it takes over the group that exists
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+    except torch.distributed.DistError as error:  # a rank that came and ended, or a network between two that is down
         raise NotAllArrived(
-            f"rank {ranks.rank} on {ranks.host}: not all {ranks.world_size} ranks met at {ranks.master_address}:"
-            f"{ranks.master_port} within {2 * timeout_seconds:.0f} s; see which rank's log ends early, and that "
-            "MASTER_ADDR and MASTER_PORT are those of rank 0 and can be reached"
+            f"rank {ranks.rank} on {ranks.host}: all {ranks.world_size} ranks came to {ranks.master_address}:"
+            f"{ranks.master_port}, but not all reached each other; see which rank's log ends early, and that the "
+            f"nodes' network lets any port through ({str(error).splitlines()[0][:200]})"
         ) from error
-    del store
     return ranks
 
 
@@ -163,23 +167,40 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _with_address_and_port(ranks: Ranks, seconds: float):
-    """`ranks` with the master's address and port, and the store that must live until the process group is up."""
+def _with_address_and_port(ranks: Ranks) -> Ranks:
+    """`ranks` with the master's address and port."""
     if ranks.master_address is not None and ranks.master_port is not None:
-        return ranks, None
+        return ranks
     if ranks.world_size == 1:
-        return replace(ranks, master_address="127.0.0.1", master_port=rendezvous.free_port()), None
+        return replace(ranks, master_address="127.0.0.1", master_port=rendezvous.free_port())
+    if ranks.launcher == "slurm":
+        return replace(ranks, master_port=rendezvous.derived_port(ranks.start_key))
+    # a lone machine's own name need not resolve
+    own = "127.0.0.1" if ranks.local_world_size == ranks.world_size else ranks.host
     try:
-        if ranks.launcher == "mpi":
-            # a lone machine's own name need not resolve
-            own = "127.0.0.1" if ranks.local_world_size == ranks.world_size else ranks.host
-            address, port = rendezvous.agree_through_mpi(own, ranks.rank, ranks.world_size)
-            return replace(ranks, master_address=address, master_port=port), None
-        assert ranks.master_address is not None and ranks.start_key
-        port, store = rendezvous.agree_through_store(
-            ranks.master_address, ranks.start_key, ranks.rank, ranks.world_size, seconds
+        address, port = rendezvous.agree_through_mpi(own, ranks.rank, ranks.world_size)
+    except rendezvous.RendezvousError as error:
+        raise LaunchError(str(error)) from None
+    return replace(ranks, master_address=address, master_port=port)
+
+
+def _meet(ranks: Ranks, seconds: float):
+    """The store at which all ranks have arrived. Under torchrun its agent serves it, and starts ranks again."""
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    key = ranks.start_key or f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    assert ranks.master_address is not None and ranks.master_port is not None
+    try:
+        return rendezvous.meet(
+            ranks.master_address,
+            ranks.master_port,
+            key,
+            ranks.rank,
+            ranks.world_size,
+            seconds,
+            serve=ranks.rank == 0 and not served_by_agent,
         )
-        return replace(ranks, master_port=port), store
+    except rendezvous.NotAllArrived as error:
+        raise NotAllArrived(str(error)) from None
     except rendezvous.RendezvousError as error:
         raise LaunchError(str(error)) from None
 

@@ -18,10 +18,15 @@ _log: TextIO | None = None  # this rank's log
 
 def report_end(line: str) -> None:
     """Print the line that explains why this rank ended, on the console and in the rank's log."""
-    if _console is not None:
-        _console.write(f"{line}\n")
+    on_console(line)
     with contextlib.suppress(OSError):  # the log may be on the disk that failed
         print(line, file=sys.stderr, flush=True)
+
+
+def on_console(line: str) -> None:
+    """Print a line on the console of a rank above 0, whose own stderr is its log; elsewhere do nothing."""
+    if _console is not None:
+        _console.write(f"{line}\n")
 
 
 def log_only(text: str) -> None:

@@ -12,9 +12,10 @@ from cca_ds.cluster import launch
 from cca_ds.cluster.failures import exit_code, explain_error
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.rank_logs import log_only, report_end
+from cca_ds.config.schema import Distributed
 
 
-def run_on_ranks(work: Callable[[Ranks], int | None], timeout_seconds: float, micro_size: int) -> int:
+def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro_size: int) -> int:
     """Initialise the process group, do the work, and leave the group.
 
     After an error on one of several ranks the process exits without closing the group: its peers are blocked in a
@@ -22,7 +23,7 @@ def run_on_ranks(work: Callable[[Ranks], int | None], timeout_seconds: float, mi
 
     Args:
         work: gets this process's place; returns an exit code, None for 0.
-        timeout_seconds: silence of a rank after which the run ends.
+        limits: how long ranks may be silent, and absent.
         micro_size: the run's batch.micro_size, for advice when memory is short.
 
     Returns:
@@ -31,7 +32,7 @@ def run_on_ranks(work: Callable[[Ranks], int | None], timeout_seconds: float, mi
     Raises:
         LaunchError: the ranks did not meet.
     """
-    ranks = launch.initialize(launch.find_ranks(os.environ), timeout_seconds)
+    ranks = launch.initialize(launch.find_ranks(os.environ), limits.timeout_seconds, limits.rendezvous_seconds)
     _quiet_libraries()
     try:
         code = work(ranks) or 0

@@ -1,9 +1,9 @@
-"""How ranks agree on the port of torch's process group, where their launcher sets none.
+"""How the ranks of one start meet: at a store that rank 0 serves, or that torchrun serves for it.
 
-Under srun every rank derives one port from the Slurm job id, step and restart count. Rank 0 serves torch's TCPStore
-there; each rank writes its number into it and waits for all others, so that a rank that does not start is named.
-Rank 0 also writes a port that is free on its node, which becomes MASTER_PORT. Under mpirun, MPI broadcasts address
-and port.
+Each rank writes its host into torch's TCPStore at the master's address and port. Rank 0 waits for all and writes the
+verdict, so that a rank that does not come is named, once and in time, by all that came. The process group then lives
+in the same store. Under srun, whose tasks are given no port, every rank derives one from the Slurm job's id, step and
+restart count; under mpirun, MPI broadcasts rank 0's address and a free port.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from datetime import timedelta
 
 # below Linux's ephemeral range (32768 and up), so that no outgoing connection uses one by chance
 _FIRST_PORT, _PORTS = 20000, 12000
+_LINGER_SECONDS = 2.0  # rank 0, whose store goes with it, lets the others read that it gave up
 
 
 class RendezvousError(ValueError):
     """The ranks did not find each other."""
+
+
+class NotAllArrived(RendezvousError):
+    """A rank did not come in time: a failure of the cluster, not of the input."""
 
 
 def derived_port(key: str) -> int:
@@ -34,45 +39,60 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def agree_through_store(address: str, key: str, rank: int, world_size: int, seconds: float):
-    """Wait until all ranks of the start `key` are there, and share a free port of rank 0's host.
+def meet(address: str, port: int, key: str, rank: int, world_size: int, seconds: float, serve: bool):
+    """Wait until all ranks of the start `key` are there.
 
     Args:
-        address: host of rank 0.
+        address, port: of the store.
         key: the same on all ranks of one start, and on no other's.
         seconds: limit for all ranks to arrive.
+        serve: this process serves the store.
 
     Returns:
-        The port, and the store (torch.distributed.TCPStore). Rank 0 must hold the store until the process group is
-        up: other ranks may still read the port.
+        The store (torch.distributed.TCPStore). Who serves it must hold it as long as anything uses it.
 
     Raises:
-        RendezvousError: the derived port is in use on rank 0's host, or a rank did not arrive in time.
+        RendezvousError: the port is another program's.
+        NotAllArrived: a rank did not arrive in time.
     """
     end = time.monotonic() + seconds
-    store = _open_store(address, derived_port(key), rank == 0, seconds)
+    store = _open_store(address, port, rank, serve, seconds)
     names = [f"{key}/rank {other}" for other in range(world_size)]
+    verdict = f"{key}/verdict"
     try:
+        store.set(names[rank], socket.gethostname())
         if rank == 0:
-            store.set(f"{key}/port", str(free_port()))
-        store.set(names[rank], "here")
-        while not store.check(names):
-            if time.monotonic() > end:
-                absent = [other for other, name in enumerate(names) if not store.check([name])]
-                if 0 in absent:  # another job's store has this port
-                    raise RendezvousError(f"rank {rank}: {_taken(derived_port(key), address)}")
-                raise RendezvousError(_describe_absent(absent, world_size, address, seconds))
-            time.sleep(0.05)
-        return int(store.get(f"{key}/port")), store
+            while not store.check(names) and time.monotonic() < end:
+                time.sleep(0.05)
+            absent = [other for other, name in enumerate(names) if not store.check([name])]
+            store.set(verdict, _describe_absent(absent, world_size, address, seconds) if absent else "all here")
+            if absent:
+                _linger(store, [f"{name} left" for other, name in enumerate(names) if other and other not in absent])
+        else:
+            while not store.check([verdict]):
+                if time.monotonic() > end + _LINGER_SECONDS:  # rank 0's own time may have begun a little later
+                    if not store.check(names[:1]):  # torchrun's own store, or another job's
+                        raise NotAllArrived(_describe_absent([0], world_size, address, seconds))
+                    raise NotAllArrived(f"rank 0 on {address} came, but did not say within {seconds:g} s who is absent")
+                time.sleep(0.05)
+        outcome = store.get(verdict).decode()
+        if outcome != "all here":
+            store.set(f"{names[rank]} left", "")
+            raise NotAllArrived(outcome)
+        return store
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise RendezvousError(
-            f"rank 0 on {address} ended before all ranks arrived: see its output ({reason})"
-        ) from None
+        raise NotAllArrived(f"rank 0 on {address} ended before all ranks arrived: see its output ({reason})") from None
 
 
-def _open_store(address: str, port: int, serve: bool, seconds: float):
-    """Rank 0 serves the store; the others wait until its port answers, then connect."""
+def _linger(store, names: list[str]) -> None:
+    end = time.monotonic() + _LINGER_SECONDS
+    while names and not store.check(names) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _open_store(address: str, port: int, rank: int, serve: bool, seconds: float):
+    """One process serves the store; the others wait until its port answers, then connect."""
     from torch.distributed import TCPStore
 
     end = time.monotonic() + seconds
@@ -97,10 +117,10 @@ def _open_store(address: str, port: int, serve: bool, seconds: float):
         reason = str(outcome[0]).splitlines()[0] if outcome else "no answer"
     if serve:
         cause = _taken(port, address) if "EADDRINUSE" in reason else f"no store on {address}:{port}"
-        raise RendezvousError(f"rank 0: {cause} ({reason})")
-    raise RendezvousError(
-        f"a rank on {socket.gethostname()} did not reach rank 0 on {address}:{port} within {seconds:g} s ({reason}): "
-        "look at rank 0's output, or at a firewall between the nodes"
+        raise RendezvousError(f"rank {rank}: {cause} ({reason})")
+    raise NotAllArrived(
+        f"rank {rank} on {socket.gethostname()} did not reach rank 0 on {address}:{port} within {seconds:g} s "
+        f"({reason}): look at rank 0's output, at MASTER_ADDR and MASTER_PORT, or at a firewall between the nodes"
     )
 
 

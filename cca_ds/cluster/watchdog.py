@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from cca_ds.cluster.launch import Ranks
+from cca_ds.cluster.rank_logs import on_console
 
 EXIT_SILENT = 75  # EX_TEMPFAIL of sysexits.h: starting again may succeed
 
@@ -130,7 +131,7 @@ class Watchdog:
                 self._closing.wait(self._tick)
         except Exception as error:  # rank 0, which serves the store, has ended
             if not self._closing.is_set():
-                self._end(f"rank 0 on {self._ranks.master_address} is gone: {str(error).splitlines()[0]}")
+                self._end_without_0(f"rank 0 on {self._ranks.master_address} is gone: {str(error).splitlines()[0]}")
 
     def _guard(self) -> None:
         """Thread: end this process when the store has not answered for the limit."""
@@ -140,7 +141,7 @@ class Watchdog:
             self._answered.clear()
             # two ticks after rank 0 would judge: if rank 0 still runs, its verdict comes first
             if silent > self._limit + 2 * self._tick:
-                self._end(
+                self._end_without_0(
                     f"rank 0 on {self._ranks.master_address} has not answered for {self._limit:g} s "
                     f"(this rank: {self._where})"
                 )
@@ -160,6 +161,12 @@ class Watchdog:
     def _print(self, verdict: str) -> None:
         sys.stderr.write(f"rank {self._ranks.rank} on {self._ranks.host} ends the run: {verdict}\n")
         sys.stderr.flush()
+
+    def _end_without_0(self, verdict: str) -> None:
+        """Rank 0, which has the console, cannot say it: rank 1 does."""
+        if self._ranks.rank == 1:
+            on_console(f"rank 1 on {self._ranks.host} ends the run: {verdict}")
+        self._end(verdict)
 
     def _end(self, verdict: str) -> None:
         self._print(verdict)

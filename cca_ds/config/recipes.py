@@ -50,6 +50,35 @@ def canonical_recipe(name: str) -> str:
     return name
 
 
+def _shipped_below(name_or_file: str) -> RunConfig | None:
+    """The shipped recipe that a recipe is or extends; None where it stands alone."""
+    seen: set[str] = set()
+    while name_or_file not in ("", *seen) and not name_or_file.startswith("_"):  # a base has no model of its own
+        seen.add(name_or_file)
+        shipped = RECIPES / f"{canonical_recipe(name_or_file)}.yaml"
+        if shipped.is_file():
+            return _validate(_read_with_bases(name_or_file, []), [])
+        try:
+            name_or_file = str(_read_tree(expand(name_or_file)).get("extends", ""))
+        except (yaml.YAMLError, ValueError, OSError, RecursionError, AttributeError):
+            return None
+    return None
+
+
+def _without_others_figures(run: RunConfig, shipped: RunConfig) -> RunConfig:
+    """Without the paper's results and the expected likelihood of a shipped recipe, where the model is another one's."""
+
+    def model(recipe: RunConfig) -> tuple[Any, ...]:
+        return recipe.model.preset, recipe.model.overrides, recipe.tokenizer.name, recipe.tokenizer.options
+
+    if model(run) == model(shipped):
+        return run
+    paper = {name: value for name, value in run.paper.items() if shipped.paper.get(name) != value}
+    band = None if run.baseline.nll_band == shipped.baseline.nll_band else run.baseline.nll_band
+    baseline = run.baseline.model_copy(update={"nll_band": band})
+    return run.model_copy(update={"paper": paper, "baseline": baseline})
+
+
 Check = Callable[[RunConfig], list[str]]
 
 
@@ -70,6 +99,8 @@ def load_recipe(
     for override in overrides or []:
         _apply(tree, override, problems)
     run = _validate(tree, problems)
+    if run is not None and (shipped := _shipped_below(name_or_file)):
+        run = _without_others_figures(run, shipped)
     if run is not None:
         problems.extend(_contradictions(run))
         problems.extend(check(run) if check else [])

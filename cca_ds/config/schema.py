@@ -228,6 +228,7 @@ class Distributed(Section):
     """Ranks."""
 
     timeout_seconds: float = key(600.0, "after which a silent rank ends the run", gt=0.0, le=1e6)
+    rendezvous_seconds: float = key(300.0, "limit for all ranks to arrive at the start", gt=0.0, le=1e6)
 
 
 class RunConfig(Section):

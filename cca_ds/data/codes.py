@@ -1,13 +1,17 @@
-"""Reading tables of codes: a table's memory-mapped Arrow files as zero-copy NumPy views.
+"""Reading tables of codes: single rows from their place in the Arrow files, whole files as zero-copy NumPy views.
 
 Letters: N images, C crops, L codes per crop, B rows of one call.
-Rows come from these views instead of `datasets`, whose row access is thirty times slower and whose import takes a
-second. `datasets.load_from_disk` opens the same folder.
+Rows are read here instead of with `datasets`, whose row access is thirty times slower and whose import takes a second;
+`datasets.load_from_disk` opens the same folder. A row is read rather than looked up in mapped memory, where a file that
+was cut short, or a network disk that fails, would end the process without a word.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +20,43 @@ import numpy as np
 from cca_ds.data.manifest import MANIFEST_NAME, CodesError, Manifest, Shard, read_manifest
 from cca_ds.data.table_files import check_rows
 from cca_ds.files import file_hash, write_atomic
+from cca_ds.untrusted import read_json
 
 VERIFIED = "verified.json"
 
 
-class CodeTable:
-    """A table of codes, memory-mapped; open it with `CodeTable.open`.
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """One Arrow file, open for reading."""
 
-    A pickled table holds its folder only: a data-loader worker maps the files itself.
+    path: Path
+    descriptor: int
+    codes_NCL: np.ndarray  # uint16, a read-only view of the mapped file
+    labels_N: np.ndarray  # int32
+    offset: int  # where in the file the codes begin
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+class CodeTable:
+    """A table of codes; open it with `CodeTable.open`.
+
+    A pickled table holds its folder only: a data-loader worker opens the files itself.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, views: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, shards: list[OpenShard]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._chunks = [codes_NCL for codes_NCL, _ in views]
-        self._starts = np.cumsum([0] + [len(codes_NCL) for codes_NCL in self._chunks])
-        self._labels = views[0][1] if len(views) == 1 else np.concatenate([labels_N for _, labels_N in views])
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(shard.codes_NCL) for shard in shards])
+        self._offsets = np.array([shard.offset for shard in shards])
+        self._labels = np.concatenate([shard.labels_N for shard in shards])
+        self._labels.flags.writeable = False
 
     @classmethod
     def open(cls, folder: str | Path) -> CodeTable:
-        """Map the files of the table in `folder`. Reads the labels but not the codes.
+        """Open the files of the table in `folder`. Reads the labels but not the codes.
 
         Raises:
             CodesError: no table, an empty one, files that differ from the manifest, labels outside the classes.
@@ -44,7 +65,7 @@ class CodeTable:
         manifest = read_manifest(folder)
         if not manifest.images:
             raise CodesError(f"{folder}: the data set is empty")
-        table = cls(folder, manifest, [_map_shard(folder, shard, manifest) for shard in manifest.shards])
+        table = cls(folder, manifest, [_open_shard(folder, shard, manifest) for shard in manifest.shards])
         low, high = int(table.labels.min()), int(table.labels.max())
         if low < 0 or high >= manifest.classes:
             wrong = low if low < 0 else high
@@ -70,9 +91,9 @@ class CodeTable:
     @property
     def codes(self) -> np.ndarray:
         """[N, C, L] uint16, a read-only view of the file. Raises CodesError for a table of several files."""
-        if len(self._chunks) > 1:
-            raise CodesError(f"{self.folder} has {len(self._chunks)} files, so no single view: read it with take()")
-        return self._chunks[0]
+        if len(self._shards) > 1:
+            raise CodesError(f"{self.folder} has {len(self._shards)} files, so no single view: read it with take()")
+        return self._shards[0].codes_NCL
 
     def _stored(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> np.ndarray:
         """Codes [B, L] uint16 of the rows `indices` [B]; `crops` is one crop per row, or one for all rows."""
@@ -80,14 +101,18 @@ class CodeTable:
         crops = np.broadcast_to(np.asarray(crops, dtype=np.int64), rows.shape)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"row {int(rows.max())} of a table of {len(self)} images")
-        if len(self._chunks) == 1:
-            return self._chunks[0][rows, crops]
-        codes_BL = np.empty((len(rows), self.manifest.sequence_length), dtype=np.uint16)
+        if crops.size and (crops.min() < 0 or crops.max() >= self.manifest.crops):
+            raise IndexError(f"crop {int(crops.max())} of {self.manifest.crops}")
+        length = self.manifest.sequence_length
+        codes_BL = np.empty((len(rows), length), dtype=np.uint16)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
-        places = zip(shards.tolist(), (rows - self._starts[shards]).tolist(), crops.tolist(), strict=True)
-        # row by row: a random batch touches nearly as many files as it has rows, and indexing per file is slower
-        for number, (shard, row, crop) in enumerate(places):
-            codes_BL[number] = self._chunks[shard][row, crop]
+        places = self._offsets[shards] + 2 * length * ((rows - self._starts[shards]) * self.manifest.crops + crops)
+        space, row_bytes = memoryview(codes_BL).cast("B"), 2 * length
+        for number, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
+            row_space = space[number * row_bytes : (number + 1) * row_bytes]
+            if os.preadv(self._shards[shard].descriptor, [row_space], place) != row_bytes:
+                path = self._shards[shard].path
+                raise CodesError(f"{path} was cut short while it was read: copy it again or encode the images again")
         return codes_BL
 
     def take(self, indices: np.ndarray, crops: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +122,8 @@ class CodeTable:
             crops: which crop of each image, one per row or one for all rows.
 
         Raises:
-            IndexError: a row outside the table. CodesError: a code outside the vocabulary.
+            IndexError: a row or crop outside the table.
+            CodesError: a code outside the vocabulary, or a file that was cut short.
         """
         codes_BL = self._stored(indices, crops)
         if codes_BL.size and int(codes_BL.max()) >= self.manifest.vocab_size:
@@ -117,13 +143,11 @@ class CodeTable:
         Raises:
             CodesError: the first difference.
         """
-        files = list(zip(self.manifest.shards, self._chunks, self._starts[:-1], strict=True))
-        for shard, codes_NCL, start in files[part]:
-            if file_hash(self.folder / shard.file) != shard.sha256:
-                raise CodesError(f"{self.folder / shard.file} differs from its hash in the manifest: encode it again")
-            labels_N = self._labels[start : start + shard.images]
-            source = str(self.folder / shard.file)
-            check_rows(codes_NCL, labels_N, self.manifest.vocab_size, self.manifest.classes, source)
+        for shard, opened in list(zip(self.manifest.shards, self._shards, strict=True))[part]:
+            if file_hash(opened.path) != shard.sha256:
+                raise CodesError(f"{opened.path} differs from its hash in the manifest: encode it again")
+            vocab_size, classes = self.manifest.vocab_size, self.manifest.classes
+            check_rows(opened.codes_NCL, opened.labels_N, vocab_size, classes, str(opened.path))
         counts = np.bincount(self._labels, minlength=self.manifest.classes)
         if tuple(counts.tolist()) != self.manifest.label_histogram:
             raise CodesError(f"{self.folder}: the labels differ from the manifest's histogram: encode the images again")
@@ -131,7 +155,7 @@ class CodeTable:
     def is_verified(self) -> bool:
         """Whether an earlier start has checked exactly these files: their sizes and times are those it wrote down."""
         try:
-            return json.loads((self.folder / VERIFIED).read_text()) == self._fingerprint()
+            return read_json(self.folder / VERIFIED) == self._fingerprint()
         except (OSError, ValueError):
             return False
 
@@ -151,14 +175,14 @@ class CodeTable:
     def used_codes(self) -> int:
         """Number of different codes in the table; reads all of it."""
         seen_V = np.zeros(self.manifest.vocab_size, dtype=bool)
-        for codes_NCL in self._chunks:
-            for start in range(0, len(codes_NCL), 4096):  # the index array takes 8 bytes a code
-                seen_V[codes_NCL[start : start + 4096].ravel()] = True
+        for shard in self._shards:
+            for start in range(0, len(shard.codes_NCL), 4096):  # the index array takes 8 bytes a code
+                seen_V[shard.codes_NCL[start : start + 4096].ravel()] = True
         return int(seen_V.sum())
 
 
-def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Views of one Arrow file: codes [n, C, L] uint16 and labels [n] int32."""
+def _open_shard(folder: Path, shard: Shard, manifest: Manifest) -> OpenShard:
+    """Open one Arrow file and check its shape."""
     import pyarrow
 
     path = folder / shard.file
@@ -169,7 +193,8 @@ def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarr
     shape = (shard.images, manifest.crops, manifest.sequence_length)
     try:
         with pyarrow.memory_map(str(path)) as stream:
-            table = pyarrow.ipc.open_stream(stream).read_all()
+            whole = stream.read_buffer()
+            table = pyarrow.ipc.open_stream(whole).read_all()
         column, label = table.column("codes"), table.column("label")
         if column.num_chunks != 1 or table.num_rows != shard.images:
             raise CodesError(f"{table.num_rows} rows in {column.num_chunks} batches, not {shard.images} in one")
@@ -178,8 +203,11 @@ def _map_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarr
             flat = flat.flatten()
         codes_NCL = flat.to_numpy(zero_copy_only=True).reshape(shape)
         labels_N = label.chunk(0).to_numpy(zero_copy_only=True)
+        offset = codes_NCL.ctypes.data - whole.address
+        if not 0 <= offset <= shard.bytes - codes_NCL.nbytes:
+            raise CodesError("its codes are compressed")
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         raise CodesError(f"{path} is not a shard of this table ({error}): encode the images again") from error
     if codes_NCL.dtype != np.uint16 or labels_N.dtype != np.int32:
         raise CodesError(f"{path} stores {codes_NCL.dtype} codes and {labels_N.dtype} labels, not uint16 and int32")
-    return codes_NCL, labels_N
+    return OpenShard(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC), codes_NCL, labels_N, offset)

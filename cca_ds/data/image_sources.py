@@ -23,6 +23,14 @@ from cca_ds.files import expand
 from cca_ds.untrusted import not_a_file, reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+NOT_READ_SUFFIXES = (".gif", ".avif", ".heic", ".jp2", ".jxl", ".tga", ".svg")
+
+
+def _check_suffix(source: Path, name: str) -> None:
+    """Raise CodesError for a picture that would be left out of the classes without a word."""
+    if name.lower().endswith(NOT_READ_SUFFIXES):
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        raise CodesError(f"--source {source}: {name} is not read (only {kinds}): convert it, or move it away")
 
 
 class ImageSource(ABC):
@@ -131,6 +139,8 @@ class ImageFolder(ImageSource):
             before = len(self._paths)
             for parent, files in _walk(folder / name):
                 here = os.path.relpath(parent, folder)
+                for file in files:
+                    _check_suffix(folder, os.path.join(here, file))
                 images = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
                 self._paths += [os.path.join(here, file) for file in images]
             class_of += [name] * (len(self._paths) - before)
@@ -173,7 +183,10 @@ def index_tar(path: Path) -> list[TarMember]:
         tarfile.TarError, OSError, EOFError: not a tar, or a truncated one.
     """
     with tarfile.open(path, "r:*") as archive:
-        return _members(archive, 0, "")
+        members = _members(archive, 0, "")
+        while archive.fileobj.read(2**20):  # a compressed archive's checksum is compared at its very end
+            pass
+        return members
 
 
 def _members(archive: tarfile.TarFile, start: int, prefix: str) -> list[TarMember]:
@@ -203,6 +216,8 @@ class TarOfImages(ImageSource):
 
     def __init__(self, path: Path, members: list[TarMember]) -> None:
         latest = {m.name: m for m in members}  # a name that was appended again replaces the earlier file
+        for name in latest:
+            _check_suffix(path, name)
         images = [m for m in latest.values() if m.name.lower().endswith(IMAGE_SUFFIXES)]
         root = os.path.commonpath([PurePosixPath(m.name).parent for m in images]) if images else ""
         named = [(_class_below(root, m.name), m) for m in images]

@@ -27,6 +27,7 @@ from cca_ds.data.manifest import SKIPPED_NAME, CodesError, Manifest, Shard, hist
 from cca_ds.data.table_files import check_rows, one_line_errors, publish_folder, write_descriptions, write_shard
 from cca_ds.files import write_atomic, write_new
 from cca_ds.folder_lock import FolderLock, FolderTaken
+from cca_ds.untrusted import decoding, read_json
 
 
 class RankTaken(CodesError):
@@ -105,11 +106,9 @@ class TableBuilder:
         (self.work / "records").mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
         write_new(path, self.plan.to_json())  # by the first of several ranks, or of two commands
-        try:
-            begun = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CodesError(f"{path} cannot be read ({error}): remove {self.work}") from error
-        ours, theirs = _flat(json.loads(self.plan.to_json())), _flat(begun)
+        begun = read_json(path, CodesError, f"remove {self.work}")
+        with decoding(path, CodesError, f"remove {self.work}"):
+            ours, theirs = _flat(json.loads(self.plan.to_json())), _flat(begun)
         different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if different:
             raise CodesError(
@@ -199,8 +198,9 @@ class TableBuilder:
         try:
             if any(not self._record(number).exists() for number in range(self.plan.shards)):
                 return None
-            skipped = self.check_skipped(allowed_share)
-            manifest = self._manifest(len(skipped))
+            with decoding(self.work / "records", CodesError, f"remove {self.work}"):
+                skipped = self.check_skipped(allowed_share)
+                manifest = self._manifest(len(skipped))
             lines = "".join(json.dumps(entry) + "\n" for entry in skipped)
             write_atomic(self.work / SKIPPED_NAME, lines)
             write_descriptions(self.work, manifest)
@@ -246,7 +246,7 @@ class TableBuilder:
 
     def _records(self) -> list[dict]:
         numbers = (number for number in range(self.plan.shards) if self._record(number).exists())
-        return [json.loads(self._record(number).read_text()) for number in numbers]
+        return [read_json(self._record(number), CodesError, f"remove {self.work}") for number in numbers]
 
 
 def build_table(

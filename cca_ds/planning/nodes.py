@@ -47,6 +47,10 @@ def parse_nodes(text: str, efficiencies: str = "", networks: str = "") -> list[N
         if not match or int(match[1]) < 1 or int(match[3] or GPUS_PER_NODE) < 1:
             raise ValueError(f"--nodes {part[:80]}: write NODESxDEVICE:GPUS, e.g. 4xh100:8")
         groups.append(NodeGroup(devices[_known(match[2], "--nodes")], int(match[1]), int(match[3] or GPUS_PER_NODE)))
+    for flag, values in (("--efficiency", efficiencies), ("--network", networks)):
+        for name, value in _values(values, flag):
+            if all(group.device.name != devices[name].name for group in groups):
+                raise ValueError(f"{flag} {name}={value:g}: --nodes {text[:80]} has none of these")
     if not groups:
         raise ValueError("--nodes names no node; write NODESxDEVICE:GPUS, e.g. 4xh100:8")
     if (ranks := sum(group.ranks for group in groups)) > MOST_GPUS or len(groups) > MOST_GROUPS:

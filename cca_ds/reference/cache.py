@@ -31,7 +31,7 @@ from cca_ds.data.codes import CodeTable
 from cca_ds.files import expand, write_atomic, write_new
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.interface import ReferenceInputs
-from cca_ds.untrusted import read_json
+from cca_ds.untrusted import decoding, read_json, regular_file
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
@@ -134,9 +134,11 @@ class ReferenceCache:
         return step // self.shard_steps
 
     def write(self, shard: int, content: Shard) -> None:
-        """Store a shard with its checksum, whole or not at all."""
+        """Store a shard with its checksum, whole or not at all. Raises ReferenceCacheError for a NaN or an infinity."""
         import pyarrow
 
+        if odd := _not_finite(content):
+            raise ReferenceCacheError(f"the reference's {odd}: look at reference.weights, or take precision=fp32")
         steps = np.repeat(np.arange(len(content.samples) // self.global_size), self.global_size)
         columns = [steps + shard * self.shard_steps, content.samples, content.positive, content.negative]
         batch = pyarrow.record_batch([pyarrow.array(c) for c in columns], names=list(COLUMNS))
@@ -155,7 +157,7 @@ class ReferenceCache:
         import pyarrow
 
         try:
-            with open(self.path(shard), "rb") as source:
+            with open(regular_file(self.path(shard)), "rb") as source:
                 table = pyarrow.ipc.open_file(source.read()).read_all()
             content = Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
             metadata = table.schema.metadata
@@ -166,6 +168,8 @@ class ReferenceCache:
                 raise ReferenceCacheError(self._damaged(shard, "its numbers differ from its checksum"))
             if metadata.get(KEY.encode(), self._key_hash.encode()) != self._key_hash.encode():
                 raise ReferenceCacheError(self._damaged(shard, "it was written for another cache"))
+        if odd := _not_finite(content):
+            raise ReferenceCacheError(self._damaged(shard, odd))
         return content
 
     def _damaged(self, shard: int, how: str) -> str:
@@ -205,14 +209,15 @@ class ReferenceCache:
 
     def producers(self) -> str:
         """One phrase about every producer: rank, host, shard and how long ago it reported."""
-        notes = [json.loads(path.read_text()) for path in sorted((self.folder / "producers").glob("rank_*.json"))]
-        if not notes:
-            return "no producer has reported; start one with --produce_reference"
-        return "; ".join(
-            f"producer {n['rank']} on {n['host']} at shard {n['shard']}, "
-            f"last report {time.time() - n['time']:.0f} s ago"
-            for n in notes
-        )
+        told = []
+        for path in sorted((self.folder / "producers").glob("rank_*.json")):
+            with decoding(path, ReferenceCacheError):
+                note = read_json(path)
+                told.append(
+                    f"producer {note['rank']} on {note['host']} at shard {note['shard']}, "
+                    f"last report {time.time() - note['time']:.0f} s ago"
+                )
+        return "; ".join(told) or "no producer has reported; start one with --produce_reference"
 
     def note_trainer(self, step: int) -> None:
         """Record how far training is, which bounds how far producers run ahead."""
@@ -221,7 +226,18 @@ class ReferenceCache:
     def trainer_step(self) -> int:
         """The step that training has reached; 0 before it began."""
         path = self.folder / "trainer.json"
-        return json.loads(path.read_text())["step"] if path.is_file() else 0
+        if not path.exists():
+            return 0
+        with decoding(path, ReferenceCacheError, "delete it"):
+            return int(read_json(path)["step"])
+
+
+def _not_finite(content: Shard) -> str | None:
+    for name, values in (("positive", content.positive), ("negative", content.negative)):
+        if len(odd := np.flatnonzero(~np.isfinite(values))):
+            first = odd[0]
+            return f"{name} log-likelihood of sample {content.samples[first]} is {values[first]}"
+    return None
 
 
 def _checksum(shard: int, content: Shard) -> str:

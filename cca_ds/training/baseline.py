@@ -52,8 +52,8 @@ def check_baseline(
     _check_agreement(run, worst, engines.precision)
     nll = summarize(sums, objective.compared)["nll_per_code"]
     band = run.baseline.nll_band
-    published = f", published {band[0]} to {band[1]}" if band else ""
-    say(f"baseline: {nll:.4f} nats a code{published}; policy and reference agree to {worst:.2g} nats")
+    expected_band = f", expected {band[0]} to {band[1]}" if band else ""
+    say(f"baseline: {nll:.4f} nats a code{expected_band}; policy and reference agree to {worst:.2g} nats")
     pairs, contrasted, loss = (sums[SUMS.index(name)] for name in ("pairs", "contrasted", "loss"))
     expected = objective.expected_initial_loss(float(contrasted / pairs))
     if expected is not None:

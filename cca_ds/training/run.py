@@ -107,9 +107,7 @@ def run_training(
         print(f"{folder}: this run is finished; nothing to do")
         return 0
     return run_on_ranks(
-        lambda ranks: _train(run, ds, folder, resume, loop, ranks),
-        run.distributed.timeout_seconds,
-        run.batch.micro_size,
+        lambda ranks: _train(run, ds, folder, resume, loop, ranks), run.distributed, run.batch.micro_size
     )
 
 
@@ -127,9 +125,7 @@ def fill_reference_cache(run: RunConfig, ds: dict[str, Any], ahead: bool) -> int
     """
     if run.reference.cache is None:
         raise ReferenceCacheError("name the folder to fill: --set reference.cache=FOLDER")
-    return run_on_ranks(
-        lambda ranks: _fill_cache(run, ds, ahead, ranks), run.distributed.timeout_seconds, run.batch.micro_size
-    )
+    return run_on_ranks(lambda ranks: _fill_cache(run, ds, ahead, ranks), run.distributed, run.batch.micro_size)
 
 
 def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -> None:
@@ -315,6 +311,11 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
     )
     if progress.step:
         log.say(f"continuing after step {progress.step}")
+    elif engines.reference and run.model.weights is None:
+        log.say(
+            "warning: model.weights is not set, so the policy and its reference are drawn at random; "
+            f"loss {run.loss.name} is meant for a pretrained model"
+        )
 
 
 def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:

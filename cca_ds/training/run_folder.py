@@ -28,6 +28,7 @@ from cca_ds.data.manifest import MANIFEST_NAME, read_manifest
 from cca_ds.files import expand, write_atomic
 from cca_ds.folder_lock import NAME as LOCK
 from cca_ds.folder_lock import FolderLock
+from cca_ds.untrusted import not_a_file
 from cca_ds.vq import TOKENIZERS
 
 COMPLETED = "COMPLETED"
@@ -98,6 +99,11 @@ def _check_writable(place: Path, folder: Path) -> None:
 
 
 def _check_resume(checkpoint: Path, folder: Path, run: RunConfig) -> None:
+    if not checkpoint.is_dir():
+        what = not_a_file(checkpoint) or "a file"
+        raise ConfigError(
+            [f"--resume {checkpoint}: {what}; give auto, never or a checkpoint's folder (RUN/checkpoints/step_...)"]
+        )
     try:
         manifest = store.read_manifest(checkpoint)
     except (CheckpointError, OSError) as error:

@@ -19,6 +19,7 @@ from cca_ds.cluster.rank_logs import log_only
 from cca_ds.console import say
 from cca_ds.data.image_grid import encode_png
 from cca_ds.files import naming, write_atomic
+from cca_ds.untrusted import parse_json
 
 
 def logged_lines(path: Path, last_step: int) -> list[str]:
@@ -26,10 +27,10 @@ def logged_lines(path: Path, last_step: int) -> list[str]:
     kept: list[str] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            beyond = parse_json(line, odd_numbers=True)["step"] > last_step
+        except (ValueError, TypeError, KeyError):
             break  # a line torn by a kill; what follows it cannot be trusted
-        if record["step"] <= last_step:
+        if not beyond:
             kept.append(line)
     return kept
 

@@ -90,6 +90,8 @@ PLAN = {
     "an efficiency of two": (["--nodes", "1xh100", "--efficiency", "h100=2"], "(0, 1]"),
     "an efficiency of none": (["--nodes", "1xh100", "--efficiency", "h100=nan"], "h100=nan"),
     "an efficiency of nothing": (["--nodes", "1xh100", "--efficiency", "h100"], "DEVICE=NUMBER"),
+    "the network of what is not there": (["--nodes", "1xh100", "--network", "a40=5"], "--network a40=5: "),
+    "efficiency of what is not there": (["--nodes", "1xh100", "--efficiency", "a100=0.5"], "--efficiency a100=0.5: "),
     "an infinite network": (["--nodes", "1xh100", "--network", "h100=inf"], "h100=inf"),
     "a word as a width": (["--nodes", "1xh100", "--set", "model.overrides={dim: x}"], "dim=x is no int"),
     "a width too large": (["--nodes", "1xh100", "--set", "model.overrides={dim: 1000000000000}"], "more than"),
@@ -102,6 +104,8 @@ ENCODE = {
     "a source that is not there": (["--source", "{t}/none"], "no such file"),
     "a pipe": (["--source", "{t}/pipe"], "pipe"),
     "a device": (["--source", "/dev/zero"], "device"),
+    "pictures that are not read": (["--source", "{t}/gifs"], "--source {t}/gifs: a/y.gif is not read"),
+    "a tar of pictures that are not read": (["--source", "{t}/gifs.tar"], "--source {t}/gifs.tar: a/y.gif is not read"),
     "a text": (["--source", "{t}/text"], "neither a folder nor a readable tar"),
     "an empty folder": (["--source", "{t}/empty"], "no class folders"),
     "a share that is none": (["--source", "{t}/images", "--max_unreadable", "nan"], "nan is no number from 0 to 1"),
@@ -134,6 +138,11 @@ def place(tmp_path):
     (tmp_path / "text").write_text("x")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "gifs" / "a").mkdir(parents=True)
+    for name in ("x.png", "y.gif"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "gifs" / "a" / name)
+    with tarfile.open(tmp_path / "gifs.tar", "w") as archive:
+        archive.add(tmp_path / "gifs" / "a", "a")
     images(tmp_path / "images")
     return tmp_path
 
@@ -182,6 +191,7 @@ SOURCES = {
     "gzip damaged": lambda t: damaged(archive(t / "a.tar.gz", t / "images", "gz"), 0.5),
     "bzip2 damaged": lambda t: damaged(archive(t / "a.tar.bz2", t / "images", "bz2"), 0.5),
     "xz damaged": lambda t: damaged(archive(t / "a.tar.xz", t / "images", "xz"), 0.5),
+    "gzip whose checksum differs": lambda t: other_checksum(archive(t / "a.tar.gz", t / "images", "gz")),
     "gzip of a text": lambda t: Path(shutil.copy(t / "text", t / "a")) and write(t / "a", gzip.compress(b"x" * 99)),
     "bzip2 of a text": lambda t: write(t / "a", bz2.compress(b"x" * 99)),
     "xz of a text": lambda t: write(t / "a", lzma.compress(b"x" * 99)),
@@ -206,6 +216,12 @@ SOURCES = {
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def other_checksum(path: Path) -> Path:
+    """It stands in the last eight bytes, behind the end of the tar."""
+    data = path.read_bytes()
+    return write(path, data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
 
 
 def rename_member(t: Path) -> Path:

@@ -153,6 +153,18 @@ def test_a_recipe_that_extends_itself(tmp_path):
     assert any("extends itself" in problem for problem in problems(recipe=str(tmp_path / "r.yaml")))
 
 
+def test_published_figures_stay_with_their_model(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: var-d24\nname: mine\nmodel: {overrides: {depth: 2}}\n")
+    (tmp_path / "own.yaml").write_text("extends: var-d24\nmodel: {preset: var-d16}\npaper: {fid: 3}\n")
+    shipped, mine, own = (load_recipe(str(name)) for name in ("var-d24", tmp_path / "mine.yaml", tmp_path / "own.yaml"))
+    assert shipped.paper and shipped.baseline.nll_band
+    assert mine.paper == {} and mine.baseline.nll_band is None
+    assert own.paper == {"fid": 3} and own.baseline.nll_band is None
+    assert load_recipe("var-d24", ["model.preset=var-d20"]).paper == {}
+    changed = load_recipe("var-d24", ["loss.beta=0.3", "tokenizer.weights=mine.pth", "baseline.nll_band=[1.0, 2.0]"])
+    assert changed.paper == shipped.paper and changed.baseline.nll_band == (1.0, 2.0)
+
+
 def test_a_file_extends_a_shipped_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: var-d24\nname: mine\nloss: {lambda: 3e2}\n")
     run, base = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("var-d24")

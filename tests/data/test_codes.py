@@ -95,6 +95,28 @@ def test_a_pickled_table_holds_its_folder_only(tmp_path):
     np.testing.assert_array_equal(pickle.loads(sent).take([7], [2])[0], codes_NCL[[7], 2])
 
 
+def test_a_file_that_is_cut_short_while_open_is_one_line(tmp_path):
+    """Mapped memory would end the process with a SIGBUS."""
+    codes_NCL, labels_N = rows()
+    write_codes(tmp_path / "t", codes_NCL, labels_N, images_per_shard=4, **FIELDS)
+    table = CodeTable.open(tmp_path / "t")
+    (shard,) = (tmp_path / "t").glob("data-00001*")
+    os.truncate(shard, 100)
+    np.testing.assert_array_equal(table.take([0])[0], codes_NCL[[0], 0])
+    with pytest.raises(CodesError, match=f"{shard} was cut short while it was read: copy it again"):
+        table.take([0, 5])
+    np.testing.assert_array_equal(table.labels, labels_N)
+
+
+def test_files_are_closed_with_their_table(tmp_path):
+    write_codes(tmp_path / "t", *rows(), images_per_shard=4, **FIELDS)
+    before = len(os.listdir("/proc/self/fd"))
+    table = CodeTable.open(tmp_path / "t")
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del table
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_opening_imports_neither_datasets_nor_torch(tmp_path):
     write_codes(tmp_path / "t", *rows(), **FIELDS)
     code = "import sys; from cca_ds.data.codes import CodeTable; CodeTable.open(sys.argv[1]);"

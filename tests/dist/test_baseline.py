@@ -20,7 +20,7 @@ def test_the_loss_at_step_0_is_that_of_a_policy_that_equals_its_reference(tmp_pa
     outputs = start(tmp_path / "run", "baseline.nll_band=[0.5, 20.0]")
     assert [output.returncode for output in outputs] == [0, 0]
     said = outputs[0].stderr
-    nll = float(re.search(r"baseline: ([\d.]+) nats a code, published 0.5 to 20.0", said)[1])
+    nll = float(re.search(r"baseline: ([\d.]+) nats a code, expected 0.5 to 20.0", said)[1])
     expected, measured = map(float, re.search(r"loss at r = 0: ([\d.]+), measured ([\d.]+)", said).groups())
     assert 0.5 < nll < 20.0 and measured == pytest.approx(expected, abs=1e-6)
 

@@ -188,6 +188,22 @@ def test_a_rank_that_stops_answering_is_named_within_the_limit(tmp_path):
     assert seconds < 3 * limit  # the limit, and a busy machine
 
 
+def test_a_rank_0_that_stops_is_named_on_the_console(tmp_path):
+    """It serves the store and has the console; the others end without it."""
+    folder, limit = tmp_path / "run", 6
+    with start_training(2, folder, *LONG, f"distributed.timeout_seconds={limit}") as running:
+        wait_for_step(running, folder, 1)
+        running.signal(0, signal.SIGSTOP)
+        started = time.monotonic()
+        while running.processes[1].poll() is None and time.monotonic() < started + PATIENCE:
+            time.sleep(0.05)
+        output = running.output(1)
+        running.signal(0, signal.SIGKILL)
+    assert output.returncode == 75
+    host = os.uname().nodename
+    assert f"rank 1 on {host} ends the run: rank 0 on 127.0.0.1 has not answered for 6 s" in output.stderr
+
+
 def test_a_killed_rank_is_named_by_the_survivor(tmp_path):
     folder = tmp_path / "run"
     with start_training(2, folder, *LONG) as running:

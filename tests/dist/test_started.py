@@ -77,11 +77,11 @@ def test_a_rank_that_waits_in_vain_says_where(tmp_path, place):
     """The other rank never comes."""
     port = str(free_port())
     nowhere = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | place
-    settings = ["distributed.timeout_seconds=1.5", "baseline.check=false"]
+    settings = ["distributed.rendezvous_seconds=3", "baseline.check=false"]
     command = [sys.executable, "cca_ds/train.py", "--output", tmp_path / "run", "--set", *settings]
     environment = os.environ | nowhere | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    line = done.stderr.splitlines()[-1]  # PyTorch's C++ code prints errors of its own before it
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1 and f"{nowhere['MASTER_ADDR']}:{port} within 3 s" in line
-    assert f"rank {place['RANK']} on" in line and not (tmp_path / "run").exists()
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and nowhere["MASTER_ADDR"] in line and "within 3 s" in line
+    assert ("ranks did not reach rank 0" in line and "s: 1;" in line) if place["RANK"] == "0" else port in line
+    assert not (tmp_path / "run").exists()

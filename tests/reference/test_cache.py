@@ -58,6 +58,31 @@ def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
         cache.read(0)
 
 
+def test_numbers_that_are_none_blame_the_cache(tmp_path, monkeypatch):
+    """Not the samples of the step that would use them."""
+    cache, content = ReferenceCache(tmp_path, KEY), shard()
+    content.negative[3] = np.nan
+    said = f"negative log-likelihood of sample {content.samples[3]} is nan"
+    with pytest.raises(ReferenceCacheError, match=f"the reference's {said}: look at reference.weights"):
+        cache.write(0, content)
+    assert not cache.path(0).exists()
+    with monkeypatch.context() as patch:  # as an older version did
+        patch.setattr("cca_ds.reference.cache._not_finite", lambda content: None)
+        cache.write(0, content)
+    with pytest.raises(ReferenceCacheError, match=rf"shard_000000\.arrow is damaged \({said}\)"):
+        cache.read(0)
+
+
+def test_notes_that_are_damaged_are_one_line(tmp_path):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.note_producer(0, "node", 1)
+    (tmp_path / "trainer.json").write_text("[]")
+    (tmp_path / "producers" / "rank_00000.json").write_text("{}")
+    for read, name in ((cache.trainer_step, "trainer.json"), (cache.producers, "rank_00000.json")):
+        with pytest.raises(ReferenceCacheError, match=name):
+            read()
+
+
 def test_no_flipped_bit_changes_a_number_in_silence(tmp_path):
     """Elsewhere than in the numbers a flip may pass, as nothing reads it."""
     cache = ReferenceCache(tmp_path, KEY)

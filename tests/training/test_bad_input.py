@@ -85,7 +85,7 @@ def test_resume_never_wants_a_fresh_folder_and_a_path_a_checkpoint(tmp_path, cap
     (tmp_path / "config.yaml").write_text(dump_recipe(load_recipe("digits")))
     assert "already holds this run" in refusal(capsys, "--output", str(tmp_path), "--resume", "never")
     line = refusal(capsys, "--output", str(tmp_path), "--resume", str(tmp_path / "step_00000002"))
-    assert "step_00000002" in line and "COMPLETE.json is missing" in line
+    assert "step_00000002" in line and "no such file; give auto, never or" in line
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):

@@ -77,6 +77,13 @@ def test_completion_is_marked_last(tmp_path, run, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 56, "loss": 0.5}
 
 
+def test_a_file_to_resume_from(tmp_path, run):
+    (tmp_path / "weights.pt").write_text("x")
+    for name, what in (("weights.pt", "a file"), ("none", "no such file")):
+        line = problem(tmp_path / "run", run, str(tmp_path / name))
+        assert f"--resume {tmp_path / name}: {what}; give auto, never or a checkpoint's folder" in line
+
+
 def test_a_path_to_resume_from(tmp_path, run):
     folder = tmp_path / "run"
     opened(folder, run)
@@ -84,6 +91,7 @@ def test_a_path_to_resume_from(tmp_path, run):
     run_folder.check_output(folder, run, str(newer))
     run_folder.check_output(tmp_path / "branch", run, str(older))
     assert "step_00000004 is newer in --output" in problem(folder, run, str(older))
+    (tmp_path / "nothing").mkdir()
     assert "COMPLETE.json is missing" in problem(folder, run, str(tmp_path / "nothing"))
     shutil.copytree(newer, tmp_path / "elsewhere/step_00000004")
     run_folder.check_output(tmp_path / "branch", run, str(tmp_path / "elsewhere/step_00000004"))
