@@ -31,13 +31,13 @@ def train(run: Run) -> bool:
             policy.backward(loss)
             sums += batch_sums
             logps.append(policy_logp)
-        sums, stopping = run.coordinator.sum_over_ranks(sums)
+        sums, stopping, overdue = run.coordinator.sum_over_ranks(sums, run.checkpoints.overdue())
         engines.require_finite(step, sums, batches, logps, run.coordinator.ranks)
         done = progress.record(sums, run.optimizer_step(step), objective.compared)
         run.coordinator.beat(done)
         if run.grids.due(done):
             run.grids.draw(policy, done)
-        if stopping or run.checkpoints.due(done, inputs.steps):
+        if stopping or overdue or run.checkpoints.due(done, inputs.steps):
             run.checkpoints.save(policy, done, wait=stopping or done == inputs.steps)
         if stopping and done < inputs.steps:
             progress.say_stopped()

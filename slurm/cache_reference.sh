@@ -7,20 +7,12 @@
 #       sbatch --dependency=afterok:JOB slurm/cca_3b.sh
 #
 # Everything that can be set is listed in common.sh.
-#SBATCH --job-name=cca-cache
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=0
-#SBATCH --time=12:00:00
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@300
-#SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --job-name=cca-cache --output=%x-%j.log
+#SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --mem=0
+#SBATCH --time=12:00:00 --requeue --signal=B:USR1@300 --open-mode=append
 CCA_HOME=${CCA_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/common.sh
-. "$CCA_HOME/slurm/common.sh" || exit 2
+. "$CCA_HOME/slurm/common.sh" || { echo "call sbatch in the repository's root, or set CCA_HOME" >&2 && exit 2; }
 
 begin llamagen-3b zero3.json
 overrides ${CCA_DATA:+"data.codes=$CCA_DATA"} reference.placement=cached "reference.cache=$CCA_OUTPUT"

@@ -7,26 +7,16 @@
 #       sbatch slurm/encode.sh --batch_size 64
 #
 # Everything that can be set is listed in common.sh.
-#SBATCH --job-name=cca-encode
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=0
-#SBATCH --time=12:00:00
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@300
-#SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --job-name=cca-encode --output=%x-%j.log
+#SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --mem=0
+#SBATCH --time=12:00:00 --requeue --signal=B:USR1@300 --open-mode=append
 CCA_HOME=${CCA_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/common.sh
-. "$CCA_HOME/slurm/common.sh" || exit 2
+. "$CCA_HOME/slurm/common.sh" || { echo "call sbatch in the repository's root, or set CCA_HOME" >&2 && exit 2; }
 
 begin llamagen-3b zero3.json
 overrides ${CCA_DATA:+"data.source=$CCA_DATA"}
-# the table's folder appears whole, by renaming: nothing may be put there before
-state_folder=$CCA_OUTPUT.job
-progress() { count_files "$(dirname "$CCA_OUTPUT")"; }
+progress() { count_files "${CCA_OUTPUT%/}.partial/records"; } # one for every finished part of the table
 run_until_done "$CCA_OUTPUT/manifest.json" "$CCA_PYTHON" "$CCA_HOME/cca_ds/encode.py" \
     --recipe "$CCA_RECIPE" --output "$CCA_OUTPUT" \
     ${overrides[@]+"${overrides[@]}"} "$@"

@@ -36,7 +36,8 @@ class Balancer:
         self.settings, self.workload, self.ranks = settings, workload, ranks
         self.global_size = batch.global_size
         self.peers = peers.gather_peers(ranks)
-        self.measured = settings.mode == "measured"
+        self.mode = peers.chosen_mode(settings, self.peers)
+        self.measured = self.mode == "measured"
         self.caps = peers.given_caps(settings, batch.micro_size, self.peers)
         self._share = -(-batch.global_size // ranks.world_size)  # pairs of this rank, even at first
         if max(self.caps) == 0:
@@ -66,18 +67,22 @@ class Balancer:
 
     def describe(self) -> str:
         """The partition and the speeds that it follows from, for the log."""
-        timed = self.settings.mode != "even"
+        timed = self.mode != "even"
         line = self.partition.describe(timed)
         if not timed:
             return line
-        return f"{line}; {self.settings.mode}: {peers.describe_speeds(self.peers, self.seconds)}"
+        return f"{line}; {self.mode}: {peers.describe_speeds(self.peers, self.seconds)}"
+
+    def warning(self) -> str | None:
+        """What an even partition costs on unequal devices; None where nothing is wrong."""
+        return peers.cost_of_even(self.peers) if self.mode == "even" else None
 
     def _seconds(self) -> list[float]:
         """Seconds per pair by rank: measured, from the recipe's speeds, or equal."""
         if self.measured:
             own = MeasuredModel(self.workload, self.ranks.device).seconds_per_pair(self._timed_pairs())
             return peers.average_equal_ranks(self._gather(own))
-        if self.settings.mode == "given":
+        if self.mode == "given":
             return peers.given_seconds(self.settings.speeds, self.peers)
         return [1.0] * self.ranks.world_size
 

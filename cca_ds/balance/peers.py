@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from cca_ds.balance.partition import BalanceError
+from cca_ds.cluster.devices import peak_flops
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.preflight import device_name
 from cca_ds.config.schema import Balance
@@ -44,6 +45,28 @@ def gather(value: Any, world_size: int) -> list[Any]:
     found: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def chosen_mode(settings: Balance, peers: Sequence[Peer]) -> str:
+    """`balance.mode`; for "auto", "measured" where devices differ and "even" where they do not."""
+    if settings.mode != "auto":
+        return settings.mode
+    return "measured" if len({peer.device for peer in peers}) > 1 else "even"
+
+
+def cost_of_even(peers: Sequence[Peer]) -> str | None:
+    """A warning of what equal shares cost on unequal devices, by their peaks; None where they are equal."""
+    kinds = list(dict.fromkeys(peer.device for peer in peers))
+    if len(kinds) == 1:
+        return None
+    peaks = [peak_flops(peer.device) for peer in peers]
+    known = [peak for peak in peaks if peak is not None]
+    lost = 1 - min(known) * len(known) / sum(known) if len(known) == len(peaks) else None
+    cost = f", about {100 * lost:.0f}% of their throughput" if lost is not None else ""
+    return (
+        f"warning: balance.mode=even on {' and '.join(kinds)}: all ranks wait for the slowest{cost}; "
+        "balance.mode=measured gives each what it can do"
+    )
 
 
 def look_up(table: Mapping[str, Value], peer: Peer) -> Value | None:

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from cca_ds.checkpoints.restricted_load import restricted_load
 from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.schema import Checkpoint
-from cca_ds.files import expand, save_safetensors
+from cca_ds.files import appears, expand, save_safetensors
 
 TAG = "deepspeed"
 UNIVERSAL = "universal"
@@ -76,6 +77,12 @@ class Checkpoints:
         self.root, self.ranks, self.settings, self.metadata = root, ranks, settings, metadata
         self._writer: BackgroundWriter | None = None
         self._newest = -1  # step of the newest checkpoint in `root`, the one being written included
+        self._saved_at = time.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether `checkpoint.every_minutes` are over since the last save; rank 0's clock counts."""
+        minutes = self.settings.every_minutes
+        return self.ranks.rank == 0 and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def due(self, step: int, steps: int) -> bool:
         """Whether step `step` (1 after the first) is one to save."""
@@ -90,7 +97,10 @@ class Checkpoints:
         """
         self.close()
         self.still_ours()
-        partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier)
+        previous, needed = self._newest, expected_bytes(trained)
+        partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier, needed)
+        if previous >= 0:  # every rank has written it: `begin` waits for all
+            self._require_visible(previous)
         contents = _collect(trained, partial)
         contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.safetensors"))
         if trained.ema is not None:
@@ -102,7 +112,7 @@ class Checkpoints:
             self._writer.submit(self._write, on_host, partial, metadata)
         else:
             self._write(contents, partial, metadata)
-        self._newest = step
+        self._newest, self._saved_at = step, time.monotonic()
         if wait or not self.settings.asynchronous:
             self._settle()
 
@@ -117,6 +127,35 @@ class Checkpoints:
         """Return when every rank has written; collective."""
         self.close()
         deepspeed.comm.barrier()
+        self._require_visible(self._newest)
+
+    def _require_visible(self, step: int) -> None:
+        """Raise CheckpointError on rank 0 where a checkpoint that some rank published is not to be seen from there."""
+        folder = self.root / store.folder_name(step)
+        if self.ranks.rank == 0 and not appears(folder):
+            raise CheckpointError(
+                f"checkpoint {folder}: was published, and is not to be seen on {self.ranks.host}: are all nodes' "
+                f"{self.root} one folder of a shared file system?"
+            )
+
+    def require_space(self, trained: Trained, steps: int) -> None:
+        """Before the first step: room for the checkpoints that are kept and one more; collective.
+
+        Args:
+            steps: of the whole run.
+
+        Raises:
+            StorageError: on every rank, with the bytes that are missing.
+        """
+        size = expected_bytes(trained)
+
+        def check() -> None:
+            kept = self.settings.keep_last + (steps // self.settings.keep_every if self.settings.keep_every else 0)
+            saves = -(-steps // self.settings.every_steps)
+            there = len(store.complete_checkpoints(self.root))
+            store.require_space(self.root, size, max(min(kept, saves) + 1 - there, 0))
+
+        on_first(self.ranks, check)
 
     def _write(self, contents: list[tuple[Any, Path]], partial: Path, metadata: dict[str, Any]) -> None:
         try:
@@ -234,6 +273,16 @@ class _Collector(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Keep the state and its path instead of writing."""
         self.contents.append((state_dict, Path(path)))
+
+
+def expected_bytes(trained: Trained) -> int:
+    """About what a checkpoint takes: DeepSpeed's fp32 weights and Adam's two moments, the weights as they compute, and
+    the average.
+    """
+    parameters = list(trained.engine.module.parameters())
+    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    each = 12 + parameters[0].element_size() + (4 if trained.ema is not None else 0)
+    return elements * each
 
 
 def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:

@@ -55,11 +55,27 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def begin(root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = lambda: None) -> Path:
+def require_space(root: Path, size: int, count: int = 1) -> None:
+    """Raise StorageError unless `count` checkpoints of `size` bytes fit on the file system of `root`."""
+    place = Path(root)
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, size * count
+    if free < needed:
+        raise StorageError(
+            f"{root}: {count} checkpoint(s) of about {size / 1e9:.3g} GB take {needed / 1e9:.3g} GB, and only "
+            f"{free / 1e9:.3g} GB are free: free some, lower checkpoint.keep_last, or put --output on another disk"
+        )
+
+
+def begin(
+    root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = lambda: None, needed_bytes: int = 0
+) -> Path:
     """Make the empty folder for the checkpoint of `step`. Every rank calls it; returns `root`/step_NNNNNNNN.partial.
 
     Rank 0 deletes what an interrupted attempt left, and renames a damaged checkpoint of the same step to `.damaged`.
     `barrier` is called by all ranks after that, so that none writes earlier; with one rank it is not needed.
+    `needed_bytes` must be free, so that a full disk is noticed before hours of writing.
 
     Raises:
         CheckpointError: an intact checkpoint of `step` exists, or the folder cannot be made.
@@ -72,6 +88,7 @@ def begin(root: Path, step: int, rank: int = 0, barrier: Callable[[], object] = 
                 root.mkdir(parents=True, exist_ok=True)
                 _delete(partial)
                 _set_aside_damaged(root / folder_name(step))
+                require_space(root, needed_bytes)
                 partial.mkdir()
                 sync_folder(root)
     finally:

@@ -34,12 +34,15 @@ class Coordinator:
         if self.watchdog is not None:
             self.watchdog.beat(step, doing)
 
-    def sum_over_ranks(self, values: Tensor) -> tuple[Tensor, bool]:
-        """The sum of a float64 vector over all ranks, and whether any rank was asked to stop; one all-reduce."""
-        both = torch.cat([values, values.new_tensor([float(self.stop_requested)])])
+    def sum_over_ranks(self, values: Tensor, overdue: bool = False) -> tuple[Tensor, bool, bool]:
+        """The sum of a float64 vector over all ranks, whether any rank was asked to stop, and whether a checkpoint is
+        `overdue` on any; one all-reduce.
+        """
+        both = torch.cat([values, values.new_tensor([float(self.stop_requested), float(overdue)])])
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(both)
-        return both[:-1], bool(both[-1] > 0)
+        stop, late = (both[-2:] > 0).tolist()
+        return both[:-2], stop, late
 
     def max_over_ranks(self, value: float) -> float:
         """The largest value of all ranks, infinity where any is not a number; collective."""

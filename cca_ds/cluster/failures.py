@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from cca_ds.cluster.job_state import note_end
 from cca_ds.files import FAILING, FULL
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -75,7 +76,9 @@ def report_error(name: str, error: BaseException) -> None:
     if os.environ.get("CCA_DS_TRACEBACK"):
         traceback.print_exception(error)
     problems = getattr(error, "problems", None)  # of a ConfigError, which names itself
-    print(str(error) if problems else f"{name}: {explain_error(error)}", file=sys.stderr, flush=True)
+    message = str(error) if problems else f"{name}: {explain_error(error)}"
+    note_end(exit_code(error), message)
+    print(message, file=sys.stderr, flush=True)
 
 
 def exit_code(error: BaseException) -> int:

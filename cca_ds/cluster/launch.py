@@ -132,6 +132,7 @@ def initialize(ranks: Ranks, timeout_seconds: float = 1800.0, rendezvous_seconds
 
     if cuda:
         torch.cuda.set_device(device_index)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that `flight_recorder` can show
     else:
         # its shared-memory collectives are compiled at first use: a minute, and a stale lock hangs it
         import deepspeed.ops

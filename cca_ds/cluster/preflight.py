@@ -20,10 +20,21 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 
+from cca_ds.cluster import node_facts
+from cca_ds.cluster.job_state import note_faulty
 from cca_ds.cluster.launch import LaunchError, Ranks
+from cca_ds.cluster.rank_logs import log_only
+from cca_ds.console import say
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "numpy", "datasets", "cca_ds")
 _SHARED = "preflight"
+
+
+class NodeFault(LaunchError):
+    """Some nodes, not the input, are at fault: another attempt without them may succeed."""
+
+    exit_code = 1
 
 
 class Report(TypedDict):
@@ -33,12 +44,19 @@ class Report(TypedDict):
     host: str
     device: str  # the GPU's name, or "cpu"
     device_id: str  # unique on the host: a GPU's UUID
+    node: dict[str, str]  # driver, fabric and faults, as `node_facts.describe_node`
+    commit: str  # of git, "none" outside a checkout
+    matmul: float  # operations a second
+    all_reduce: float  # bytes a second
     same: dict[str, str]  # values that must be equal on all ranks
     host_same: dict[str, str]  # values that must be equal on all ranks of a host
 
 
 def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) -> None:
-    """Compare the ranks' versions, source code and `run`, then run an all-reduce and an all-gather. A collective.
+    """Compare the ranks' versions, source code and `run`, then try and time two collectives. A collective.
+
+    Where several nodes take part, or something is odd, rank 0 prints a table of all nodes. Nodes that fail, or that
+    are far behind equal ones, are written down for the job's next attempt.
 
     Args:
         ranks: this process's place; the process group is up.
@@ -49,9 +67,17 @@ def check_ranks(ranks: Ranks, timeout_seconds: float, run: Mapping[str, str]) ->
         LaunchError: ranks differ, did not answer in time, or share a device; the line names ranks and hosts.
     """
     own = describe(ranks, run)
-    reports = _exchange(ranks, own, timeout_seconds)
+    reports = _exchange(ranks, own, timeout_seconds, "reports")
     compare(reports)
     _try_collectives(ranks, reports, timeout_seconds)
+    own["all_reduce"] = node_facts.timed_all_reduce(torch.device(ranks.device))
+    reports = _exchange(ranks, own, timeout_seconds, "speeds")
+    note_faulty(dict.fromkeys(report["host"] for report in node_facts.slow_ranks(reports, node_facts.FAR_BEHIND)))
+    if ranks.rank == 0:
+        warnings = node_facts.warnings(reports)
+        show = say if len({report["host"] for report in reports}) > 1 or warnings else log_only
+        for line in (*node_facts.table(reports), *(f"warning: {warning}" for warning in warnings)):
+            show(line if show is say else f"{line}\n")
 
 
 def describe(ranks: Ranks, run: Mapping[str, str]) -> Report:
@@ -61,7 +87,11 @@ def describe(ranks: Ranks, run: Mapping[str, str]) -> Report:
         "host": ranks.host,
         "device": device_name(ranks.device),
         "device_id": _device_id(ranks),
-        "same": {**_versions(), **_code(), "kind of device": ranks.device.partition(":")[0], **run},
+        "node": node_facts.describe_node(ranks.device, _device_id(ranks), ranks.local_rank == 0),
+        "commit": _commit(),
+        "matmul": node_facts.timed_matmul(torch.device(ranks.device)),
+        "all_reduce": 0.0,
+        "same": {**_versions(), "the source code": _sources(), "kind of device": ranks.device.partition(":")[0], **run},
         "host_same": {"devices of the host": ", ".join(_visible_devices(ranks.device))},
     }
 
@@ -96,19 +126,24 @@ def _check_equal(reports: list[Report], name: str, values: list[str]) -> None:
         if value != common
     ]
     more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
-    raise LaunchError(f"{name} differs: {'; '.join(odd[:8])}{more}; the others have {common}")
+    message = f"{name} differs: {'; '.join(odd[:8])}{more}; the others have {common}"
+    others = {report["host"] for report, value in zip(reports, values, strict=True) if value != common}
+    if len(others) < len({report["host"] for report in reports}) / 2:  # a few nodes are not like the rest
+        note_faulty(others)
+        raise NodeFault(message)
+    raise LaunchError(message)
 
 
-def _exchange(ranks: Ranks, own: Report, timeout_seconds: float) -> list[Report]:
+def _exchange(ranks: Ranks, own: Report, timeout_seconds: float, purpose: str) -> list[Report]:
     """All ranks' reports, by rank. They go through the store, which, unlike a collective, shows which are missing."""
-    store = _store("reports")
+    store = _store(purpose)
     store.set(str(ranks.rank), json.dumps(own))
     texts = _wait_for_keys(store, ranks.world_size, timeout_seconds)
     absent = [rank for rank, text in enumerate(texts) if text is None]
     if absent:
         known = [json.loads(text) for text in texts if text is not None]
         hosts = "; ".join(dict.fromkeys(f"rank {report['rank']} on {report['host']}" for report in known[:8]))
-        raise LaunchError(f"{_list_ranks(absent)} did not report within {timeout_seconds:g} s; heard from: {hosts}")
+        raise NodeFault(f"{_list_ranks(absent)} did not report within {timeout_seconds:g} s; heard from: {hosts}")
     return [json.loads(text) for text in texts]
 
 
@@ -137,7 +172,7 @@ def _try_collectives(ranks: Ranks, reports: list[Report], timeout_seconds: float
     work = dist.all_gather_into_tensor(gathered, torch.tensor([float(ranks.rank)], device=device), async_op=True)
     _finish("all-gather", work, ranks, reports, timeout_seconds)
     if total.item() != world_size * (world_size + 1) / 2 or gathered.tolist() != list(range(world_size)):
-        raise LaunchError(
+        raise NodeFault(
             f"rank {ranks.rank} on {ranks.host}: a collective over {world_size} ranks gave wrong numbers "
             f"(sum {total.item():g}); look at the network and its libraries"
         )
@@ -158,7 +193,9 @@ def _finish(name: str, work: dist.Work, ranks: Ranks, reports: list[Report], sec
     answered = _wait_for_keys(store, ranks.world_size, timeout_seconds=1.0)
     unfinished = [reports[rank] for rank, text in enumerate(answered) if text is None and rank != ranks.rank]
     named = "; ".join(f"rank {report['rank']} on {report['host']}" for report in unfinished[:8]) or "all but this one"
-    raise LaunchError(
+    if unfinished and len(unfinished) < ranks.world_size - 1:  # else nobody knows whose fault it is
+        note_faulty({report["host"] for report in unfinished} - {ranks.host})
+    raise NodeFault(
         f"{name} did not answer within {seconds:g} s on rank {ranks.rank} on {ranks.host}{reason}; "
         f"not done either: {named}"
     )
@@ -189,18 +226,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _code() -> dict[str, str]:
-    """The git commit, "none" outside a checkout, and a hash of the package's sources, which also covers local edits."""
-    package = Path(__file__).resolve().parents[1]
+def _sources() -> str:
+    """A hash of the package's sources, which unlike a commit covers local edits."""
     digest = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
-    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    for source in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(source.relative_to(_PACKAGE).as_posix().encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _commit() -> str:
+    """The git commit; "none" where the package was installed without its repository, or the node has no git."""
+    command = ["git", "-C", str(_PACKAGE), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        commit = "none"  # installed without its repository, or git is not on this node
-    return {"the git commit": commit, "the source code": digest.hexdigest()[:16]}
+        return "none"
 
 
 def device_name(device: str) -> str:

@@ -29,6 +29,11 @@ def on_console(line: str) -> None:
         _console.write(f"{line}\n")
 
 
+def log_folder() -> Path | None:
+    """The folder of this rank's log; None before there is one."""
+    return Path(_log.name).parent if _log is not None else None
+
+
 def log_only(text: str) -> None:
     """Append text to this rank's log and to no console; without a log, do nothing."""
     if _log is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cca_ds.cluster import launch
 from cca_ds.cluster.failures import exit_code, explain_error
+from cca_ds.cluster.job_state import note_end
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.rank_logs import log_only, report_end
 from cca_ds.config.schema import Distributed
@@ -41,7 +42,9 @@ def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro
             traceback.print_exception(error)
         else:
             log_only("".join(traceback.format_exception(error)))
-        report_end(f"rank {ranks.rank} on {ranks.host}: {explain_error(error, micro_size)}")
+        message = f"rank {ranks.rank} on {ranks.host}: {explain_error(error, micro_size)}"
+        note_end(exit_code(error), message)
+        report_end(message)
         if ranks.world_size > 1:
             os._exit(exit_code(error))
         return exit_code(error)

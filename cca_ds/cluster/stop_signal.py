@@ -3,7 +3,7 @@
 stop = StopSignal()                        # early: before this line a signal ends the process at once
 for step in steps:
     ...
-    sums, stopping = coordinator.sum_over_ranks(sums)      # the coordinator holds `stop`
+    sums, stopping, _ = coordinator.sum_over_ranks(sums)      # the coordinator holds `stop`
     if stopping:                           # the same on every rank
         save(); break
 """
@@ -16,7 +16,7 @@ import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# DeepSpeed's launcher sends SIGTERM right after the terminal's own Ctrl-C: within a second it is the same request
+# A launcher may hand on the terminal's own Ctrl-C once more: within a second it is the same one
 SAME_REQUEST_SECONDS = 1.0
 
 
@@ -35,13 +35,14 @@ class Stopped(Exception):
 class StopSignal:
     """Handles SIGTERM, SIGUSR1 and SIGINT: the first sets `requested` and `name`, and the process goes on.
 
-    A second signal of any of the three ends the process at once, without a checkpoint, with exit code 128 + its
-    number. A signal within a second of the first is part of the same request and is ignored.
+    Schedulers and launchers send several, also minutes apart and while the checkpoint is written (a warning ahead of
+    the time limit, then the limit): they are one request, and SIGKILL is theirs to send. Only a person's second Ctrl-C
+    ends the process at once, without a checkpoint, with exit code 130.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._first = 0.0
+        self._interrupted: float | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
@@ -51,9 +52,12 @@ class StopSignal:
         return self.name is not None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
         now = time.monotonic()
-        if self.name is None:
-            self.name, self._first = signal.Signals(number).name, now
-        elif now - self._first >= SAME_REQUEST_SECONDS:
-            os.write(2, f"a second signal, {signal.Signals(number).name}: ended at once\n".encode())
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted >= SAME_REQUEST_SECONDS:
+            os.write(2, b"interrupted a second time: ended at once, without a checkpoint\n")
             os._exit(128 + number)

@@ -21,6 +21,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from cca_ds.cluster.flight_recorder import dump_nccl_trace
+from cca_ds.cluster.job_state import note_end
 from cca_ds.cluster.launch import Ranks
 from cca_ds.cluster.rank_logs import on_console
 
@@ -159,8 +161,11 @@ class Watchdog:
             os._exit(EXIT_SILENT)
 
     def _print(self, verdict: str) -> None:
-        sys.stderr.write(f"rank {self._ranks.rank} on {self._ranks.host} ends the run: {verdict}\n")
+        line = f"rank {self._ranks.rank} on {self._ranks.host} ends the run: {verdict}"
+        note_end(EXIT_SILENT, line)
+        sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+        dump_nccl_trace(self._ranks)
 
     def _end_without_0(self, verdict: str) -> None:
         """Rank 0, which has the console, cannot say it: rank 1 does."""

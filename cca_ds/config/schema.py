@@ -155,8 +155,8 @@ class Batch(Section):
 class Balance(Section):
     """Unequal ranks. Keys of the mappings are a rank's number, a host, or a device's name or a part of it (H100)."""
 
-    mode: Literal["even", "measured", "given"] = key(
-        "even", "how a batch is cut over ranks: equal, measured, by speeds"
+    mode: Literal["auto", "even", "measured", "given"] = key(
+        "auto", "how a batch is cut over ranks: equal, measured, by speeds; auto measures where devices differ"
     )
     speeds: dict[str, Annotated[float, Field(gt=0.0)]] = key({}, "given: pairs a second")
     micro_sizes: dict[str, Annotated[int, Field(ge=0)]] = key({}, "most pairs a forward of some ranks; 0 for none")
@@ -175,6 +175,9 @@ class Checkpoint(Section):
     """When the run's state is saved, and what is kept."""
 
     every_steps: int = key(500, "steps between checkpoints", ge=1, le=1000000000)
+    every_minutes: float | None = key(
+        15.0, "minutes after which one is saved before its step has come; null counts steps only", gt=0.0, le=1e6
+    )
     keep_last: int = key(2, "newest checkpoints kept", ge=1, le=10000)
     keep_every: int | None = key(None, "checkpoints of steps divisible by this are kept for good", ge=1, le=1000000000)
     asynchronous: bool = key(False, "write to disk while training goes on")

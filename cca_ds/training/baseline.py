@@ -47,7 +47,7 @@ def check_baseline(
         if reference_logp is not None:
             differences.append((policy_logp - reference_logp).abs().max())
     policy.engine.train()
-    sums, _ = coordinator.sum_over_ranks(sums)
+    sums, *_ = coordinator.sum_over_ranks(sums)
     worst = coordinator.max_over_ranks(torch.stack(differences).max().item())
     _check_agreement(run, worst, engines.precision)
     nll = summarize(sums, objective.compared)["nll_per_code"]

@@ -203,6 +203,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     torch.manual_seed(run.seed + ranks.rank)  # after building: dropout does not depend on how the reference is held
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
+    checkpoints.require_space(engines.policy, inputs.steps)
     log = RunLog(
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress, still_ours
     )
@@ -309,6 +310,8 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
         f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes, {inputs.steps} steps of "
         f"{run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
     )
+    if warning := balancer.warning():
+        log.say(warning)
     if progress.step:
         log.say(f"continuing after step {progress.step}")
     elif engines.reference and run.model.weights is None:

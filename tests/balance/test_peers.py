@@ -3,7 +3,16 @@
 import pytest
 
 from cca_ds.balance.partition import BalanceError
-from cca_ds.balance.peers import Peer, average_equal_ranks, describe_speeds, given_caps, given_seconds, look_up
+from cca_ds.balance.peers import (
+    Peer,
+    average_equal_ranks,
+    chosen_mode,
+    cost_of_even,
+    describe_speeds,
+    given_caps,
+    given_seconds,
+    look_up,
+)
 from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.config.schema import Balance
 
@@ -57,3 +66,22 @@ def test_speeds_are_listed_by_rank_and_host():
     assert describe_speeds(peers, [0.001, 0.0011, 0.004]) == (
         "ranks 0-1 on a (NVIDIA H100 80GB HBM3) 1, 1.1 ms a pair; rank 2 on b (NVIDIA A40) 4 ms a pair"
     )
+
+
+def of_devices(*devices):
+    return [Peer(rank, "node", device) for rank, device in enumerate(devices)]
+
+
+def test_where_devices_differ_they_are_measured():
+    for devices, mode in (((H100, H100), "even"), ((H100, A40), "measured"), (("cpu", "cpu"), "even")):
+        assert chosen_mode(Balance(), of_devices(*devices)) == mode
+    assert chosen_mode(Balance(mode="even"), of_devices(H100, A40)) == "even"
+
+
+def test_even_shares_on_unequal_devices_say_what_they_cost():
+    assert cost_of_even(of_devices(H100, H100)) is None
+    # 989 and 150 TFLOP/s: of 1139, twice 150 are used
+    assert "on NVIDIA H100 80GB HBM3 and NVIDIA A40: all ranks wait for the slowest, about 74% of" in cost_of_even(
+        of_devices(H100, A40)
+    )
+    assert "all ranks wait for the slowest; balance.mode=measured" in cost_of_even(of_devices(H100, "Some GPU"))

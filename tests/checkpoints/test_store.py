@@ -394,3 +394,16 @@ def test_a_manifest_with_values_that_no_run_writes_is_damaged(tmp_path, change):
     (folder / "COMPLETE.json").write_text(json.dumps(body | {"digest": store._digest(body)}))
     with pytest.raises(CheckpointError, match=r"COMPLETE\.json is corrupt"):
         verify(folder)
+
+
+def test_room_is_asked_for_before_anything_is_written(tmp_path):
+    with mounted_disk(tmp_path, 4) as disk:
+        store.require_space(disk / "run" / "checkpoints", 10**6, 3)
+        said = (
+            r"checkpoints: 5 checkpoint\(s\) of about 0.001 GB take 0.005 GB, and only 0.00\d+ GB are free: free some"
+        )
+        with pytest.raises(StorageError, match=said):
+            store.require_space(disk / "run" / "checkpoints", 10**6, 5)
+        with pytest.raises(StorageError, match=r"1 checkpoint\(s\) of about 0.01 GB"):
+            begin(disk / "checkpoints", 1, needed_bytes=10**7)
+        assert not (disk / "checkpoints" / "step_00000001.partial").exists()

@@ -24,8 +24,9 @@ def test_sums_come_back_with_the_request_to_stop():
     stop = Stop()
     coordinator = Coordinator(ALONE, stop)
     values = torch.tensor([1.0, 2.5], dtype=torch.float64)
-    sums, stopping = coordinator.sum_over_ranks(values)
-    assert torch.equal(sums, values) and not stopping
+    sums, stopping, overdue = coordinator.sum_over_ranks(values)
+    assert torch.equal(sums, values) and not stopping and not overdue
+    assert coordinator.sum_over_ranks(values, overdue=True)[1:] == (False, True)
     stop.requested = True
     assert coordinator.sum_over_ranks(values)[1] and coordinator.stop_requested
 

@@ -3,9 +3,11 @@
 Another ZeRO stage is refused.
 """
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -255,15 +257,50 @@ def small_disk(tmp_path):
         yield disk
 
 
+def fill(disk: Path) -> None:
+    """Another program takes what is left."""
+    with contextlib.suppress(OSError), open(disk / "other", "wb", buffering=0) as file:
+        while file.write(bytes(4096)) == 4096:
+            pass
+
+
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_a_full_disk_is_one_clear_error_and_spares_older_checkpoints(small_disk, asynchronous):
-    settings = ("batch.max_steps=30", "checkpoint.every_steps=1", "checkpoint.keep_last=30",
-                f"checkpoint.asynchronous={asynchronous}")  # fmt: skip
-    (output,) = train(1, small_disk / "run", *settings, check=False)
+    settings = ("batch.max_steps=5000", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
+                "logging.tensorboard=false", f"checkpoint.asynchronous={asynchronous}")  # fmt: skip
+    with start_training(1, small_disk / "run", *settings) as running:
+        end = time.monotonic() + PATIENCE
+        while not complete_checkpoints(small_disk / "run/checkpoints"):
+            assert time.monotonic() < end, running.tails()
+            time.sleep(0.02)
+        while running.processes[0].poll() is None:
+            assert time.monotonic() < end, running.tails()
+            fill(small_disk)  # again: an older checkpoint may have given up its place in between
+            time.sleep(0.02)
+        (output,) = running.wait(PATIENCE)
     assert output.returncode == 1
-    (line,) = [line for line in output.stderr.splitlines() if "checkpoint " in line]
-    assert "free some" in line and "older checkpoints are untouched" in line
+    (line,) = [line for line in output.stderr.splitlines() if line.startswith("rank 0 on ")]
+    assert "free some" in line
     intact = complete_checkpoints(small_disk / "run/checkpoints")
     assert intact and all(verify(path) for path in intact)
     assert not list((small_disk / "run/checkpoints").glob("*.partial"))
     assert not (small_disk / "run/COMPLETED").exists()
+
+
+def test_a_checkpoint_is_saved_when_its_minutes_are_over(tmp_path):
+    """Between the steps that are due: here after every step, on all ranks at once; the trajectory is the same."""
+    settings = ("batch.max_steps=4", "checkpoint.keep_last=9", "checkpoint.every_steps=3")
+    train(2, tmp_path / "often", *settings, "checkpoint.every_minutes=1e-5")
+    train(2, tmp_path / "usual", *settings)
+    steps = [[path.name[-1] for path in complete_checkpoints(tmp_path / name / "checkpoints")]
+             for name in ("often", "usual")]  # fmt: skip
+    assert steps == [["4", "3", "2", "1"], ["4", "3"]]
+    assert losses(tmp_path / "often") == losses(tmp_path / "usual")
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(small_disk):
+    outputs = train(2, small_disk / "run", *SETTINGS, "checkpoint.keep_last=30", "batch.max_steps=90", check=False)
+    assert [output.returncode for output in outputs] == [1, 1]
+    assert re.search(r"31 checkpoint\(s\) of about \S+ GB take \S+ GB, and only \S+ GB are free", outputs[0].stderr)
+    assert "lower checkpoint.keep_last, or put --output on another disk" in outputs[0].stderr
+    assert metrics(small_disk / "run") == []

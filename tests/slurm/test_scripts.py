@@ -12,10 +12,11 @@ import pytest
 
 from tests.dist.ranks import REPOSITORY
 
-SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sh") if path.name != "common.sh")
+OTHERS = ("common.sh", "pipeline.sh")
+SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in OTHERS)
 GOLDEN = Path(__file__).parent / "golden"
 ALWAYS = {"PATH": os.environ["PATH"], "CCA_HOME": ".", "CCA_PYTHON": "python", "CCA_DRY_RUN": "1"}
-JOB = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8", "SLURM_HET_SIZE": "3"}
+JOB = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
 USED = {
     "CCA_DATA": "data folder",
     "CCA_OUTPUT": "runs/out",
@@ -35,11 +36,12 @@ def directives(script: str) -> str:
 
 
 def dry_run(script: str, environment: dict[str, str], *arguments: str, check: bool = True) -> str:
-    name = next((line.split("=")[1] for line in directives(script).splitlines() if "job-name" in line), "")
+    name = next((line.split("=")[1].split()[0] for line in directives(script).splitlines() if "job-name" in line), "")
+    components = {"SLURM_HET_SIZE": "3"} if script == "mixed.sh" else {}
     done = subprocess.run(
         ["bash", f"slurm/{script}", *arguments],
         cwd=REPOSITORY,
-        env={**ALWAYS, **JOB, "SLURM_JOB_NAME": name, **environment},
+        env={**ALWAYS, **JOB, **components, "SLURM_JOB_NAME": name, **environment},
         capture_output=True,
         text=True,
         timeout=30,
@@ -70,7 +72,7 @@ def test_no_golden_text_without_script():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    command = ["shellcheck", "-x", "-P", ".", *(f"slurm/{script}" for script in [*SCRIPTS, "common.sh"])]
+    command = ["shellcheck", "-x", "-P", ".", *(f"slurm/{script}" for script in [*SCRIPTS, *OTHERS])]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -78,9 +80,15 @@ def test_shellcheck():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_can_be_requeued_and_is_warned_of_the_time_limit(script):
     components = directives(script).split("#SBATCH hetjob\n")
-    assert all("#SBATCH --requeue\n" in component for component in components)
-    assert "#SBATCH --signal=B:USR1@300\n" in components[0]
-    assert "#SBATCH --open-mode=append\n" in components[0]  # a requeue keeps the log
+    assert all(" --requeue" in component for component in components)
+    assert " --signal=B:USR1@300" in components[0]
+    assert " --open-mode=append" in components[0]  # a requeue keeps the log
+
+
+def test_an_administrator_can_read_them_all():
+    texts = [(REPOSITORY / "slurm" / name).read_text() for name in (*OTHERS, *SCRIPTS)]
+    assert sum(len(text.splitlines()) for text in texts) < 500
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 120
 
 
 def test_array_tasks_take_their_word_and_a_folder_of_their_own():
@@ -89,7 +97,9 @@ def test_array_tasks_take_their_word_and_a_folder_of_their_own():
     assert " --output runs/cca-3b-40/loss.lambda=100 " in printed
     assert printed.endswith(" --set loss.lambda=100 loss.beta=0.1 \n")
     printed = dry_run("cca_3b.sh", {**sweep, "SLURM_ARRAY_TASK_ID": "2"}, check=False)
-    assert "array task 2, but CCA_SWEEP has 2 words: use --array=0-1" in printed
+    assert "array task 2, but CCA_SWEEP has 2: use --array=0-1" in printed
+    printed = dry_run("cca_3b.sh", {**sweep, "CCA_SWEEP": ""}, check=False)
+    assert "a job array without CCA_SWEEP" in printed and "srun" not in printed
 
 
 def test_words_of_all_lines_are_taken():
@@ -108,25 +118,17 @@ def test_a_sweep_stays_in_its_folder(word):
     assert f"CCA_SWEEP: {word} is not KEY.PATH=VALUE" in printed and "srun" not in printed
 
 
-@pytest.mark.parametrize(
-    ("content", "count"),
-    [("2 nothing", 3), ("08 nothing", 9), ("PPID[$(touch touched)] nothing", 1), ("x nothing", 1), ("", 1),
-     ("-5 nothing", 1), ("9999999 nothing", 1), ("2 step_1", 1)],
-)  # fmt: skip
-def test_the_counter_of_failures_is_read_as_a_number(tmp_path, content, count):
-    (tmp_path / ".failures").write_text(f"{content}\n")
-    code = (
-        f". {REPOSITORY}/slurm/common.sh; state_folder=.; CCA_OUTPUT=.; progress_before=nothing; "
-        'count_failures; echo "$attempts_without_progress"'
-    )
-    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=ALWAYS, capture_output=True, text=True)
-    assert done.stdout == f"{count}\n", done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".failures"]
+def test_values_may_hold_spaces_and_newlines():
+    value = "model.overrides={dim: 64,\n  n_layer: 2}"
+    printed = dry_run("cca_3b.sh", {"CCA_SET": f"loss.beta=0.1  {value}\n batch.epochs=2"})
+    assert printed.endswith(" --set loss.beta=0.1 $'model.overrides={dim: 64,\\n  n_layer: 2}' batch.epochs=2 \n")
+    printed = dry_run("cca_3b.sh", {"CCA_SET": "loss.beta 0.1 seed=1"}, check=False)
+    assert "CCA_SET: loss.beta 0.1 is not KEY.PATH=VALUE" in printed and "srun" not in printed
 
 
 def test_a_script_outside_the_repository_says_what_to_do():
     printed = dry_run("cca_3b.sh", {"CCA_HOME": "tests"}, check=False)
-    assert "tests/slurm/common.sh: No such file" in printed
+    assert printed.splitlines()[-1] == "call sbatch in the repository's root, or set CCA_HOME"
     printed = subprocess.run(
         ["bash", "-c", ". slurm/common.sh; CCA_HOME=tests; begin a b"],
         cwd=REPOSITORY,
@@ -135,6 +137,66 @@ def test_a_script_outside_the_repository_says_what_to_do():
         text=True,
     )
     assert (printed.returncode, "call sbatch in the repository's root, or set CCA_HOME" in printed.stderr) == (2, True)
+
+
+def test_one_component_only():
+    printed = dry_run("cca_3b.sh", {"SLURM_HET_SIZE": "2"}, check=False)
+    assert "runs on one component, the job has 2: submit it without ':', or slurm/mixed.sh" in printed
+    assert "srun" not in printed
+    assert "not a heterogeneous job" in dry_run("mixed.sh", {"SLURM_HET_SIZE": "1"}, check=False)
+
+
+def test_ranks_get_what_they_need_and_nothing_of_the_submitting_shell():
+    leaked = {"SLURM_EXPORT_ENV": "CCA_DATA", "MASTER_ADDR": "login", "MASTER_PORT": "1", "RANK": "0"}
+    printed = subprocess.run(
+        ["bash", "-c", ". slurm/common.sh; begin a b; env"],
+        cwd=REPOSITORY, env=ALWAYS | JOB | leaked | {"SLURM_GPUS_PER_NODE": "8"}, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    names = {line.partition("=")[0] for line in printed}
+    assert "SLURM_EXPORT_ENV=ALL" in printed and "NCCL_IB_TIMEOUT=22" in printed
+    assert not names & {"MASTER_ADDR", "MASTER_PORT", "RANK", "SLURM_GPUS_PER_NODE"}
+
+
+def test_a_sites_file_keeps_its_options_to_itself(tmp_path):
+    (tmp_path / "site").write_text('set -e\nset -o pipefail\n: "$not_set"\nexport SITE=here\n')
+    code = '. slurm/common.sh; before=$(set +o); begin a b; [ "$before" = "$(set +o)" ] && echo "same $SITE"'
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=REPOSITORY, env=ALWAYS | JOB | {"CCA_SETUP": str(tmp_path / "site")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("same here\n", "")
+    (tmp_path / "site").write_text("module load nothing-of-that-name\n")
+    printed = dry_run("cca_3b.sh", {"CCA_SETUP": str(tmp_path / "site")}, check=False)
+    assert f"CCA_SETUP={tmp_path / 'site'} failed" in printed and "srun" not in printed
+
+
+def test_a_missing_interpreter_is_said_before_anything_starts(tmp_path):
+    printed = dry_run("cca_3b.sh", {"CCA_PYTHON": "no-such-python", "CCA_DRY_RUN": ""}, check=False)
+    assert "no interpreter no-such-python here: run make install" in printed
+
+
+def test_the_pipeline_submits_a_chain(tmp_path):
+    """By a stand-in that notes what it was called with."""
+    record = 'n=$(cat "$COUNT" 2>/dev/null || echo 40); echo $((n + 1)) > "$COUNT"; echo "$n;cluster"\n'
+    (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$CCA_DATA|$CCA_OUTPUT|$CCA_WEIGHTS|$*" >> "$CALLS"\n{record}')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "COUNT": str(tmp_path / "n"),
+        "CCA_DATA": "my images", "CCA_OUTPUT": str(tmp_path / "out"),
+    }  # fmt: skip
+    command = ["bash", str(REPOSITORY / "slurm/pipeline.sh"), "--partition=gpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    after = "--parsable --dependency=afterok:{} --kill-on-invalid-dep=yes --partition=gpu slurm/{}"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"my images|{out}/codes||--parsable --partition=gpu slurm/encode.sh",
+        f"{out}/codes|{out}/run||{after.format(40, 'cca_3b.sh')}",
+        f"my images|{out}/scores|{out}/run|{after.format(41, 'sample_and_evaluate.sh')}",
+    ]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["40", "41", "42", "scancel"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode != 0 and "CCA_DATA: name the folder of images" in done.stderr
 
 
 if __name__ == "__main__":
