@@ -241,13 +241,14 @@ close_job() {
     # of the rank that failed first: srun may report that of those it killed for it
     [ ! -s "$state/ended" ] || read -r status reason < "$state/ended"
     [ "$status" != 2 ] || die "not requeued, since no further attempt heals this: $reason"
-    [ -z "${limit_too_short:-}" ] ||
+    [ -z "${limit_too_short:-}" ] || [ "$(progress)" != "$progress_before" ] ||
         die "the signal ahead of the time limit came at once, with $limit_too_short left: give a longer --time"
     if [ "$stopped_by" = TERM ]; then
-        [ "$(field JobState)" = RUNNING ] || exit 143 # Slurm ends the job, and knows what follows
-        requeue "stopped by a signal"
+        [ "$(field JobState)" != RUNNING ] || requeue "stopped by a signal"
+        exit 143 # Slurm ends the job, and knows what follows
     fi
-    [ -n "$stopped_by" ] || [ "$status" != 0 ] || requeue "$reason" # a preemption that only the ranks were told of
+    # a preemption that only the ranks were told of
+    [ -n "$stopped_by" ] || [ "$status" != 0 ] || [ ! -s "$state/ended" ] || requeue "$reason"
     count_failures
     code=1
     [ "$attempts_without_progress" -lt "$CCA_ATTEMPTS" ] ||

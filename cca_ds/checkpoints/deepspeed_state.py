@@ -86,7 +86,7 @@ class Checkpoints:
 
     def due(self, step: int, steps: int) -> bool:
         """Whether step `step` (1 after the first) is one to save."""
-        return step % self.settings.every_steps == 0 or step == steps
+        return step % self.settings.every_steps == 0 or (step == steps and self.settings.final)
 
     def save(self, trained: Trained, step: int, wait: bool = False) -> None:
         """Write the checkpoint of `step`; collective. Raises CheckpointError and leaves older ones as they are.
@@ -151,7 +151,7 @@ class Checkpoints:
 
         def check() -> None:
             kept = self.settings.keep_last + (steps // self.settings.keep_every if self.settings.keep_every else 0)
-            saves = -(-steps // self.settings.every_steps)
+            saves = steps // self.settings.every_steps + self.settings.final
             there = len(store.complete_checkpoints(self.root))
             store.require_space(self.root, size, max(min(kept, saves) + 1 - there, 0))
 

@@ -178,6 +178,7 @@ class Checkpoint(Section):
     every_minutes: float | None = key(
         15.0, "minutes after which one is saved before its step has come; null counts steps only", gt=0.0, le=1e6
     )
+    final: bool = key(True, "save one after the last step; false only where the run's weights are not wanted")
     keep_last: int = key(2, "newest checkpoints kept", ge=1, le=10000)
     keep_every: int | None = key(None, "checkpoints of steps divisible by this are kept for good", ge=1, le=1000000000)
     asynchronous: bool = key(False, "write to disk while training goes on")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cca_ds.alignment.objective import summarize
+from cca_ds.cluster.job_state import note_end
 from cca_ds.training.run_log import RunLog, logged_lines
 from cca_ds.training.utilization import Utilization
 
@@ -62,11 +63,13 @@ class Progress:
 
     def say_stopped(self) -> None:
         """The last line of a run that a signal ended early; its checkpoint is complete."""
-        self.log.say(
+        line = (
             f"stopped by a signal after step {self.step}: checkpoint saved, start again to continue"
             if self.step
             else "stopped by a signal before the first step was done: start again to begin"
         )
+        note_end(0, line)
+        self.log.say(line)
 
 
 def last_logged_values(metrics: Path, step: int) -> dict[str, float]:

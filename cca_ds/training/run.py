@@ -18,7 +18,7 @@ import cca_ds
 from cca_ds.alignment.objective import Objective
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
-from cca_ds.cluster.collectives import on_first
+from cca_ds.cluster.collectives import barrier, on_first
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
 from cca_ds.cluster.launch import Ranks
@@ -181,6 +181,7 @@ def _train_in(
 def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks: Ranks, lock: FolderLock | None) -> Run:
     """Build every part of a run, in the order in which one needs another; `lock` is rank 0's."""
     keep_rank_log(folder, ranks)
+    barrier(ranks)  # all logs are there before a start that is refused removes its folder
     inputs = open_inputs(run, folder / "data")
     compared = {"the configuration": config_hash(run), "the data": inputs.table.manifest.content_hash()}
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
@@ -304,7 +305,7 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
     log.say(
         f"{run.name}: {run.model.preset}, {parameters / 1e6:.1f} M parameters, {engines.precision}, "
         f"ZeRO stage {policy.stage}, reference {run.reference.placement if engines.reference else 'none'}, "
-        f"log-likelihoods by {backend()}"
+        f"log-likelihoods by {backend(engines.device.type)}"
     )
     log.say(
         f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes, {inputs.steps} steps of "

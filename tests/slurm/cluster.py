@@ -163,6 +163,19 @@ class Cluster:
         inside = ["nsenter", f"--net=/run/netns/{self._mark}-{node}", "unshare", *spaces]
         self._start(f"node {node}", [*inside, "bash", "-c", first_process])
 
+    def cut_network(self, node: str, cut: bool = True) -> None:
+        """Nothing reaches the node and nothing leaves it, while its processes and the shared disk live on."""
+        _ip("link", "set", f"{self._mark}v{list(NODES).index(node)}", "down" if cut else "up")
+
+    def stop_controller(self) -> None:
+        """slurmctld stops and writes down what it knows; nodes and jobs go on."""
+        self._daemons["slurmctld"].terminate()
+        self._daemons["slurmctld"].wait(60)
+
+    def start_controller(self) -> None:
+        """slurmctld comes back and remembers its jobs."""
+        self._start("slurmctld", ["slurmctld", "-D"])
+
     def logs(self) -> str:
         """The ends of the daemons' logs, for a failure's message."""
         return "\n".join(
@@ -195,7 +208,8 @@ class Cluster:
                 f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={port + 1} CPUs=8 RealMemory=16000 "
                 f"Gres=gpu:{node}:{gpus} Feature={node}\n"
             )
-        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20\n"
+        text += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF\n"
         names = [line for line in Path("/etc/nsswitch.conf").read_text().splitlines() if not line.startswith("hosts:")]
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text("".join(gres))

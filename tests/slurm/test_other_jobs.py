@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.hellos import hellos
-from tests.slurm.runs import ONE_RANK, STEPS, Run
+from tests.slurm.runs import ONE_RANK, STEPS, Run, program
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -56,13 +56,20 @@ def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, 
     assert json.loads((encoded.folder / "manifest.json").read_text())["images"] == 40
 
 
-def program(folder: Path, text: str) -> str:
-    """A program in Python's place, which does nothing but end in a certain way."""
-    path = folder / "python"
-    path.parent.mkdir()
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
+def test_the_pipeline_to_its_scores(cluster, tmp_path):
+    """From images to scores by one command, on two ranks."""
+    two = ["--nodes=1", *ONE_RANK, "--ntasks-per-node=2", "--mem=2000", f"--output={tmp_path}/%x.log"]
+    settings = "batch.max_steps=1 sampling.images_per_class=2 data.workers=0 logging.progress=false"
+    environment = {
+        "CCA_RECIPE": "digits", "CCA_DATA": str(digits_as_images(tmp_path / "images")), "CCA_SET": settings,
+        "CCA_OUTPUT": str(tmp_path / "out"),
+    }  # fmt: skip
+    printed = cluster.run(["bash", "slurm/pipeline.sh", *two], environment)
+    jobs = [int(line.split()[0]) for line in printed.splitlines()[:3]]
+    state = cluster.wait(jobs[-1], 300)
+    assert state == {"COMPLETED"}, "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert json.loads((tmp_path / "out/codes/manifest.json").read_text())["images"] == 40
+    assert json.loads((tmp_path / "out/scores/scores.json").read_text())
 
 
 def test_only_the_mark_is_an_end(cluster, tmp_path):
@@ -74,7 +81,8 @@ def test_only_the_mark_is_an_end(cluster, tmp_path):
         (unmarked, ["--nodes=1", *ONE_RANK], "slurm/cca_3b.sh"),
         (mixed, three_components(), "slurm/mixed.sh"),
     ):
-        at_second = f'[ "$SLURM_RESTART_COUNT" != 1 ] || touch {run.folder}/COMPLETED'
+        done = f"{{ mkdir -p {run.folder}; touch {run.folder}/COMPLETED; }}"
+        at_second = f'[ "$SLURM_RESTART_COUNT" != 1 ] || {done}'
         run.submit(*flags, script=script, CCA_PYTHON=program(tmp_path / script.replace("/", "-"), at_second))
     for run in (unmarked, mixed):
         assert run.end() == {"COMPLETED"}, run.output()
