@@ -1,78 +1,120 @@
 #!/usr/bin/env bash
-# Builds the extension, runs the GPU tests and every GPU benchmark, inside 9 minutes, on a machine with a GPU:
+# Everything that needs a GPU, in stages of at most nine minutes on one H200 with PyTorch 2.11 and Python 3.12:
 #
-#     bash benchmarks/gpu.sh [python]
+#     bash benchmarks/gpu.sh build kernels tests llamagen-3b var-d30 sampling memcheck
+#     bash benchmarks/gpu.sh wheels FOLDER            on another machine: what such a one lacks, for pip --target
+#     bash benchmarks/gpu.sh --rehearse all           every stage on tiny shapes, on a CPU
 #
-# Writes benchmarks/results/<device>-<date>.json (and .md) with the commit. Exits non-zero when the build or a test fails;
-# the benchmarks run all the same after a failed test, and the result file records the failure.
+#   build         compile the extension (4 minutes)
+#   kernels       the log-likelihood beside PyTorch's, Liger's, QuACK's and Apple's
+#   tests         every test that asks for the device
+#   llamagen-3b   a few steps of training under ZeRO-3, random weights and codes
+#   var-d30       the same
+#   sampling      48 images of each, with CUDA graphs and without
+#   memcheck      the kernels' tests under compute-sanitizer
+#
+# The package need not be installed: packages may lie in a folder on PYTHONPATH. Results go to
+# $RESULTS/<device>-<date>.json and .md (benchmarks/results), a part of them after every measurement; a later run of a
+# stage replaces its part. $PYTHON is the interpreter. Exits non-zero when a stage failed; the others run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-python=${1:-python}
-deadline=$((SECONDS + 540))
-# `within 90 command`: at most 90 seconds, and never beyond the nine minutes; 124 when the time is up.
-within() {
-  local seconds=$((deadline - SECONDS))
-  [ "$seconds" -ge 1 ] || return 124
-  timeout "$((seconds < $1 ? seconds : $1))" "${@:2}"
-}
-results=benchmarks/results
-mkdir -p "$results"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+python=${PYTHON:-python3}
+results=${RESULTS:-benchmarks/results}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+all=(build kernels tests llamagen-3b var-d30 sampling memcheck)
+rehearse=''
+[ "${1:-}" != --rehearse ] || { rehearse=1 && shift; }
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+if [ "${1:-}" = wheels ]; then
+  folder=${2:?name a folder for the wheels}
+  # pure Python but for three; DeepSpeed compiles its own kernels at first use, or none
+  packages=(hjson pydantic pydantic-core annotated-types typing-inspection py-cpuinfo datasets dill multiprocess xxhash
+    msgpack einops ninja tensorboard liger-kernel quack-kernels cut-cross-entropy)
+  DS_BUILD_OPS=0 "$python" -m pip wheel --no-deps --no-build-isolation -w "$folder" "$(grep -i '^deepspeed==' requirements.txt)" &&
+    "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+      --platform manylinux_2_28_x86_64 -d "$folder" "${packages[@]}" || exit 1
+  size=$(du -sm "$folder" | cut -f1)
+  echo "$folder: $size MiB; on the other machine: pip install --no-deps --target DIR FOLDER/*.whl, PYTHONPATH=DIR"
+  [ "$size" -le 64 ]
+  exit
+fi
+
+[ "$#" != 0 ] || { sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3- && exit 2; }
+[ "$1" != all ] || set -- "${all[@]}"
+for stage in "$@"; do
+  [[ " ${all[*]} " == *" $stage "* ]] || { echo "gpu.sh: no stage $stage; there are ${all[*]}" >&2 && exit 2; }
+done
+[ -n "$rehearse" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   echo "gpu.sh: PyTorch sees no GPU here; run it on a machine with one and a CUDA build of PyTorch" >&2
   exit 2
 }
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
-CCA_DS_BUILD=cuda within 240 "$python" setup.py build_ext --inplace >"$scratch/build.log" 2>&1 || {
-  tail -n 40 "$scratch/build.log" >&2
-  exit 1
-}
+# record STAGE VERDICT: into the results, with what the stage has left in its folder
+record() { "$python" benchmarks/gpu_results.py "$results" "$1" "$2" "$scratch/$1"; }
 
-tests=passed
-within 150 "$python" -m pytest -q -m "gpu and not slow" tests || tests=failed
-
-memcheck="compute-sanitizer is not installed"
-if command -v compute-sanitizer >/dev/null; then
-  within 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/likelihood \
-    -k "edges or not_finite or outside or non_contiguous or test_linear" >"$scratch/memcheck.log" 2>&1
-  code=$?
+# within SECONDS COMMAND...: of this stage; what it prints ends in its log
+within() {
+  timeout --kill-after=10 "$1" "${@:2}" > "$scratch/$stage/log" 2>&1
+  local code=$?
   case $code in
-    0) memcheck=clean ;;
-    124) memcheck="ran out of time" ;;
-    *) memcheck="failed ($code)"; tests=failed; tail -n 40 "$scratch/memcheck.log" >&2 ;;
+    0) verdict=passed ;;
+    124 | 137) verdict="out of time after $1 s" ;; # what was measured by then counts
+    *) verdict="failed ($code)" && failed=1 && tail -n 30 "$scratch/$stage/log" >&2 ;;
   esac
-fi
-
-# Benchmarks: each writes one JSON and one table in the scratch folder. The shapes that the targets speak of, then real
-# steps and images of the two largest models; what was measured before the time was up is kept.
-benchmark() {
-  local name=$1
-  within "$2" "$python" "benchmarks/speed/$name.py" --output "$scratch" "${@:3}" >"$scratch/$name.log" 2>&1 && return
-  echo "gpu.sh: $name failed or ran out of time" >&2
-  tail -n 20 "$scratch/$name.log" >&2
-  tests=failed
+  return $code
 }
-benchmark sequence_logp 200 --device cuda --shapes llamagen-3b var-d30 --repeats 15
-benchmark whole_models 540
 
-"$python" - "$scratch" "$results" "$tests" "$memcheck" <<'PYTHON'
-import json, re, sys
-from datetime import date
-from pathlib import Path
+small() { [ -n "$rehearse" ] && printf '%s\n' "$@"; }
+whole_models() {
+  within "$1" "$python" benchmarks/speed/whole_models.py --output "$scratch/$stage" "${@:2}"
+}
+tiny_gpt='model.overrides={n_layer: 1, n_head: 2, dim: 32, multiple_of: 16, sequence_length: 16}'
+tiny_var='model.overrides={depth: 1, width: 32, heads: 2, vocab_size: 64, scales: [1, 2, 3]}'
 
-import torch
-
-scratch, results, tests, memcheck = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-stem = results / f"{device}-{date.today().isoformat()}"
-report = {"tests": tests, "memcheck": memcheck, "cuda": torch.version.cuda}
-for found in sorted(scratch.glob("*.json")):
-    report |= json.loads(found.read_text())
-stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-tables = "\n".join(t.read_text() for t in sorted(scratch.glob("*.md")))
-stem.with_suffix(".md").write_text(f"tests {tests}, memcheck {memcheck}\n\n{tables}")
-print(stem.with_suffix(".json"))
-PYTHON
-[ "$tests" = passed ]
+failed=0
+for stage in "$@"; do
+  mkdir -p "$scratch/$stage"
+  verdict=passed started=$SECONDS
+  case $stage in
+    build)
+      if [ -n "$rehearse" ]; then # what is built here is used
+        within 60 "$python" -c 'from cca_ds.likelihood import backend; assert backend() != "torch"'
+      else
+        CCA_DS_BUILD=cuda within 480 "$python" setup.py build_ext --inplace
+      fi ;;
+    kernels)
+      if [ -n "$rehearse" ]; then
+        within 120 "$python" benchmarks/speed/sequence_logp.py --shapes tiny --dtypes bf16 --repeats 1 --output "$scratch/$stage"
+      else
+        within 500 "$python" benchmarks/speed/sequence_logp.py --device cuda --shapes llamagen-3b var-d30 --repeats 15 \
+          --output "$scratch/$stage"
+      fi ;;
+    tests)
+      mapfile -t only < <(small --collect-only)
+      within 500 "$python" -m pytest -q -p no:cacheprovider -m "gpu and not slow" ${only[@]+"${only[@]}"} tests ;;
+    llamagen-3b)
+      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_gpt" precision=fp32)
+      whole_models 520 --recipes llamagen-3b --parts training ${only[@]+"${only[@]}"} ;;
+    var-d30)
+      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_var" precision=fp32)
+      whole_models 520 --recipes var-d30 --parts training ${only[@]+"${only[@]}"} ;;
+    sampling)
+      if [ -n "$rehearse" ]; then
+        whole_models 120 --recipes llamagen-3b --parts sampling --images 2 --set "$tiny_gpt" precision=fp32
+      else
+        whole_models 520 --recipes llamagen-3b var-d30 --parts sampling
+      fi ;;
+    memcheck)
+      if command -v compute-sanitizer > /dev/null && [ -z "$rehearse" ]; then
+        within 500 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q tests/likelihood \
+          -k "edges or not_finite or outside or non_contiguous or test_linear"
+      else
+        verdict="not run: compute-sanitizer is not here"
+      fi ;;
+  esac
+  echo "gpu.sh: $stage: $verdict, $((SECONDS - started)) s"
+  record "$stage" "$verdict, $((SECONDS - started)) s" || failed=1
+done
+exit "$failed"

@@ -30,12 +30,13 @@ import sequence_logp_variants as variants
 from provenance import RESULTS, origin, processor, today
 
 SHAPES = {  # sequences, tokens, vocabulary, width, bias
+    "tiny": (2, 16, 64, 32, False),  # for a rehearsal
     "llamagen-b": (2, 576, 16384, 768, False),
     "llamagen-3b": (32, 576, 16384, 3200, False),
     "var-d16": (32, 680, 4096, 1024, True),
     "var-d30": (32, 680, 4096, 1920, True),
 }
-CPU_SEQUENCES = {"llamagen-b": 2, "llamagen-3b": 1, "var-d16": 2, "var-d30": 2}
+CPU_SEQUENCES = {"tiny": 2, "llamagen-b": 2, "llamagen-3b": 1, "var-d16": 2, "var-d30": 2}
 AT_ONCE = {"cpu": 1, "cuda": 6}  # processes that measure memory; a GPU's allocator counts its own only
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -190,7 +191,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=None)
     parser.add_argument("--entries", nargs="+", choices=["logits", "linear"], default=["logits", "linear"])
     parser.add_argument("--repeats", type=int, default=9)

@@ -36,6 +36,38 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) 
     return -flat.reshape(1).float()
 
 
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's fused head and loss by chunks of rows, with its own choice of how."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    flat = F.linear_cross_entropy(
+        hidden.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, reduction="sum", options=options
+    )
+    return -flat.reshape(1).float()
+
+
+def liger_hopper(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Liger's kernels for Hopper in CuTe's language; they take no bias."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import LigerFusedLinearCrossEntropySM90Function
+
+    _no_bias(bias)
+    flat = LigerFusedLinearCrossEntropySM90Function.apply(hidden.flatten(0, 1), weight, targets.flatten(), -100, "sum")
+    return -flat.reshape(1).float()
+
+
+def quack(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """QuACK's chunked head and loss; it takes no bias."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    _no_bias(bias)
+    flat = chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum")
+    return -flat.reshape(1).float()
+
+
+def _no_bias(bias: Tensor | None) -> None:
+    if bias is not None:
+        raise NotImplementedError("takes no bias")
+
+
 def apple(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """Apple's cut cross-entropy."""
     from cut_cross_entropy import linear_cross_entropy as cut
@@ -67,8 +99,9 @@ FROM_HIDDEN = {
     "compiled eager": torch.compile(over_head(eager)),
     "compiled cross_entropy": torch.compile(over_head(cross_entropy)),
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy, chunked": chunked_cross_entropy,
 }
-ON_GPU = {"liger": liger, "cut_cross_entropy": apple}
+ON_GPU = {"liger": liger, "liger for Hopper": liger_hopper, "quack": quack, "cut_cross_entropy": apple}
 
 
 def names(entry: str, device: str) -> list[str]:

@@ -5,18 +5,21 @@
 
 For each recipe: a few steps of `cca_ds/train.py` under ZeRO-3 on random codes, with its first loss checked to be that
 of a policy that equals its reference; then guidance-free images, for LlamaGen with CUDA graphs and without. The first
-step, which warms up, is left out of the median.
+step, which warms up, is left out of the median. Weights are drawn on the device, once. Results are written whenever
+there is one more: what a time limit cuts off loses nothing that was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from provenance import REPOSITORY, cpu, origin
 
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.table_files import write_codes
+from cca_ds.files import save_safetensors
 from cca_ds.models import create_model, model_config
 from cca_ds.sampling import generate
 from cca_ds.vq import create_tokenizer
@@ -36,7 +40,8 @@ from cca_ds.vq import create_tokenizer
 TOKENIZER = {"channels": 32}  # only the codebook and the residual convolutions are used
 QUIET = (
     "logging.every_steps=1", "logging.sample_every_steps=null", "logging.tensorboard=false", "logging.progress=false",
-    "baseline.nll_band=null", "checkpoint.every_steps=1000000", "data.workers=0",
+    "baseline.nll_band=null", "checkpoint.every_steps=1000000", "checkpoint.every_minutes=null",
+    "checkpoint.final=false", "data.workers=0",
 )  # fmt: skip
 
 
@@ -66,31 +71,72 @@ def tokenizer_settings(folder: Path, scales: tuple[int, ...], vocab_size: int) -
     return [f"tokenizer.weights={folder / 'tokenizer.pth'}", f"tokenizer.options={json.dumps(options)}"]
 
 
-def train(recipe: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A few steps of training: time, rate, memory and losses from the run's log."""
+def random_weights(folder: Path, recipe: str, overrides: list[str], tokenizer_options: dict[str, Any] | None) -> Path:
+    """A file of weights drawn at random on the device: on a CPU, 3 B of them take a minute."""
+    model = load_recipe(recipe, overrides).model
+    tokenizer = create_tokenizer("var-vqvae", **tokenizer_options) if tokenizer_options else None
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        state = create_model(model.preset, tokenizer, **model.shape).state_dict()
+    save_safetensors({name: value.contiguous() for name, value in state.items()}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def train(
+    recipe: str, arguments: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A few steps of training: time, rate, memory and losses from the run's log.
+
+    Args:
+        keep: gets what there is so far, after every step.
+    """
     codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
     settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
     run = load_recipe(recipe, arguments.set)
     settings += [f"batch.max_steps={arguments.steps}", f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}"]
+    options = None
     if recipe.startswith("var"):
         config = model_config(run.model.preset, **run.model.overrides)
         settings += tokenizer_settings(folder, config.scales, config.vocab_size)
+        options = {**TOKENIZER, "scales": list(config.scales), "codebook_size": config.vocab_size}
+    settings.append(f"model.weights={random_weights(folder, recipe, arguments.set, options)}")
     command = [sys.executable, "cca_ds/train.py", "--ds_config", arguments.ds_config, "--recipe", recipe]
     command += ["--output", str(folder / "run"), "--set", *settings]
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{recipe}: training failed: {done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["throughput/images_per_second"] for line in lines[1:]]
+    metrics = folder / "run" / "metrics.jsonl"
+    with open(folder / "console", "w+") as console:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=console, stderr=console)
+        try:
+            steps = 0
+            while process.poll() is None:
+                time.sleep(0.2)
+                if len(lines := logged(metrics)) > max(steps, 1):
+                    steps = len(lines)
+                    keep(summary(lines, arguments.pairs) | {"steps so far": steps})
+        finally:
+            process.kill()  # where this process is ended by a time limit
+        console.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{recipe}: training failed: {console.read()[-2000:]}")
+    return summary(logged(metrics), arguments.pairs) | {"seconds with start": round(time.perf_counter() - started, 1)}
+
+
+def logged(metrics: Path) -> list[dict[str, float]]:
+    """The whole lines of a run's log so far."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def summary(lines: list[dict[str, float]], pairs: int) -> dict[str, Any]:
+    """Medians over all steps but the first."""
+    rate = statistics.median(line["throughput/images_per_second"] for line in lines[1:])
     kept = ("throughput/mfu", "memory/peak_gib", "loss", "grad_norm")
     return {
-        "pairs": arguments.pairs,
-        "step_seconds": round(arguments.pairs / statistics.median(rates), 3),
-        "images_per_second": round(statistics.median(rates), 3),
+        "pairs": pairs,
+        "step_seconds": round(pairs / rate, 3),
+        "images_per_second": round(rate, 3),
         **{f"last {name}": lines[-1][name] for name in kept if name in lines[-1]},
         "first loss": lines[0]["loss"],
-        "seconds with start": round(time.perf_counter() - started, 1),
     }
 
 
@@ -137,26 +183,27 @@ def table(models: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One recipe's results; a part that fails has its error in their place, and the other part runs."""
-    found: dict[str, Any] = {}
+def measure(recipe: str, arguments: argparse.Namespace, keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """One recipe's results, each into `keep`; a part that fails has its error there, and the other part runs."""
     with tempfile.TemporaryDirectory() as folder:
-        for part, run in {
-            "training": lambda: train(recipe, arguments, Path(folder)),
+        parts = {
+            "training": lambda: train(recipe, arguments, Path(folder), lambda found: keep("training", found)),
             "sampling": lambda: sample(recipe, arguments),
-        }.items():
+        }
+        for part in arguments.parts:
             try:
-                found[part] = run()
-            except (RuntimeError, ValueError) as error:
-                found[part] = {"failed": str(error)}
-            print(f"{recipe} {part}: {found[part]}", file=sys.stderr, flush=True)
-    return found
+                found = parts[part]()
+            except (RuntimeError, ValueError, OSError) as error:
+                found = {"failed": str(error)}
+            keep(part, found)
+            print(f"{recipe} {part}: {found}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
-    """Measure, write both files after every model, print the table; exit code 1 when a part failed."""
+    """Measure, write both files whenever there is more, print the table; exit code 1 when a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["llamagen-3b", "var-d30"])
+    parser.add_argument("--parts", nargs="+", default=["training", "sampling"], choices=["training", "sampling"])
     parser.add_argument("--ds_config", default="ds_configs/zero3.json")
     parser.add_argument("--pairs", type=int, default=32, help="per step")
     parser.add_argument("--steps", type=int, default=5)
@@ -166,15 +213,20 @@ def main() -> int:
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
     where = origin(" ".join(["python", "benchmarks/speed/whole_models.py", *sys.argv[1:]]), device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit: what was begun is ended as well
     models: dict[str, dict[str, Any]] = {}
-    for recipe in arguments.recipes:
-        models[recipe] = measure(recipe, arguments)
+
+    def keep(recipe: str, part: str, found: dict[str, Any]) -> None:
+        models.setdefault(recipe, {})[part] = found
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
             path = arguments.output / "whole_models.json"
             body = {"whole_models": models, "whole_models_origin": where}
             path.write_text(json.dumps(body, indent=1) + "\n")
             path.with_suffix(".md").write_text(table(models))
+
+    for recipe in arguments.recipes:
+        measure(recipe, arguments, lambda part, found, recipe=recipe: keep(recipe, part, found))
     print(table(models))
     return int(any("failed" in part for parts in models.values() for part in parts.values()))
 

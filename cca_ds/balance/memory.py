@@ -107,7 +107,10 @@ def memory_of(
         reference=reference_bytes,
         head=LOGIT_CHUNK * (LOGIT_BYTES + element_bytes) + 4 * model.vocabulary * model.width,
         reserved=RESERVED_BYTES,
-        activations_per_pair=model.codes * rows_per_pair * activation_bytes(model, checkpointing, element_bytes),
+        # the head keeps onehot - softmax of every code for its backward
+        activations_per_pair=model.codes
+        * rows_per_pair
+        * (activation_bytes(model, checkpointing, element_bytes) + model.vocabulary * element_bytes),
     )
 
 

@@ -118,8 +118,7 @@ if backend() != "torch":
 
 def _has_kernel(tensor: Tensor) -> bool:
     device = tensor.device.type
-    built = backend() == "cuda" or (backend() == "cpp" and device == "cpu")
-    return built and tensor.dtype in _KERNEL_DTYPES.get(device, ())
+    return backend(device) != "torch" and tensor.dtype in _KERNEL_DTYPES.get(device, ())
 
 
 def _check(rows_of: Tensor, targets_BL: Tensor, vocabulary: int) -> None:
@@ -130,6 +129,8 @@ def _check(rows_of: Tensor, targets_BL: Tensor, vocabulary: int) -> None:
             f"targets of shape {list(targets_BL.shape)} do not match {list(rows_of.shape)}; "
             f"give [..., L] with [..., L, {rows_of.shape[-1]}]"
         )
+    if targets_BL.device != rows_of.device:
+        raise ValueError(f"targets are on {targets_BL.device}, the others on {rows_of.device}; move them there")
     if os.environ.get("CCA_DS_DEBUG") and targets_BL.is_cuda and targets_BL.numel():  # waits for the GPU
         low, high = targets_BL.min().item(), targets_BL.max().item()
         if low < 0 or high >= vocabulary:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cca_ds.ops.exact_convolutions import exact_convolutions
 from cca_ds.untrusted import not_a_file
 
 WEIGHTS_URL = (
@@ -131,6 +132,7 @@ class InceptionFID(nn.Module):
         self.eval()
 
     @torch.no_grad()
+    @exact_convolutions()
     def forward(self, images_BCHW: torch.Tensor) -> InceptionOutput:
         if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
             shape = list(images_BCHW.shape)

@@ -51,9 +51,15 @@ _BUILT = _load_libraries(Path(__file__).parent)
 _in_use = _BUILT
 
 
-def backend() -> str:
-    """Which implementation is in use: "cuda" or "cpp" for the built kernels, "torch" for the plain versions."""
-    return _in_use
+def backend(device: str | None = None) -> str:
+    """Which implementation is in use: "cuda" or "cpp" for the built kernels, "torch" for the plain versions.
+
+    Args:
+        device: "cuda" or "cpu", the type of a device: what computes there. None: what was built.
+    """
+    if device is None or _in_use == "torch":
+        return _in_use
+    return "cpp" if device == "cpu" else "cuda" if _in_use == "cuda" else "torch"
 
 
 @contextmanager

@@ -27,6 +27,8 @@ def qk_norm(qkv_BLD: Tensor, scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     `scale_H` is float32 (float64 with float64). The dot product of a query and a key is then scale * cosine.
     """
     if not takes_heads(qkv_BLD, qkv_BLD.shape[-1] // (3 * len(scale_H))):
+        if qkv_BLD.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+            return _ReducedQKNorm.apply(qkv_BLD, scale_H).unbind(0)
         return qk_norm_eager(qkv_BLD, scale_H)
     return _QKNorm.apply(qkv_BLD, scale_H).unbind(0)
 
@@ -70,6 +72,35 @@ class _QKNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grads_3BHLC: Tensor) -> tuple[Tensor, Tensor]:
         return qk_norm_backward(grads_3BHLC, *ctx.saved_tensors)
+
+
+class _ReducedQKNorm(torch.autograd.Function):
+    """`qk_norm_eager` in 16 bits, whose gradient adds up in float32.
+
+    Autograd would round each addend of the scale's gradient to 16 bits, and they cancel: 5% off.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv_BLD: Tensor, scale_H: Tensor) -> Tensor:
+        heads_3BHLC = split_heads(qkv_BLD, len(scale_H))
+        factors_2BHL1 = _inverse_norm(heads_3BHLC[:2])
+        factors_2BHL1[0] *= scale_H[:, None, None]
+        normed_2BHLC = heads_3BHLC[:2] * factors_2BHL1.to(qkv_BLD.dtype)
+        ctx.save_for_backward(qkv_BLD, factors_2BHL1, scale_H)
+        return torch.cat([normed_2BHLC, heads_3BHLC[2:]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grads_3BHLC: Tensor) -> tuple[Tensor, Tensor]:
+        """With y = s x / |x|: dx = (s / |x|) (g - y (y . g) / s^2), ds = (y . g) / s."""
+        qkv_BLD, factors_2BHL1, scale_H = ctx.saved_tensors
+        grads_2BHLC, y_2BHLC = grads_3BHLC[:2].float(), split_heads(qkv_BLD, len(scale_H))[:2] * factors_2BHL1
+        dot_2BHL1 = (grads_2BHLC * y_2BHLC).sum(-1, keepdim=True)
+        lengths_2H = torch.stack([scale_H, torch.ones_like(scale_H)])
+        along_2BHL1 = dot_2BHL1 / lengths_2H.square()[:, None, :, None, None]
+        grad_2BHLC = factors_2BHL1 * torch.addcmul(grads_2BHLC, y_2BHLC, along_2BHL1, value=-1)
+        grad_3BHLC = torch.cat([grad_2BHLC.to(grads_3BHLC.dtype), grads_3BHLC[2:]])
+        return grad_3BHLC.permute(1, 3, 0, 2, 4).flatten(2), dot_2BHL1[0].sum((0, 2, 3)) / scale_H
 
 
 def _inverse_norm(x_BHLC: Tensor) -> Tensor:

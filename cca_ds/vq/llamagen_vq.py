@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cca_ds.models.weight_files import KINDS, WeightsKind
+from cca_ds.ops.exact_convolutions import exact_convolutions
 from cca_ds.vq.conv_blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 
@@ -168,6 +169,7 @@ class LlamaGenVQ(LearnedTokenizer):
         return (image_size // self.reduction) ** 2
 
     @torch.no_grad()
+    @exact_convolutions()
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Codes [B, L] int64, in raster order, of square images [B, 3, H, W] in [-1, 1], whatever their
         dtype.
@@ -181,6 +183,7 @@ class LlamaGenVQ(LearnedTokenizer):
         return codes_N.view(len(images_BCHW), -1)
 
     @torch.no_grad()
+    @exact_convolutions()
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Images [B, 3, H, H] in the weights' dtype, about [-1, 1], of codes [B, L] with L a square number."""
         side = round(codes_BL.shape[1] ** 0.5)

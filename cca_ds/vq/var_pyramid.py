@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cca_ds.ops.exact_convolutions import exact_convolutions
+
 
 class Phi(nn.Conv2d):
     """phi(x) = x / 2 + conv(x) / 2."""
@@ -23,7 +25,7 @@ class Phi(nn.Conv2d):
     def forward(self, x_BZhh: Tensor) -> Tensor:
         """[B, Z, h, h] -> [B, Z, h, h], float32."""
         weight, bias = self.weight.to(x_BZhh.dtype), self.bias.to(x_BZhh.dtype)
-        with torch.autocast(x_BZhh.device.type, enabled=False):
+        with torch.autocast(x_BZhh.device.type, enabled=False), exact_convolutions():
             return torch.lerp(x_BZhh, F.conv2d(x_BZhh, weight, bias, padding=1), 0.5)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cca_ds.models.var.model import SCALES_256
 from cca_ds.models.weight_files import KINDS, WeightsKind
+from cca_ds.ops.exact_convolutions import exact_convolutions
 from cca_ds.vq.conv_blocks import Downsample, ResidualBlock, Upsample, attend, convolution, group_norm
 from cca_ds.vq.tokenizer import TOKENIZERS, LearnedTokenizer, TokenizerSpec, checked_codes
 from cca_ds.vq.var_pyramid import FrozenPyramid, ResidualPyramid
@@ -153,6 +154,7 @@ class VARTokenizer(LearnedTokenizer):
             raise ValueError(f"scales {self.scales} are for {self.image_size} px images, not {image_size} px")
         return self.quantize.sequence_length
 
+    @exact_convolutions()
     def features(self, images_BIHW: Tensor) -> Tensor:
         """The quantizer's input, [B, Z, h, h], of images [B, I, H, W] in [-1, 1]."""
         expected = [self.image_channels, self.image_size, self.image_size]
@@ -171,6 +173,7 @@ class VARTokenizer(LearnedTokenizer):
         codes_BL = checked_codes(codes_BL, self.vocab_size)
         return self.decode_features(self.quantize.feature_sum(codes_BL)).clamp_(-1.0, 1.0)
 
+    @exact_convolutions()
     def decode_features(self, sum_BZhh: Tensor) -> Tensor:
         """Images [B, I, H, W], not clamped, of the sum over the scales."""
         return self.decoder(self.post_quant_conv(sum_BZhh.to(self.post_quant_conv.weight.dtype)))

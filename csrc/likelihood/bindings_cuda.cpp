@@ -31,6 +31,8 @@ Element element_of(at::ScalarType type) {
 
 Rows rows_of(const Tensor& logits_NV, at::ScalarType other, const void* bias, const Tensor& targets_N) {
   TORCH_CHECK(logits_NV.is_contiguous() && targets_N.is_contiguous(), "the row kernels take contiguous tensors");
+  TORCH_CHECK(targets_N.device() == logits_NV.device(), "targets are on ", targets_N.device(), ", their logits on ",
+              logits_NV.device(), ": move them there");
   return {element_of(logits_NV.scalar_type()), element_of(other),
           logits_NV.const_data_ptr(),          bias,
           targets_N.const_data_ptr<int64_t>(), logits_NV.size(0),

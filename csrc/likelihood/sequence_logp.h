@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define CCA_DS_HD __host__ __device__ __forceinline__
@@ -80,6 +81,11 @@ struct Convert {
   template <class A>
   static CCA_DS_HD T narrow(A x) {
     return static_cast<T>(x);
+  }
+  static CCA_DS_HD uint32_t bits(T x) {
+    uint32_t word = 0;
+    memcpy(&word, &x, sizeof(T) < 4 ? sizeof(T) : 4);
+    return word;
   }
 };
 
@@ -213,6 +219,26 @@ CCA_DS_HD void load_packs(const T* row, int64_t stride, Pack<T, kWidth> (&packs)
   for (int j = 0; j < kCount; ++j) packs[j] = *reinterpret_cast<const Pack<T, kWidth>*>(row + j * stride);
 }
 
+// 16 bytes in one instruction: left to itself the compiler stores the elements one by one.
+template <int kWidth, class T>
+CCA_DS_HD void store_pack(T* to, const Pack<T, kWidth>& pack) {
+  constexpr int kPerWord = static_cast<int>(kPackBytes / sizeof(T));
+  static_assert(kWidth % kPerWord == 0, "whole words");
+  for (int first = 0; first < kWidth; first += kPerWord) {
+    uint32_t parts[4] = {0, 0, 0, 0};
+    for (int k = 0; k < kPerWord; ++k) {
+      parts[k * 4 / kPerWord] |= Convert<T>::bits(pack.at[first + k]) << (8 * sizeof(T) * k % 32);
+    }
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to + first), "r"(parts[0]), "r"(parts[1]),
+                 "r"(parts[2]), "r"(parts[3])
+                 : "memory");
+#else
+    memcpy(to + first, parts, kPackBytes);
+#endif
+  }
+}
+
 // The sum over one thread's share of a row. `B` is the bias's type; a null bias is none.
 template <class T, class B>
 CCA_DS_HD RowSum<accumulate_t<T>> thread_row_sum(const T* row, const B* bias, int64_t vocabulary, int thread, int threads) {
@@ -265,7 +291,7 @@ CCA_DS_HD void thread_row_gradient(const T* row, const B* bias, O* out, int64_t 
       widen_pack(packs[j], bias, i, x);
       Pack<O, kWidth> written;
       for (int k = 0; k < kWidth; ++k) written.at[k] = gradient(x[k], i + k);
-      *reinterpret_cast<Pack<O, kWidth>*>(out + i) = written;
+      store_pack(out + i, written);
     }
   };
   visit_share<kWidth>(split_row(row, out, vocabulary), vocabulary, thread, threads, write_packs, write_one);

@@ -13,12 +13,14 @@ template <>
 struct Convert<__nv_bfloat16> {
   static CCA_DS_HD float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   static CCA_DS_HD __nv_bfloat16 narrow(float x) { return __float2bfloat16(x); }
+  static CCA_DS_HD uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 };
 
 template <>
 struct Convert<__half> {
   static CCA_DS_HD float widen(__half x) { return __half2float(x); }
   static CCA_DS_HD __half narrow(float x) { return __float2half(x); }
+  static CCA_DS_HD uint32_t bits(__half x) { return __half_as_ushort(x); }
 };
 
 namespace {

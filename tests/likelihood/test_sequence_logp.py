@@ -288,3 +288,13 @@ def test_without_libraries_the_plain_version_runs_with_a_warning(tmp_path):
         (tmp_path / f"{stem}.so").write_bytes(b"no library")
     with pytest.warns(UserWarning, match="built for another PyTorch or Python"):
         assert library._load_libraries(tmp_path) == "torch"
+
+
+def test_what_computes_is_said_for_each_device():
+    assert backend("cpu") == ("torch" if backend() == "torch" else "cpp")
+    assert backend("cuda") == ("cuda" if backend() == "cuda" else "torch")
+
+
+def test_targets_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="targets are on meta, the others on cpu; move them there"):
+        sequence_logp(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long, device="meta"))

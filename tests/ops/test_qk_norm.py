@@ -29,6 +29,19 @@ def test_qk_norm_and_its_gradients(device, version, dtype, channels):
     check_op(lambda *x: torch.stack(qk_norm_eager(*x)), definition, [qkv, scale], eager, 3 * eager)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scales_gradient_adds_up_in_float32(device, dtype):
+    """Its addends cancel: in 16 bits it would be 5% off."""
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(4, 680, 3 * 2 * 64, device=device).to(dtype), torch.randn(3, 4, 2, 680, 64, device=device)
+    scale = torch.tensor([3.0, 20.0], device=device).requires_grad_()
+    with using("eager"):
+        torch.stack(qk_norm(qkv, scale)).backward(grad.to(dtype))
+    exact = scale.detach().double().requires_grad_()
+    definition(qkv.double(), exact).backward(grad.to(dtype).double())
+    assert ((scale.grad - exact.grad) / exact.grad).abs().max() < 5e-3
+
+
 def test_a_vector_of_zeros_stays_zero():
     for op in (qk_norm, qk_norm_eager):
         q, k, _ = op(torch.zeros(1, 2, 12), torch.tensor([5.0]))
