@@ -24,7 +24,7 @@ def train(run: Run) -> bool:
     """Take the steps that are left. True when all are done, False when a signal ended them early."""
     inputs, engines, progress = run.inputs, run.engines, run.progress
     policy, objective = engines.policy, engines.objective
-    for step, batches in run.reader.steps(progress.step):
+    for step, batches in run.steps():
         sums, logps = engines.zero_sums(), []
         for batch in (batch.to(engines.device) for batch in batches):
             loss, batch_sums, policy_logp = engines.forward(batch)

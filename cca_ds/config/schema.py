@@ -16,6 +16,7 @@ from cca_ds.files import expand
 PathText = Annotated[str, AfterValidator(lambda text: str(expand(text)) if text.startswith("~") else text)]
 
 
+MOST_PROFILED = 100  # steps of one trace, which takes megabytes a step
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -190,8 +191,18 @@ class Logging(Section):
     every_steps: int = key(1, "steps between logged metrics", ge=1, le=1000000000)
     tensorboard: bool = key(True, "write tensorboard/ beside metrics.jsonl")
     sample_every_steps: int | None = key(None, "steps between grids of samples; null draws none", ge=1, le=1000000000)
+    profile_steps: tuple[int, int] | None = key(
+        None, "first and last step, from 1, whose trace every rank writes to profile/; null writes none"
+    )
     samples_per_grid: int = key(40, "images in a grid", ge=1, le=10000)
     progress: bool = key(True, "show progress bars")
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1] <= steps[0] + MOST_PROFILED:
+            raise ValueError(f"give the first and the last step, from 1, at most {MOST_PROFILED} apart")
+        return steps
 
 
 class Sampling(Section):

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cca_ds.cluster.zero import copy_weights
+from cca_ds.cluster.zero import copy_weights, gather_whole_blocks
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
 from cca_ds.models.from_recipe import build_module
@@ -28,6 +28,7 @@ class ShardedReference:
             module = build_module(reference_model(model, reference.dropout), tokenizer)
         copy_weights(module, weights, device)
         freeze(module, reference.dropout)
+        gather_whole_blocks(module)
         self.engine, *_ = deepspeed.initialize(model=module, config=config)
         freeze(self.engine.module, reference.dropout)
 

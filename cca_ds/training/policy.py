@@ -18,7 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from cca_ds.cluster.zero import broadcast_weight, copy_weights, full_shape, padded_shard
+from cca_ds.cluster.zero import broadcast_weight, copy_weights, full_shape, gather_whole_blocks, padded_shard
 from cca_ds.config import schema
 from cca_ds.models.from_recipe import build_module
 from cca_ds.training.ema import EMA
@@ -50,6 +50,8 @@ class Policy:
         with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
             module = build_module(model, tokenizer)
         copy_weights(module, weights, device)
+        if self.stage == 3:
+            gather_whole_blocks(module)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=_parameter_groups(module, optimizer), config=ds_config
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from cca_ds.cluster.watchdog import Watchdog
 from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero_stage
 from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
-from cca_ds.data.batches import Steps
+from cca_ds.data.batches import MicroBatch, Steps
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
@@ -45,6 +45,7 @@ from cca_ds.training.baseline import check_baseline
 from cca_ds.training.engines import Engines, OptimizerSteps
 from cca_ds.training.inputs import RunInputs, open_inputs, verify_once, weights_hashes
 from cca_ds.training.policy import Policy
+from cca_ds.training.profiler import profiled
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.reader import BatchReader
 from cca_ds.training.run_log import RunLog
@@ -68,6 +69,12 @@ class Run:
     grids: SampleGrids
     checkpoints: Checkpoints
     coordinator: Coordinator
+    profile_steps: tuple[int, int] | None = None
+
+    def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """The steps that are left, each with this rank's micro-batches; those of `logging.profile_steps` traced."""
+        left = self.reader.steps(self.progress.step)
+        yield from profiled(left, self.profile_steps, self.progress.log.folder, self.coordinator.ranks.rank)
 
     def stop_within_step(self, done: int) -> None:
         """Stop before step `done` + 1 was computed, with a checkpoint of step `done`; collective."""
@@ -224,6 +231,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         SampleGrids(run, inputs.tokenizer, precision, coordinator.device, inputs.steps, log),
         checkpoints,
         coordinator,
+        run.logging.profile_steps,
     )
 
 
@@ -311,6 +319,12 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
         f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes, {inputs.steps} steps of "
         f"{run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
     )
+    traced = run.logging.profile_steps
+    if traced and not progress.step < traced[0] <= traced[1] <= inputs.steps:
+        log.say(
+            f"warning: logging.profile_steps={list(traced)}: no trace, since this start takes the steps "
+            f"{progress.step + 1} to {inputs.steps}"
+        )
     if warning := balancer.warning():
         log.say(warning)
     if progress.step:

@@ -298,6 +298,11 @@ def test_a_checkpoint_is_saved_when_its_minutes_are_over(tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "usual")
 
 
+def test_a_run_whose_weights_are_not_wanted_saves_none(tmp_path):
+    train(1, tmp_path / "run", "batch.max_steps=2", "checkpoint.final=false")
+    assert (tmp_path / "run" / "COMPLETED").exists() and not complete_checkpoints(tmp_path / "run/checkpoints")
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(small_disk):
     outputs = train(2, small_disk / "run", *SETTINGS, "checkpoint.keep_last=30", "batch.max_steps=90", check=False)
     assert [output.returncode for output in outputs] == [1, 1]

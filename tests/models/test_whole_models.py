@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,19 @@ def test_a_failed_part_is_reported_and_sets_the_exit_code(tmp_path):
     assert done.returncode == 1
     found = json.loads((tmp_path / "whole_models.json").read_text())["whole_models"]["llamagen-3b"]
     assert "loss.beta" in found["training"]["failed"]
+
+
+@pytest.mark.dist
+def test_a_time_limit_keeps_what_was_measured(tmp_path):
+    command = [sys.executable, "benchmarks/speed/whole_models.py", "--recipes", "llamagen-3b", "--pairs", "4"]
+    command += ["--steps", "100000", "--output", str(tmp_path), "--set", SMALL["llamagen-3b"], "precision=fp32"]
+    results = tmp_path / "whole_models.json"
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not results.exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143
+    training = json.loads(results.read_text())["whole_models"]["llamagen-3b"]["training"]
+    assert training["steps so far"] >= 2 and training["step_seconds"] > 0

@@ -9,6 +9,7 @@ import pytest
 
 from tests.dist.hellos import hellos
 from tests.slurm.runs import ONE_RANK, STEPS, Run, program
+from tests.support.digits_table import digits_table
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -54,6 +55,17 @@ def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, 
     assert json.loads((cache.folder / "COMPLETED").read_text()) == {"steps": STEPS}
     assert json.loads((sampled.folder / "scores.json").read_text())
     assert json.loads((encoded.folder / "manifest.json").read_text())["images"] == 40
+
+
+def test_codes_staged_on_each_nodes_own_disk(run, tmp_path, undisturbed):
+    """By a site's file, which may call srun and set variables; /dev/shm is each node's own."""
+    codes = digits_table(tmp_path / "shared").folder
+    setup = tmp_path / "site.sh"
+    setup.write_text(f"srun --ntasks-per-node=1 cp -r {codes} /dev/shm/codes\nCCA_DATA=/dev/shm/codes\n")
+    run.submit("--nodes=2", *ONE_RANK, CCA_SETUP=str(setup))
+    assert run.end() == {"COMPLETED"}, run.output()
+    assert "codes: /dev/shm/codes" in (run.folder / "config.yaml").read_text() and not Path("/dev/shm/codes").exists()
+    assert run.final_loss() == pytest.approx(undisturbed.final_loss(), abs=1e-5)
 
 
 def test_the_pipeline_to_its_scores(cluster, tmp_path):

@@ -41,7 +41,7 @@ def job(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(signal_number=None, **settings):
+    def run(signal_number=None, script="cca_3b.sh", **settings):
         (tmp_path / "calls").write_text("")
         defaults = dict.fromkeys(("RANKS_SAY", "SAVED", "FAULTY", "WAIT"), "") | {
             "STATUS": "1", "JOB_STATE": "RUNNING", "REASON": "None", "EXCLUDED": "(null)", "REFUSED": "0",
@@ -50,7 +50,7 @@ def job(tmp_path):
             "CCA_OUTPUT": str(tmp_path / "run"), "SLURM_JOB_ID": "42",
         }  # fmt: skip
         process = subprocess.Popen(
-            ["bash", str(REPOSITORY / "slurm/cca_3b.sh")], env=defaults | settings, text=True,
+            ["bash", str(REPOSITORY / "slurm" / script)], env=defaults | settings, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if signal_number is not None:
@@ -187,3 +187,16 @@ def test_a_finished_job_leaves_nothing(job, tmp_path):
     (tmp_path / "srun").write_text(f"#!/bin/bash\ntouch {tmp_path}/run/COMPLETED; exit 1\n")
     output, status, _ = job(SLURM_RESTART_COUNT="1")
     assert status == 0 and "done: " in output and not (tmp_path / "run.job").exists()
+
+
+def test_only_finished_parts_of_a_table_are_progress_of_encoding(job, tmp_path):
+    """Not what else lies in the parent folder, such as the job's own log."""
+    for restart in range(2):
+        (tmp_path / f"other-{restart}").touch()
+        assert job(script="encode.sh", SLURM_RESTART_COUNT=str(restart))[1] == REQUEUED
+    assert job(script="encode.sh", SLURM_RESTART_COUNT="2")[1] == 1
+    records = tmp_path / "run.partial" / "records"
+    records.mkdir(parents=True)
+    (tmp_path / "srun").write_text(f"#!/bin/bash\ntouch {records}/$SLURM_RESTART_COUNT; exit 1\n")
+    for restart in range(5):
+        assert job(script="encode.sh", SLURM_RESTART_COUNT=str(restart))[1] == REQUEUED
