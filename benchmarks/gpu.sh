@@ -27,11 +27,12 @@ rehearse=''
 
 if [ "${1:-}" = wheels ]; then
   folder=${2:?name a folder for the wheels}
-  # pure Python but for three; DeepSpeed compiles its own kernels at first use, or none
+  # 14 MiB. Not among them: nvidia-cutlass-dsl-libs-cu13, 92 MB, without which QuACK's and Liger's kernels for Hopper
+  # are left out of the table, with the reason
   packages=(hjson pydantic pydantic-core annotated-types typing-inspection py-cpuinfo datasets dill multiprocess xxhash
     msgpack einops ninja tensorboard liger-kernel quack-kernels cut-cross-entropy)
   DS_BUILD_OPS=0 "$python" -m pip wheel --no-deps --no-build-isolation -w "$folder" "$(grep -i '^deepspeed==' requirements.txt)" &&
-    "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+    "$python" -m pip download -c requirements.txt --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
       --platform manylinux_2_28_x86_64 -d "$folder" "${packages[@]}" || exit 1
   size=$(du -sm "$folder" | cut -f1)
   echo "$folder: $size MiB; on the other machine: pip install --no-deps --target DIR FOLDER/*.whl, PYTHONPATH=DIR"
