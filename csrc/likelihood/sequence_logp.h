@@ -41,7 +41,7 @@ CCA_DS_HD bool is_finite(A x) {
 // The larger one, and NaN where either is NaN (fmax would hide it).
 template <class A>
 CCA_DS_HD A nan_max(A a, A b) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   A larger;  // one instruction; float is the only A of the kernels
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
