@@ -27,7 +27,7 @@ set -u
 export CCA_HOME
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 job=${job:-${SLURM_JOB_ID:-}} # an array's number alone would mean all of its tasks
-stopped_by='' status=0 attempts_without_progress=0 children=() step_flags=()
+stopped_by='' status=0 children=() step_flags=()
 
 say() { echo "$(date '+%F %T') ${SLURM_JOB_NAME:-cca}[$job]: $*"; }
 die() {
@@ -159,7 +159,7 @@ on_time_limit() {
 
 on_end() {
     # what is not saved by now is lost: Slurm's SIGKILL comes next
-    [ "$(field Reason)" != TimeLimit ] || requeue "the time limit came before the last checkpoint was whole"
+    [ "$(field Reason)" != TimeLimit ] || try_again "the time limit came before the last checkpoint was whole"
     say "SIGTERM: cancelled, preempted or a node lost"
     stopped_by=TERM
     pass_on TERM
@@ -249,23 +249,22 @@ close_job() {
     fi
     # a preemption that only the ranks were told of
     [ -n "$stopped_by" ] || [ "$status" != 0 ] || [ ! -s "$state/ended" ] || requeue "$reason"
-    count_failures
-    code=1
-    [ "$attempts_without_progress" -lt "$CCA_ATTEMPTS" ] ||
-        die "giving up: $CCA_ATTEMPTS attempts without a new checkpoint, the last with status $status: $reason"
     [ -z "$stopped_by" ] || reason="stopped for the time limit"
-    requeue "$reason"
+    try_again "$reason"
 }
 
-# Attempts in a row at one checkpoint: a fault that comes back every time must end
-count_failures() {
-    local now file=$state/failures at='' count=0
+# try_again WHY: requeue, unless too many attempts in a row have ended at one checkpoint
+try_again() {
+    local now file=$state/failures at='' count=0 code=1
     now=$(progress)
     [ ! -f "$file" ] || read -r count at < "$file"
     { [ "$at" = "$now" ] && [[ $count =~ ^[0-9]{1,6}$ ]]; } || count=0
-    attempts_without_progress=$((10#$count + 1)) # a number by now: arithmetic would run what else the file holds
-    [ "$now" = "$progress_before" ] || attempts_without_progress=0
-    echo "$attempts_without_progress $now" > "$file"
+    count=$((10#$count + 1)) # a number by now: arithmetic would run what else the file holds
+    [ "$now" = "$progress_before" ] || count=0
+    echo "$count $now" > "$file"
+    [ "$count" -lt "$CCA_ATTEMPTS" ] ||
+        die "giving up: $CCA_ATTEMPTS attempts without a new checkpoint, the last with status $status: $1"
+    requeue "$1"
 }
 
 # requeue WHY: until Slurm has taken it, or has requeued the job by itself, as after a node failure
@@ -273,9 +272,8 @@ requeue() {
     say "$1: requeueing"
     trap '' USR1 TERM
     [ -s "$state/ended" ] || echo "$status $1" > "$state/ended"
-    local deadline=$((SECONDS + ${CCA_REQUEUE_SECONDS:-600}))
+    local deadline=$((SECONDS + ${CCA_REQUEUE_SECONDS:-600})) code=1
     until scontrol requeue "$job" || [ "$(field Restarts)" -gt "${SLURM_RESTART_COUNT:-0}" ] 2> /dev/null; do
-        code=1
         [ "$SECONDS" -lt "$deadline" ] || die "scontrol requeue keeps failing; submit again with CCA_OUTPUT=$CCA_OUTPUT"
         sleep "${CCA_RETRY_SECONDS:-10}"
     done

@@ -203,7 +203,8 @@ def _meet(ranks: Ranks, seconds: float):
     except rendezvous.NotAllArrived as error:
         raise NotAllArrived(str(error)) from None
     except rendezvous.RendezvousError as error:
-        raise LaunchError(str(error)) from None
+        # under srun the next attempt derives another port
+        raise (NotAllArrived if ranks.start_key else LaunchError)(str(error)) from None
 
 
 def _from_torch_variables(environ: Mapping[str, str]) -> Ranks:

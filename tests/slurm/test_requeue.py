@@ -148,6 +148,9 @@ def test_a_limit_that_is_shorter_than_its_warning_is_refused(job):
 def test_a_save_that_outlasts_the_time_limit_is_requeued(job):
     output, status, _ = job(signal.SIGTERM, WAIT="1", JOB_STATE="COMPLETING", REASON="TimeLimit")
     assert status == REQUEUED and "the time limit came before the last checkpoint was whole: requeueing" in output
+    late = {"WAIT": "1", "JOB_STATE": "COMPLETING", "REASON": "TimeLimit"}  # and nothing was ever saved
+    found = [job(signal.SIGTERM, SLURM_RESTART_COUNT=str(restart), **late)[1] for restart in (1, 2)]
+    assert found == [REQUEUED, 1]
 
 
 def test_a_cancelled_job_is_not_requeued(job):
