@@ -151,7 +151,8 @@ class Checkpoints:
 
         def check() -> None:
             kept = self.settings.keep_last + (steps // self.settings.keep_every if self.settings.keep_every else 0)
-            saves = steps // self.settings.every_steps + self.settings.final
+            every = self.settings.every_steps
+            saves = steps // every + (self.settings.final and steps % every > 0)
             there = len(store.complete_checkpoints(self.root))
             store.require_space(self.root, size, max(min(kept, saves) + 1 - there, 0))
 
