@@ -142,6 +142,10 @@ class Never:
         """Never."""
         return False
 
+    def overdue(self) -> bool:
+        """Never."""
+        return False
+
 
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
     """One run of the digits recipe from the base model with lambda 10 and overrides (KEY.PATH=VALUE)."""

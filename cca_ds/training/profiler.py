@@ -15,7 +15,7 @@ Batches = TypeVar("Batches")
 
 
 def profiled(
-    steps: Iterable[tuple[int, Batches]], traced: tuple[int, int] | None, folder: Path, rank: int
+    steps: Iterable[tuple[int, Batches]], traced: tuple[int, int], folder: Path, rank: int
 ) -> Iterator[tuple[int, Batches]]:
     """Pass steps through and trace those from `traced[0]` to `traced[1]`, counted from 1.
 
@@ -25,11 +25,11 @@ def profiled(
     """
     profiler: torch.profiler.profile | None = None
     for step, batches in steps:
-        if traced and profiler is None and traced[0] <= step + 1 <= traced[1]:
+        if profiler is None and traced[0] <= step + 1 <= traced[1]:
             profiler = torch.profiler.profile(record_shapes=True, with_stack=False)
             profiler.start()
         yield step, batches
-        if traced and profiler is not None and step + 1 == traced[1]:
+        if profiler is not None and step + 1 == traced[1]:
             profiler.stop()
             (folder / "profile").mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(folder / "profile" / f"rank_{rank:05d}.json"))

@@ -74,7 +74,9 @@ class Run:
     def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps that are left, each with this rank's micro-batches; those of `logging.profile_steps` traced."""
         left = self.reader.steps(self.progress.step)
-        yield from profiled(left, self.profile_steps, self.progress.log.folder, self.coordinator.ranks.rank)
+        if self.profile_steps is None:
+            return left
+        return profiled(left, self.profile_steps, self.progress.log.folder, self.coordinator.ranks.rank)
 
     def stop_within_step(self, done: int) -> None:
         """Stop before step `done` + 1 was computed, with a checkpoint of step `done`; collective."""
