@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a failure of the machine or of the program (starting again
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -52,7 +53,18 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
         raise  # argparse has printed its line
     except BaseException as error:
         report_error(name, error)
+        _give_up_output()
         return exit_code(error)
+
+
+def _give_up_output() -> None:
+    """Drop what standard output does not take: some Pythons try again at their end, and print a second error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ClosedOutput(io.TextIOBase):
