@@ -89,7 +89,7 @@ def start(arguments: argparse.Namespace) -> int | None:
         print(describe(run, ds), flush=True)
         from cca_ds.training.refusals import refusals
 
-        if problems := refusals(run, arguments.output, arguments.resume):
+        if problems := refusals(run, ds, arguments.output, arguments.resume):
             raise ConfigError(problems)
         return 0
     from cca_ds.cluster.launch import choose_accelerator

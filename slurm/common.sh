@@ -247,7 +247,7 @@ close_job() {
         [ "$(field JobState)" != RUNNING ] || requeue "stopped by a signal"
         exit 143 # Slurm ends the job, and knows what follows
     fi
-    # a preemption that only the ranks were told of
+    # a preemption that only the ranks got the signal of
     [ -n "$stopped_by" ] || [ "$status" != 0 ] || [ ! -s "$state/ended" ] || requeue "$reason"
     [ -z "$stopped_by" ] || reason="stopped for the time limit"
     try_again "$reason"

@@ -10,10 +10,11 @@
 #   CCA_REFERENCE  what the samples are scored against              [the recipe's evaluation.reference]
 #
 # CCA_OUTPUT gets codes/, run/ and scores/. The other variables of common.sh mean the same for all three jobs.
-set -eu
-cd "${CCA_HOME:-$(dirname "$0")/..}"
+set -euo pipefail # a submission that fails ends the chain
+CCA_HOME=${CCA_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
+export CCA_HOME
 : "${CCA_DATA:?name the folder of images}" "${CCA_OUTPUT:?name the folder for codes, run and scores}"
-train=${CCA_TRAIN:-slurm/cca_3b.sh}
+train=${CCA_TRAIN:-$CCA_HOME/slurm/cca_3b.sh}
 [ -f "$train" ] || { echo "CCA_TRAIN=$train: no such script" >&2 && exit 2; }
 mkdir -p "$CCA_OUTPUT"
 
@@ -25,12 +26,13 @@ submit() {
 }
 flags=("$@")
 [[ $train != *var* ]] || export CCA_RECIPE=${CCA_RECIPE:-var-d30} # of the codes too
-encode=$(submit '' CCA_OUTPUT="$CCA_OUTPUT/codes" slurm/encode.sh)
+encode=$(submit '' CCA_OUTPUT="$CCA_OUTPUT/codes" "$CCA_HOME/slurm/encode.sh")
 run=$(submit "$encode" CCA_DATA="$CCA_OUTPUT/codes" CCA_OUTPUT="$CCA_OUTPUT/run" "$train")
-scores=$(submit "$run" CCA_WEIGHTS="$CCA_OUTPUT/run" CCA_OUTPUT="$CCA_OUTPUT/scores" slurm/sample_and_evaluate.sh)
+scores=$(submit "$run" CCA_WEIGHTS="$CCA_OUTPUT/run" CCA_OUTPUT="$CCA_OUTPUT/scores" \
+    "$CCA_HOME/slurm/sample_and_evaluate.sh")
 cat << END
-$encode  slurm/encode.sh               $CCA_DATA -> $CCA_OUTPUT/codes
-$run  $train  after $encode: -> $CCA_OUTPUT/run
-$scores  slurm/sample_and_evaluate.sh  after $run: -> $CCA_OUTPUT/scores/scores.json
+$encode  encode.sh               $CCA_DATA -> $CCA_OUTPUT/codes
+$run  $(basename "$train")  after $encode: -> $CCA_OUTPUT/run
+$scores  sample_and_evaluate.sh  after $run: -> $CCA_OUTPUT/scores/scores.json
 scancel $encode $run $scores ends all of it; a job that fails for good cancels those that wait for it
 END

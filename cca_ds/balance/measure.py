@@ -23,6 +23,7 @@ from cca_ds.balance.memory import USABLE_SHARE, Sharding, memory_of
 from cca_ds.balance.partition import largest_micro, measure_speed
 from cca_ds.cluster.failures import is_out_of_memory
 from cca_ds.models import DTYPES
+from cca_ds.models.base import list_of_blocks
 from cca_ds.models.cost import ModelCost
 
 MOST_BLOCKS = 4  # of the measured model
@@ -77,7 +78,7 @@ class MeasuredModel:
         with _own_randomness(self.device), self.device:
             module = workload.build()
         self.module = module.to(self.device, DTYPES[workload.precision]).train()
-        self._blocks_name, self._blocks = _list_of_blocks(self.module)
+        self._blocks_name, self._blocks = list_of_blocks(self.module)
 
     def seconds_per_pair(self, pairs: int) -> float:
         """Seconds of a forward and backward of `pairs` pairs, divided by their number: the median of a few passes.
@@ -176,11 +177,6 @@ def seconds_per_forward(weights_bytes: float, stage: int, world_size: int, devic
         whole[-1].item()  # a GPU is done when its numbers can be read
         times.append(time.perf_counter() - start)
     return exchanges * statistics.median(times[1:]) * weights_bytes / (4 * len(whole))
-
-
-def _list_of_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The attribute that holds the model's transformer blocks, and the blocks."""
-    return next((name, part) for name, part in module.named_children() if isinstance(part, nn.ModuleList))
 
 
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:

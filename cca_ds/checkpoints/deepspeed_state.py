@@ -147,16 +147,7 @@ class Checkpoints:
         Raises:
             StorageError: on every rank, with the bytes that are missing.
         """
-        size = expected_bytes(trained)
-
-        def check() -> None:
-            kept = self.settings.keep_last + (steps // self.settings.keep_every if self.settings.keep_every else 0)
-            every = self.settings.every_steps
-            saves = steps // every + (self.settings.final and steps % every > 0)
-            there = len(store.complete_checkpoints(self.root))
-            store.require_space(self.root, size, max(min(kept, saves) + 1 - there, 0))
-
-        on_first(self.ranks, check)
+        on_first(self.ranks, lambda: store.require_room(self.root, expected_bytes(trained), self.settings, steps))
 
     def _write(self, contents: list[tuple[Any, Path]], partial: Path, metadata: dict[str, Any]) -> None:
         try:
@@ -277,13 +268,11 @@ class _Collector(TorchCheckpointEngine):
 
 
 def expected_bytes(trained: Trained) -> int:
-    """About what a checkpoint takes: DeepSpeed's fp32 weights and Adam's two moments, the weights as they compute, and
-    the average.
-    """
+    """What a checkpoint takes, but for some kilobytes."""
     parameters = list(trained.engine.module.parameters())
     elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-    each = 12 + parameters[0].element_size() + (4 if trained.ema is not None else 0)
-    return elements * each
+    stage, averaged = trained.engine.zero_optimization_stage(), trained.ema is not None
+    return elements * store.bytes_per_weight(stage, parameters[0].element_size(), averaged)
 
 
 def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cca_ds.checkpoints.errors import CheckpointError, StorageError, clear_errors
+from cca_ds.config.schema import Checkpoint
 from cca_ds.files import appears, describe_file, sync_folder, write_atomic
 from cca_ds.untrusted import read_json
 
@@ -53,6 +54,26 @@ class Manifest:
 def folder_name(step: int) -> str:
     """`step_00000500`, so that names sort as steps do."""
     return f"step_{step:08d}"
+
+
+def bytes_per_weight(stage: int, element_bytes: int, averaged: bool) -> int:
+    """What a checkpoint holds of a weight: Adam's two moments and, in float32, the weight itself.
+
+    Args:
+        stage: of ZeRO; below 3 the weights as they compute are stored too, which in fp32 at stage 0 are the only ones.
+        element_bytes: of a weight as it computes.
+        averaged: a moving average is kept.
+    """
+    master = 0 if stage == 0 and element_bytes == 4 else 4
+    return 8 + master + (element_bytes if stage < 3 else 0) + (4 if averaged else 0)
+
+
+def require_room(root: Path, size: int, settings: Checkpoint, steps: int) -> None:
+    """Raise StorageError unless the checkpoints that a run of so many steps keeps, and one more, still fit."""
+    every = settings.every_steps
+    saves = steps // every + (settings.final and steps % every > 0)
+    kept = settings.keep_last + (steps // settings.keep_every if settings.keep_every else 0)
+    require_space(root, size, max(min(kept, saves) + 1 - len(complete_checkpoints(root)), 0))
 
 
 def require_space(root: Path, size: int, count: int = 1) -> None:

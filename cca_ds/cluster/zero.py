@@ -13,6 +13,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from cca_ds.models.base import list_of_blocks
+
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """A parameter's whole shape, also where ZeRO-3 keeps a shard of it only."""
@@ -57,7 +59,7 @@ def gather_whole_blocks(module: nn.Module) -> None:
 
     Otherwise it does both for every layer, by Python hooks that take a GPU's time for a small layer.
     """
-    blocks = next(part for part in module.children() if isinstance(part, nn.ModuleList))
+    _, blocks = list_of_blocks(module)
     set_z3_leaf_modules(module, list({type(block) for block in blocks}))
 
 

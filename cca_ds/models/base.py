@@ -103,6 +103,11 @@ class CodeModel(nn.Module, ABC):
         return self.read_out(self.hidden(codes_BL, labels_B, log_lambda_B), codes_BL)
 
 
+def list_of_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The attribute that holds a model's transformer blocks, and the blocks."""
+    return next((name, part) for name, part in module.named_children() if isinstance(part, nn.ModuleList))
+
+
 # draw(cond_NV, uncond_NV or None, scale, uniforms_N) -> codes [N] int64: one code for each row of logits, from guided
 # logits where `uncond_NV` is given, by the inverse of the cumulative distribution at `uniforms_N`
 DrawCodes = Callable[[Tensor, Tensor | None, float, Tensor], Tensor]

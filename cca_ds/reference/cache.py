@@ -209,15 +209,15 @@ class ReferenceCache:
 
     def producers(self) -> str:
         """One phrase about every producer: rank, host, shard and how long ago it reported."""
-        told = []
+        phrases = []
         for path in sorted((self.folder / "producers").glob("rank_*.json")):
             with decoding(path, ReferenceCacheError):
                 note = read_json(path)
-                told.append(
+                phrases.append(
                     f"producer {note['rank']} on {note['host']} at shard {note['shard']}, "
                     f"last report {time.time() - note['time']:.0f} s ago"
                 )
-        return "; ".join(told) or "no producer has reported; start one with --produce_reference"
+        return "; ".join(phrases) or "no producer has reported; start one with --produce_reference"
 
     def note_trainer(self, step: int) -> None:
         """Record how far training is, which bounds how far producers run ahead."""

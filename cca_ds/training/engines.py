@@ -75,10 +75,11 @@ class Engines:
         everyone: list[Any] = [None] * ranks.world_size
         torch.distributed.all_gather_object(everyone, (ranks.rank, ranks.host, found[:8]))
         named = "; ".join(f"rank {rank} ({host}): samples {samples}" for rank, host, samples in everyone if samples)
-        where = "these samples" if named else "reference.weights, reference.cache"
+        where = "these samples" if named else "reference.weights and reference.cache"
+        named = named or "the policy's log-likelihoods are"
         raise NonFinite(
-            f"step {step + 1}: the loss is not finite ({named or 'though the policy is'}); the optimizer has not "
-            f"stepped; look at {where}, or lower optimizer.learning_rate or loss.beta"
+            f"step {step + 1}: the loss is not finite ({named}); the optimizer has not stepped; "
+            f"look at {where}, or lower optimizer.learning_rate or loss.beta"
         )
 
 

@@ -21,11 +21,12 @@ def profiled(
 
     Args:
         steps: (index from 0, batches); what is done between two of them is a step.
-        folder: of the run; the trace is there once its last step is over. A run that ends before leaves none.
+        folder: of the run; the trace is there once its last step is over. A run that ends before, or is continued
+            behind the first, leaves none.
     """
     profiler: torch.profiler.profile | None = None
     for step, batches in steps:
-        if profiler is None and traced[0] <= step + 1 <= traced[1]:
+        if step + 1 == traced[0]:
             profiler = torch.profiler.profile(record_shapes=True, with_stack=False)
             profiler.start()
         yield step, batches

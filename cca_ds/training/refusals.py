@@ -7,26 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cca_ds.checkpoints import store
 from cca_ds.cluster.failures import explain_error
+from cca_ds.config.deepspeed_file import resolve_precision, zero_stage
 from cca_ds.config.recipes import ConfigError, resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.files import expand
-from cca_ds.models.cost import meta_model
-from cca_ds.models.weights import load_weights
+from cca_ds.models.cost import meta_model, model_cost
+from cca_ds.models.weights import DTYPES, load_weights
 from cca_ds.training import run_folder
 from cca_ds.training.inputs import open_inputs
 
 COMPARED_BYTES = 10**9  # larger tables are compared with their hashes by the run itself
 
 
-def refusals(run: RunConfig, output: str | None, resume: str) -> list[str]:
+def refusals(run: RunConfig, ds: dict[str, Any], output: str | None, resume: str) -> list[str]:
     """One line for each part of a run that its start would refuse; empty where none would.
 
-    Looked at are the output folder, the checkpoint to resume from, codes, tokenizer, batch and weights. What only the
-    run finds: ranks, GPUs, fp16 without a GPU, a reference's cache, and hashes of tables over 1 GB.
+    Looked at are the output folder and its room, the checkpoint to resume from, codes, tokenizer, batch and weights.
+    What only the run finds: ranks, GPUs, fp16 without a GPU, a reference's cache, and hashes of tables over 1 GB.
 
     Args:
         run: a checked recipe.
+        ds: DeepSpeed's file as read.
         output, resume: as on the command line of `train`.
     """
     found: list[str] = []
@@ -40,15 +45,21 @@ def refusals(run: RunConfig, output: str | None, resume: str) -> list[str]:
 
     attempt(lambda: run_folder.check_output(folder, run, resume))
     attempt(lambda: run_folder.check_data(folder, run))
-    attempt(lambda: _read_inputs(run))
+    attempt(lambda: _read_inputs(run, ds, folder))
     for path in dict.fromkeys((run.model.weights, run.reference.weights)):
         if path is not None:
             attempt(lambda path=path: load_weights(meta_model(run.model.preset, run.model.shape), resolve_path(path)))
     return list(dict.fromkeys(found))
 
 
-def _read_inputs(run: RunConfig) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # for a table that the package builds
-        table = open_inputs(run, Path(folder)).table
+def _read_inputs(run: RunConfig, ds: dict[str, Any], folder: Path) -> None:
+    """Codes and tokenizer; then room for the checkpoints of as many steps as they make."""
+    with tempfile.TemporaryDirectory() as scratch:  # for a table that the package builds
+        inputs = open_inputs(run, Path(scratch))
+        table = inputs.table
         if not table.is_verified() and sum(shard.bytes for shard in table.manifest.shards) <= COMPARED_BYTES:
             table.check()
+    element_bytes = DTYPES[resolve_precision(ds, run, torch.cuda.is_available())].itemsize
+    each = store.bytes_per_weight(zero_stage(ds), element_bytes, run.model.ema_decay is not None)
+    size = model_cost(run.model.preset, run.model.shape).parameters * each
+    store.require_room(folder / "checkpoints", size, run.checkpoint, inputs.steps)

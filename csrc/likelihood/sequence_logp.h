@@ -231,7 +231,7 @@ CCA_DS_HD void load_packs(const T* row, int64_t stride, Pack<T, kWidth> (&packs)
 template <int kWidth, class T>
 CCA_DS_HD void store_pack(T* to, const Pack<T, kWidth>& pack) {
   constexpr int kPerWord = static_cast<int>(kPackBytes / sizeof(T));
-  static_assert(kWidth % kPerWord == 0, "whole words");
+  static_assert(kWidth % kPerWord == 0 && sizeof(T) <= 4, "whole words of elements of at most four bytes");
   for (int first = 0; first < kWidth; first += kPerWord) {
     uint32_t parts[4] = {0, 0, 0, 0};
     for (int k = 0; k < kPerWord; ++k) {

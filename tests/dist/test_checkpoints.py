@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from cca_ds import export
+from cca_ds import train as entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights, load_own
-from cca_ds.checkpoints.store import complete_checkpoints, newest_verified, verify
+from cca_ds.checkpoints.store import bytes_per_weight, complete_checkpoints, newest_verified, read_manifest, verify
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.runs import (
     PATIENCE,
@@ -32,6 +33,7 @@ from tests.dist.runs import (
     start_training,
     train,
 )
+from tests.support.refusals import called
 from tests.support.small_disk import mounted_disk
 
 pytestmark = pytest.mark.dist
@@ -303,9 +305,25 @@ def test_a_run_whose_weights_are_not_wanted_saves_none(tmp_path):
     assert (tmp_path / "run" / "COMPLETED").exists() and not complete_checkpoints(tmp_path / "run/checkpoints")
 
 
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes(stage, ema, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    shape = "model.overrides={dim: 256, n_layer: 2, n_head: 4, multiple_of: 64}"  # weights outweigh the rest
+    settings = ("batch.max_steps=1", "model.weights=null", shape, f"model.ema_decay={ema}", "baseline.check=false")
+    train(1, tmp_path / "run", *settings, ds=tmp_path / "ds.json")
+    (folder,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    found = sum(file["size"] for file in read_manifest(folder).files.values())
+    weights = sum(tensor.numel() for tensor in consolidated_weights(folder).values())
+    assert found == pytest.approx(weights * bytes_per_weight(stage, 4, ema != "null"), rel=0.02)
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(small_disk):
     outputs = train(2, small_disk / "run", *SETTINGS, "checkpoint.keep_last=30", "batch.max_steps=90", check=False)
     assert [output.returncode for output in outputs] == [1, 1]
     assert re.search(r"29 checkpoint\(s\) of about \S+ GB take \S+ GB, and only \S+ GB are free", outputs[0].stderr)
     assert "lower checkpoint.keep_last, or put --output on another disk" in outputs[0].stderr
     assert metrics(small_disk / "run") == []
+    words = command(small_disk / "run", *SETTINGS, "checkpoint.keep_last=30", "batch.max_steps=90", flags=["--dry_run"])
+    code, _, refused = called(entry.main, words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :])
+    assert code == 2 and re.search(r"29 checkpoint\(s\) of about \S+ GB take \S+ GB", refused)

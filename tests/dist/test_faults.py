@@ -34,6 +34,14 @@ def wait_for_step(running, folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+def ended(running, rank: int):
+    """Seconds until one rank has ended, and its output, while others may live on."""
+    started = time.monotonic()
+    while running.processes[rank].poll() is None and time.monotonic() < started + PATIENCE:
+        time.sleep(0.05)
+    return time.monotonic() - started, running.output(rank)
+
+
 def worker_of(pid: int) -> int:
     """A child process."""
     end = time.monotonic() + 60
@@ -178,11 +186,7 @@ def test_a_rank_that_stops_answering_is_named_within_the_limit(tmp_path):
     with start_training(2, folder, *LONG, f"distributed.timeout_seconds={limit}") as running:
         wait_for_step(running, folder, 1)
         running.signal(1, signal.SIGSTOP)
-        started = time.monotonic()
-        while running.processes[0].poll() is None and time.monotonic() < started + PATIENCE:
-            time.sleep(0.05)
-        seconds = time.monotonic() - started
-        output = running.output(0)
+        seconds, output = ended(running, 0)
     assert output.returncode == 75
     assert f"rank 1 on {os.uname().nodename}" in output.stderr and "has not answered for 25 s" in output.stderr
     assert seconds < 3 * limit  # the limit, and a busy machine
@@ -194,10 +198,7 @@ def test_a_rank_0_that_stops_is_named_on_the_console(tmp_path):
     with start_training(2, folder, *LONG, f"distributed.timeout_seconds={limit}") as running:
         wait_for_step(running, folder, 1)
         running.signal(0, signal.SIGSTOP)
-        started = time.monotonic()
-        while running.processes[1].poll() is None and time.monotonic() < started + PATIENCE:
-            time.sleep(0.05)
-        output = running.output(1)
+        _, output = ended(running, 1)
         running.signal(0, signal.SIGKILL)
     assert output.returncode == 75
     host = os.uname().nodename
@@ -210,10 +211,7 @@ def test_a_killed_rank_is_named_by_the_survivor(tmp_path):
         wait_for_step(running, folder, 1)
         pid = running.processes[1].pid
         running.signal(1, signal.SIGKILL)
-        end = time.monotonic() + PATIENCE
-        while running.processes[0].poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        output = running.output(0)
+        _, output = ended(running, 0)
     assert output.returncode == 1
     assert f"rank 1 on {os.uname().nodename} (pid {pid}) is gone, last heard of in " in output.stderr
     assert "start again to continue from the last checkpoint" in output.stderr

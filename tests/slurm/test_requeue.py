@@ -115,7 +115,7 @@ def test_the_count_is_read_as_a_number(job, tmp_path, content):
 
 
 def test_a_stop_with_status_0_never_counts(job):
-    """A preemption of which only the ranks were told. Without their word it may be `--help`, and has an end."""
+    """As in a preemption that signals the ranks alone. Where they wrote nothing it may be `--help`, which counts."""
     for restart in range(5):
         assert job(SLURM_RESTART_COUNT=str(restart), STATUS="0", RANKS_SAY="0 stopped by a signal")[1] == REQUEUED
     found = [job(SLURM_RESTART_COUNT=str(restart), STATUS="0")[1] for restart in range(3)]

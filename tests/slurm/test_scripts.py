@@ -188,13 +188,19 @@ def test_the_pipeline_submits_a_chain(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    after = "--parsable --dependency=afterok:{} --kill-on-invalid-dep=yes --partition=gpu slurm/{}"
+    scripts = REPOSITORY / "slurm"
+    after = f"--parsable --dependency=afterok:{{}} --kill-on-invalid-dep=yes --partition=gpu {scripts}/{{}}"
     assert (tmp_path / "calls").read_text().splitlines() == [
-        f"my images|{out}/codes||--parsable --partition=gpu slurm/encode.sh",
+        f"my images|{out}/codes||--parsable --partition=gpu {scripts}/encode.sh",
         f"{out}/codes|{out}/run||{after.format(40, 'cca_3b.sh')}",
         f"my images|{out}/scores|{out}/run|{after.format(41, 'sample_and_evaluate.sh')}",
     ]
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["40", "41", "42", "scancel"]
+    (tmp_path / "calls").unlink()
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$*" >> "$CALLS"\necho "no such partition" >&2\nexit 1\n')
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "no such partition" in done.stderr and done.stdout == ""
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1  # those behind it would start at once
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert done.returncode != 0 and "CCA_DATA: name the folder of images" in done.stderr
 
