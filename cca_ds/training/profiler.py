@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its library prints every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library prints every start and stop
 
 Batches = TypeVar("Batches")
 
