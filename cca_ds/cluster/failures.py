@@ -124,6 +124,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """On a GPU, or of the host."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # a file that is mapped, a worker that is forked
+        return True
     return isinstance(error, RuntimeError) and bool(_CPU_OUT_OF_MEMORY.search(str(error)))
 
 

@@ -22,7 +22,8 @@ def really_out_of_memory():
 
 
 def test_out_of_memory_names_the_micro_batch_that_would_fit():
-    for error in (really_out_of_memory(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+    no_fork = OSError(errno.ENOMEM, "Cannot allocate memory")
+    for error in (really_out_of_memory(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), no_fork):
         assert is_out_of_memory(error)
         line = line_of(error, 32)
         assert "batch.micro_size=32; batch.micro_size=16 needs about half" in line

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import time
@@ -128,10 +127,10 @@ def pairs_of_step(step: int, global_size: int = 32):
     return make_pairs(indices, table.labels[indices], null_class=10, mask_probability=0.1, crops=1, seed=0, epoch=0)
 
 
-def train_spoilt(ranks, folder, environment, ds=None):
-    """Three steps of `train_spoilt.py`, to their end."""
-    python, _, *arguments = command(folder, "batch.max_steps=3", ds=ds)
-    script = [python, str(REPOSITORY / "tests/dist/train_spoilt.py"), *arguments]
+def train_script(name, ranks, folder, *settings, environment=None, ds=None):
+    """Three steps by a script of this folder, to their end."""
+    python, _, *arguments = command(folder, "batch.max_steps=3", *settings, ds=ds)
+    script = [python, str(REPOSITORY / "tests/dist" / name), *arguments]
     with ForkedRanks(script, ranks, environment, None) as running:
         return running.wait(PATIENCE)
 
@@ -142,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path):
     spoilt = int(first.positive_labels_K[0]) if first.positive_labels_K[0] < 10 else int(first.positive_labels_K[1])
     used = (first.positive_labels_K == spoilt) | (first.negative_labels_K == spoilt)
     folder = tmp_path / "run"
-    outputs = train_spoilt(2, folder, {"SPOILT_CLASS": str(spoilt)})
+    outputs = train_script("train_spoilt.py", 2, folder, environment={"SPOILT_CLASS": str(spoilt)})
     assert all(output.returncode != 0 for output in outputs)
     line = next(line for line in outputs[0].stderr.splitlines() if "is not finite" in line)
     assert "step 1: the loss is not finite" in line and "the optimizer has not stepped" in line
@@ -158,7 +157,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(stage, tm
     """At r = 0 the loss is finite whatever beta is, and its gradient grows with beta."""
     folder = tmp_path / "run"
     ds = REPOSITORY / "ds_configs/zero2.json" if stage == 2 else None
-    (output,) = train_spoilt(1, folder, {"SPOILT_BETA": "1e38"}, ds)
+    (output,) = train_script("train_spoilt.py", 1, folder, environment={"SPOILT_BETA": "1e38"}, ds=ds)
     assert output.returncode == 1
     assert "step 1: the gradient is not finite" in output.stderr
     assert "the optimizer has not stepped" in output.stderr
@@ -218,16 +217,8 @@ def test_a_killed_rank_is_named_by_the_survivor(tmp_path):
 
 
 def test_a_rank_out_of_memory_is_named_with_the_forward_that_would_fit(tmp_path):
-    """Rank 1 may not grow any more when its first step begins."""
     folder = tmp_path / "run"
-    settings = ("batch.global_size=1024", "batch.micro_size=512", "batch.max_steps=3")
-    with start_training(2, folder, *settings) as running:
-        running.wait_for("2 rank(s)", rank=0, timeout=PATIENCE)
-        pid = running.processes[1].pid
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + (8 << 20)
-        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
-        outputs = running.wait(PATIENCE, grace=60)
+    outputs = train_script("train_short_of_memory.py", 2, folder, "batch.global_size=1024", "batch.micro_size=512")
     assert outputs[1].returncode == 1 and outputs[0].returncode != 0
     line = outputs[1].stderr.strip().splitlines()[-1]
     assert line.startswith(f"rank 1 on {os.uname().nodename}: out of memory with batch.micro_size=512; ")
