@@ -46,5 +46,5 @@ TORCH_LIBRARY(cca_ds, m) {
   m.def("owners(Tensor x) -> int", [](const at::Tensor& x) { return static_cast<int64_t>(x.storage().use_count()); });
   // A decoding step, without gradients: a linear layer of few rows, and attention of one query to a head's live slots.
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("one_query_attention(Tensor query, Tensor keys, Tensor values) -> Tensor");
+  m.def("one_query_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor");
 }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "likelihood/sequence_logp.h"
 #include "likelihood/sequence_logp_cuda.h"
 
 namespace cca_ds {
@@ -31,12 +32,13 @@ Element element_of(at::ScalarType type) {
 
 Rows rows_of(const Tensor& logits_NV, at::ScalarType other, const void* bias, const Tensor& targets_N) {
   TORCH_CHECK(logits_NV.is_contiguous() && targets_N.is_contiguous(), "the row kernels take contiguous tensors");
+  TORCH_CHECK(logits_NV.size(1) <= kMostColumns, "a vocabulary of ", logits_NV.size(1), " is larger than ", kMostColumns);
   TORCH_CHECK(targets_N.device() == logits_NV.device(), "targets are on ", targets_N.device(), ", their logits on ",
               logits_NV.device(), ": move them there");
   return {element_of(logits_NV.scalar_type()), element_of(other),
           logits_NV.const_data_ptr(),          bias,
           targets_N.const_data_ptr<int64_t>(), logits_NV.size(0),
-          logits_NV.size(1)};
+          static_cast<int>(logits_NV.size(1))};
 }
 
 const void* data_of(const std::optional<Tensor>& bias_V) {

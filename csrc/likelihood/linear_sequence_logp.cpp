@@ -213,6 +213,12 @@ void add_weight_gradient(Tensor& total_VD, const Tensor& residual_CV, const Tens
   }
 }
 
+// g * hidden in the dtype of hidden, multiplied in that of g; a GPU makes no copy in the latter.
+Tensor scaled_rows(const Tensor& hidden_ND, const Tensor& grad_N1) {
+  Tensor scaled_ND = at::empty_like(hidden_ND);
+  return at::mul_out(scaled_ND, hidden_ND, grad_N1);
+}
+
 struct Gradients {
   Tensor hidden_ND, weight_VD, bias_V;
 };
@@ -221,9 +227,7 @@ Gradients from_kept(const Tensor& hidden_ND, const Tensor& weight_VD, const Tens
                     std::array<bool, 3> needed) {
   Gradients gradients;
   if (needed[0]) gradients.hidden_ND = at::mm(residual_NV, weight_VD).mul_(grad_N1);
-  if (needed[1]) {
-    gradients.weight_VD = weight_gradient(residual_NV, (hidden_ND * grad_N1).to(hidden_ND.scalar_type()));
-  }
+  if (needed[1]) gradients.weight_VD = weight_gradient(residual_NV, scaled_rows(hidden_ND, grad_N1));
   if (needed[2]) gradients.bias_V = bias_gradient(residual_NV, grad_N1);
   return gradients;
 }
@@ -248,7 +252,7 @@ Gradients from_recomputed(const Tensor& hidden_ND, const Head& head, const Tenso
       Tensor out = gradients.hidden_ND.narrow(0, first, count);
       at::mm_out(out, residual, head.weight_VD).mul_(grad);
     }
-    if (needed[1]) add_weight_gradient(gradients.weight_VD, residual, (hidden * grad).to(hidden.scalar_type()));
+    if (needed[1]) add_weight_gradient(gradients.weight_VD, residual, scaled_rows(hidden, grad));
     if (needed[2]) gradients.bias_V += bias_gradient(residual, grad);
   }
   return gradients;

@@ -61,6 +61,18 @@ CCA_DS_HD A exp_of(A x) {
 #endif
 }
 
+// exp(x - y), where x is itself a difference.
+template <class A>
+CCA_DS_HD A exp_of_difference(A x, A y) {
+#if defined(__CUDA_ARCH__)
+  A power;  // one instruction less than exp_of(x - y), and one rounding less
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fmaf(x, 1.4426950408889634f, -1.4426950408889634f * y)));
+  return power;
+#else
+  return std::exp(x - y);
+#endif
+}
+
 template <class A>
 CCA_DS_HD A log_of(A x) {
 #if defined(__CUDA_ARCH__)
@@ -148,7 +160,7 @@ CCA_DS_HD A token_logp(A logit_of_target, RowStats<A> stats) {
 // d(weight * log p) / d logit, for a column other than the target's; the target's has `weight` added.
 template <class A>
 CCA_DS_HD A off_target_gradient(A logit, RowStats<A> stats, A weight) {
-  return -weight * exp_of((logit - stats.max) - stats.log_sum);
+  return -weight * exp_of_difference(logit - stats.max, stats.log_sum);
 }
 
 CCA_DS_HD bool in_vocabulary(int64_t target, int64_t vocabulary) {
@@ -162,6 +174,7 @@ CCA_DS_HD int64_t row_offset(int64_t row, int64_t vocabulary) {
 // ---- how the threads of a block share a row --------------------------------------------------------------------
 
 constexpr int64_t kPackBytes = 16;
+constexpr int64_t kMostColumns = int64_t(1) << 30;  // of a row: columns are int, which saves registers
 
 template <class T, int kWidth>
 struct alignas(16) Pack {
@@ -174,19 +187,32 @@ CCA_DS_HD constexpr int pack_width() {
   return static_cast<int>(kPackBytes / (sizeof(T) < sizeof(O) ? sizeof(T) : sizeof(O)));
 }
 
-// [0, head) and [tail, V) one by one, [head, tail) in packs that are aligned in both buffers.
-struct RowSplit {
-  int64_t head;
-  int64_t tail;
+// A pack's share of the bias, in words of up to 16 bytes.
+template <class B, int kWidth>
+struct alignas(kWidth * sizeof(B) < kPackBytes ? kWidth * sizeof(B) : kPackBytes) BiasPack {
+  B at[kWidth];
 };
 
-template <class T, class O>
-CCA_DS_HD RowSplit split_row(const T* row, const O* out, int64_t vocabulary) {
+template <class P>
+CCA_DS_HD bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % alignof(P) == 0;
+}
+
+// [0, head) and [tail, V) one by one, [head, tail) in packs that are aligned in both buffers and in the bias.
+struct RowSplit {
+  int head;
+  int tail;
+};
+
+template <class T, class B, class O>
+CCA_DS_HD RowSplit split_row(const T* row, const B* bias, const O* out, int vocabulary) {
   constexpr int kWidth = pack_width<T, O>();
-  for (int64_t head = 0; head < kWidth && head < vocabulary; ++head) {
-    const bool aligned = reinterpret_cast<uintptr_t>(row + head) % kPackBytes == 0 &&
-                         reinterpret_cast<uintptr_t>(out + head) % kPackBytes == 0;
-    if (aligned) return {head, head + (vocabulary - head) / kWidth * kWidth};
+  using Packed = Pack<T, kWidth>;
+  for (int head = 0; head < kWidth && head < vocabulary; ++head) {
+    const bool bias_aligned = bias == nullptr || is_aligned<BiasPack<B, kWidth>>(bias + head);
+    if (bias_aligned && is_aligned<Packed>(row + head) && is_aligned<Packed>(out + head)) {
+      return {head, head + (vocabulary - head) / kWidth * kWidth};
+    }
   }
   return {vocabulary, vocabulary};
 }
@@ -199,14 +225,14 @@ struct Count {
 // Visits what thread `thread` of `threads` owns, in a fixed order: singles(i), and packs(i, stride, Count<n>) for the n
 // packs at i, i + stride, ... Four packs go together, so that four loads are on their way before the first is used.
 template <int kWidth, class Packs, class Singles>
-CCA_DS_HD void visit_share(RowSplit split, int64_t vocabulary, int thread, int threads, Packs packs, Singles singles) {
+CCA_DS_HD void visit_share(RowSplit split, int vocabulary, int thread, int threads, Packs packs, Singles singles) {
   constexpr int kTogether = 4;
-  const int64_t stride = int64_t(threads) * kWidth;
-  for (int64_t i = thread; i < split.head; i += threads) singles(i);
-  int64_t i = split.head + int64_t(thread) * kWidth;
+  const int stride = threads * kWidth;
+  for (int i = thread; i < split.head; i += threads) singles(i);
+  int i = split.head + thread * kWidth;
   for (; i + (kTogether - 1) * stride < split.tail; i += kTogether * stride) packs(i, stride, Count<kTogether>());
   for (; i < split.tail; i += stride) packs(i, stride, Count<1>());
-  for (int64_t k = split.tail + thread; k < vocabulary; k += threads) singles(k);
+  for (int k = split.tail + thread; k < vocabulary; k += threads) singles(k);
 }
 
 template <class T, class B>
@@ -216,14 +242,15 @@ CCA_DS_HD accumulate_t<T> logit_at(const T* row, const B* bias, int64_t i) {
 }
 
 template <int kWidth, class T, class B>
-CCA_DS_HD void widen_pack(const Pack<T, kWidth>& pack, const B* bias, int64_t i, accumulate_t<T> (&x)[kWidth]) {
+CCA_DS_HD void widen_pack(const Pack<T, kWidth>& pack, const B* bias, int i, accumulate_t<T> (&x)[kWidth]) {
   for (int k = 0; k < kWidth; ++k) x[k] = widen(pack.at[k]);
   if (bias == nullptr) return;
-  for (int k = 0; k < kWidth; ++k) x[k] += static_cast<accumulate_t<T>>(widen(bias[i + k]));
+  const auto added = *reinterpret_cast<const BiasPack<B, kWidth>*>(bias + i);
+  for (int k = 0; k < kWidth; ++k) x[k] += static_cast<accumulate_t<T>>(widen(added.at[k]));
 }
 
 template <int kCount, int kWidth, class T>
-CCA_DS_HD void load_packs(const T* row, int64_t stride, Pack<T, kWidth> (&packs)[kCount]) {
+CCA_DS_HD void load_packs(const T* row, int stride, Pack<T, kWidth> (&packs)[kCount]) {
   for (int j = 0; j < kCount; ++j) packs[j] = *reinterpret_cast<const Pack<T, kWidth>*>(row + j * stride);
 }
 
@@ -249,12 +276,12 @@ CCA_DS_HD void store_pack(T* to, const Pack<T, kWidth>& pack) {
 
 // The sum over one thread's share of a row. `B` is the bias's type; a null bias is none.
 template <class T, class B>
-CCA_DS_HD RowSum<accumulate_t<T>> thread_row_sum(const T* row, const B* bias, int64_t vocabulary, int thread, int threads) {
+CCA_DS_HD RowSum<accumulate_t<T>> thread_row_sum(const T* row, const B* bias, int vocabulary, int thread, int threads) {
   using A = accumulate_t<T>;
   constexpr int kWidth = pack_width<T, T>();
   RowSum<A> sum = empty_row<A>();
-  const auto absorb_one = [&](int64_t i) { sum = merge(sum, RowSum<A>{logit_at(row, bias, i), A(1)}); };
-  const auto absorb_packs = [&](int64_t i, int64_t stride, auto count) {
+  const auto absorb_one = [&](int i) { sum = merge(sum, RowSum<A>{logit_at(row, bias, i), A(1)}); };
+  const auto absorb_packs = [&](int i, int stride, auto count) {
     constexpr int kCount = decltype(count)::value;
     Pack<T, kWidth> packs[kCount];
     load_packs(row + i, stride, packs);
@@ -273,36 +300,42 @@ CCA_DS_HD RowSum<accumulate_t<T>> thread_row_sum(const T* row, const B* bias, in
     }
     sum = {max, total};
   };
-  visit_share<kWidth>(split_row(row, row, vocabulary), vocabulary, thread, threads, absorb_packs, absorb_one);
+  visit_share<kWidth>(split_row(row, bias, row, vocabulary), vocabulary, thread, threads, absorb_packs, absorb_one);
   return sum;
 }
 
 // Writes one thread's share of weight * (onehot - softmax). `out` may be `row` itself: each element is read before it
 // is written, by the thread that owns it.
 template <class T, class B, class O>
-CCA_DS_HD void thread_row_gradient(const T* row, const B* bias, O* out, int64_t vocabulary, int64_t target,
+CCA_DS_HD void thread_row_gradient(const T* row, const B* bias, O* out, int vocabulary, int64_t target,
                                    RowStats<accumulate_t<T>> stats, accumulate_t<T> weight, int thread, int threads) {
   using A = accumulate_t<T>;
   constexpr int kWidth = pack_width<T, O>();
-  const auto gradient = [&](A x, int64_t i) {
-    const A off_target = off_target_gradient(x, stats, weight);
-    return Convert<O>::narrow(i == target ? weight + off_target : off_target);
+  const int column = in_vocabulary(target, vocabulary) ? static_cast<int>(target) : -1;
+  const auto off_target = [&](A x) { return off_target_gradient(x, stats, weight); };
+  const auto write_one = [&](int i) {
+    const A other = off_target(logit_at(row, bias, i));
+    out[i] = Convert<O>::narrow(i == column ? weight + other : other);
   };
-  const auto write_one = [&](int64_t i) { out[i] = gradient(logit_at(row, bias, i), i); };
-  const auto write_packs = [&](int64_t first, int64_t stride, auto count) {
+  const auto write_packs = [&](int first, int stride, auto count) {
     constexpr int kCount = decltype(count)::value;
     Pack<T, kWidth> packs[kCount];
     load_packs(row + first, stride, packs);
     for (int j = 0; j < kCount; ++j) {
-      const int64_t i = first + j * stride;
+      const int i = first + j * stride;
       A x[kWidth];
       widen_pack(packs[j], bias, i, x);
+      for (int k = 0; k < kWidth; ++k) x[k] = off_target(x[k]);
+      const int at = column - i;
+      if (at >= 0 && at < kWidth) {  // one comparison a pack; the index into x must stay a constant
+        for (int k = 0; k < kWidth; ++k) x[k] = k == at ? weight + x[k] : x[k];
+      }
       Pack<O, kWidth> written;
-      for (int k = 0; k < kWidth; ++k) written.at[k] = gradient(x[k], i + k);
+      for (int k = 0; k < kWidth; ++k) written.at[k] = Convert<O>::narrow(x[k]);
       store_pack(out + i, written);
     }
   };
-  visit_share<kWidth>(split_row(row, out, vocabulary), vocabulary, thread, threads, write_packs, write_one);
+  visit_share<kWidth>(split_row(row, bias, out, vocabulary), vocabulary, thread, threads, write_packs, write_one);
 }
 
 // Adds up the partial sums of a power-of-two group by halving: `partner(sum, distance)` fetches the sum of the lane

@@ -55,7 +55,7 @@ __device__ float logp_of_target(const T* row, const B* bias, int64_t target, int
 
 template <class T, class B>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    row_stats_kernel(const T* logits, const B* bias, const int64_t* targets, int64_t rows, int64_t vocabulary,
+    row_stats_kernel(const T* logits, const B* bias, const int64_t* targets, int64_t rows, int vocabulary,
                      float* logp, float* stats_out) {
   for (int64_t n = blockIdx.x; n < rows; n += gridDim.x) {
     const T* row = logits + row_offset(n, vocabulary);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    row_gradient_kernel(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, const float* stats,
+    row_gradient_kernel(const T* logits, const int64_t* targets, int64_t rows, int vocabulary, const float* stats,
                         const float* grad, int64_t rows_per_sequence, T* out) {
   for (int64_t n = blockIdx.x; n < rows; n += gridDim.x) {
     const int64_t offset = row_offset(n, vocabulary);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 // `residual` may be `logits`, so neither pointer is __restrict__. The second reading of the row comes from the cache.
 template <class T, class O>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    row_residual_kernel(const T* logits, const O* bias, const int64_t* targets, int64_t rows, int64_t vocabulary,
+    row_residual_kernel(const T* logits, const O* bias, const int64_t* targets, int64_t rows, int vocabulary,
                         float* logp, O* residual) {
   for (int64_t n = blockIdx.x; n < rows; n += gridDim.x) {
     const int64_t offset = row_offset(n, vocabulary);
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 // Four packs a thread: enough loads in flight to fill the memory pipe, without idle threads on short vocabularies.
-int threads_for(int64_t vocabulary, int width) {
-  const int64_t needed = (vocabulary + 4 * width - 1) / (4 * width);
+int threads_for(int vocabulary, int width) {
+  const int needed = (vocabulary + 4 * width - 1) / (4 * width);
   int threads = 2 * kWarp;
   while (threads < needed && threads < kMaxThreads) threads *= 2;
   return threads;

@@ -18,7 +18,7 @@ struct Rows {
   const void* bias;
   const int64_t* targets;
   int64_t rows;
-  int64_t vocabulary;
+  int vocabulary;
 };
 
 cudaError_t launch_row_stats(const Rows& rows, float* token_logp, float* stats, cudaStream_t stream);

@@ -42,7 +42,7 @@ int main() {
     emulation::most_blocks = static_cast<unsigned>(blocks);
     emulation::order.seed(static_cast<unsigned>(seed));
     const Rows given{logits_type, other_type, logits.data, has_bias ? bias.data : nullptr,
-                     reinterpret_cast<const int64_t*>(targets.data), rows, vocabulary};
+                     reinterpret_cast<const int64_t*>(targets.data), rows, static_cast<int>(vocabulary)};
     float* log_p = reinterpret_cast<float*>(logp.data);
     float* of_rows = reinterpret_cast<float*>(stats.data);
     char* out = in_place ? logits.data : separate.data;
