@@ -10,6 +10,7 @@ Legend: B images, L positions, D = H * C width, H heads, C channels of a head, P
 decoding step, S live slots of its cache.
 """
 
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cca_ds.ops.library import has_kernel, register
 from cca_ds.ops.qk_norm import projection_like, qk_norm, qk_norm_backward, takes_heads
@@ -27,24 +29,43 @@ from cca_ds.ops.scratch import scratch
 _CPU = torch.device("cpu")
 _JOINED_CODES = 128  # scales are joined into the first segment up to this many codes
 _ONE_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHANNELS = 8  # a head's channels are a multiple of it for the GPUs' attention kernels
 
 
 # ---- causal, with rotary positions ---------------------------------------------------------------------------------
 
 
+def padded_channels(channels: int) -> int:
+    """Channels of a head as the attention kernels of GPUs take them: the next multiple of 8.
+
+    For another number (100 in LlamaGen-3B) PyTorch copies queries, keys and values at every call, and a decoding step
+    in a CUDA graph falls to its plain version, which reads the cache several times.
+    """
+    return -(-channels // _CHANNELS) * _CHANNELS
+
+
 def rope_qkv(qkv_BLD: Tensor, table_LP2: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys with their positions' rotation, and values: [B, L, 3 D] -> three of [B, H, L, C]."""
+    """Queries and keys with their positions' rotation, and values: [B, L, 3 D] -> three of [B, H, L, C].
+
+    C is `padded_channels`; channels that a head does not have are 0, in the values too.
+    """
     rotated, per_head = 2 * qkv_BLD.shape[-1] // 3, (-1, qkv_BLD.shape[-1] // (3 * heads))
     q_BLHC, k_BLHC = rope(qkv_BLD[..., :rotated].unflatten(-1, per_head), table_LP2).split(heads, dim=2)
     v_BLHC = qkv_BLD[..., rotated:].unflatten(-1, per_head)
+    missing = padded_channels(per_head[1]) - per_head[1]
+    if missing:
+        q_BLHC, k_BLHC, v_BLHC = (F.pad(part, (0, missing)) for part in (q_BLHC, k_BLHC, v_BLHC))
     return q_BLHC.transpose(1, 2), k_BLHC.transpose(1, 2), v_BLHC.transpose(1, 2)
 
 
 def causal_attention_eager(qkv_BLD: Tensor, table_LP2: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
     """Plain version of `causal_attention`."""
+    channels = qkv_BLD.shape[-1] // (3 * heads)
     q_BHLC, k_BHLC, v_BHLC = rope_qkv(qkv_BLD, table_LP2, heads)
-    mixed_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, dropout_p=dropout, is_causal=True)
-    return mixed_BHLC.transpose(1, 2).flatten(2)
+    mixed_BHLC = F.scaled_dot_product_attention(
+        q_BHLC, k_BHLC, v_BHLC, dropout_p=dropout, is_causal=True, scale=channels**-0.5
+    )
+    return mixed_BHLC[..., :channels].transpose(1, 2).flatten(2)
 
 
 def causal_attention(qkv_BLD: Tensor, table_LP2: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
@@ -74,7 +95,6 @@ class Segment(NamedTuple):
     mask: Tensor | None = None
 
 
-@lru_cache(maxsize=16)
 def scale_segments(scales: tuple[int, ...], device: torch.device = _CPU) -> tuple[Segment, ...]:
     """Cut a pyramid of square scales where scales end, so that no [L, L] mask is needed.
 
@@ -87,26 +107,55 @@ def scale_segments(scales: tuple[int, ...], device: torch.device = _CPU) -> tupl
     joined = max(1, sum(end <= _JOINED_CODES for end in ends))
     mask = None
     if joined > 1:
-        with torch.inference_mode(False):  # a mask made while sampling is used in training too
-            level_L = torch.repeat_interleave(torch.arange(joined), torch.tensor(lengths[:joined]))
-            mask = (level_L[:, None] >= level_L).to(device)
+        level_L = torch.tensor([level for level in range(joined) for _ in range(lengths[level])], device=device)
+        mask = level_L[:, None] >= level_L
     segments = [Segment(0, ends[joined - 1], mask)]
     segments += [Segment(ends[i - 1], ends[i]) for i in range(joined, len(scales))]
     return tuple(segments)
 
 
+@lru_cache(maxsize=16)
+def _kept_segments(scales: tuple[int, ...], device: torch.device) -> tuple[Segment, ...]:
+    with torch.inference_mode(False):  # a mask made while sampling is used in training too
+        return scale_segments(scales, device)
+
+
+class _Prefixes(torch.autograd.Function):
+    """Views of the first positions of keys or values, one a segment, whose gradients are added up in one tensor.
+
+    Autograd would write each gradient into zeros of the whole length first, and add those: two to five times the bytes.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BHLC: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return tuple(x_BHLC[:, :, :end] for end in ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        total_BHLC = grads[-1].clone()  # of the last segment, which sees all positions
+        for grad in grads[:-1]:
+            total_BHLC[:, :, : grad.shape[2]] += grad
+        return total_BHLC, None
+
+
+def _prefixes(x_BHLC: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """`x_BHLC[:, :, :end]` of every end, the last of which is all of it."""
+    if torch.compiler.is_compiling():  # which adds up the slices' gradients in one pass itself
+        return tuple(x_BHLC[:, :, :end] for end in ends)
+    return _Prefixes.apply(x_BHLC, ends)
+
+
 def scale_attention_eager(qkv_BLD: Tensor, scale_H: Tensor, scales: tuple[int, ...]) -> Tensor:
     """Plain version of `scale_attention`, one call of PyTorch's attention a segment."""
     q_BHLC, k_BHLC, v_BHLC = qk_norm(qkv_BLD, scale_H)
+    find_segments = scale_segments if torch.compiler.is_compiling() else _kept_segments
+    segments = find_segments(scales, qkv_BLD.device)
+    ends = tuple(part.end for part in segments)
+    keys, values = _prefixes(k_BHLC, ends), _prefixes(v_BHLC, ends)
     mixed = [
-        F.scaled_dot_product_attention(
-            q_BHLC[:, :, part.start : part.end],
-            k_BHLC[:, :, : part.end],
-            v_BHLC[:, :, : part.end],
-            attn_mask=part.mask,
-            scale=1.0,
-        )
-        for part in scale_segments(scales, qkv_BLD.device)
+        F.scaled_dot_product_attention(q_BHLC[:, :, part.start : part.end], k, v, attn_mask=part.mask, scale=1.0)
+        for part, k, v in zip(segments, keys, values, strict=True)
     ]
     return torch.cat(mixed, dim=2).transpose(1, 2).flatten(2)
 
@@ -129,25 +178,41 @@ def scale_attention(qkv_BLD: Tensor, scale_H: Tensor, scales: tuple[int, ...]) -
 # ---- one query -----------------------------------------------------------------------------------------------------
 
 
-def one_query_attention_eager(query_RH1C: Tensor, keys_RHSC: Tensor, values_RHSC: Tensor) -> Tensor:
+def one_query_attention_eager(
+    query_RH1C: Tensor, keys_RHSC: Tensor, values_RHSC: Tensor, scale: float, live_1S: Tensor | None = None
+) -> Tensor:
     """Plain version of `one_query_attention`."""
-    return F.scaled_dot_product_attention(query_RH1C, keys_RHSC, values_RHSC)
+    return F.scaled_dot_product_attention(query_RH1C, keys_RHSC, values_RHSC, attn_mask=live_1S, scale=scale)
 
 
-def one_query_attention(query_RH1C: Tensor, keys_RHSC: Tensor, values_RHSC: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of one position over all S slots: [R, H, 1, C].
+def one_query_attention(
+    query_RH1C: Tensor, keys_RHSC: Tensor, values_RHSC: Tensor, scale: float, live_1S: Tensor | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v of one position over all S slots: [R, H, 1, C].
 
     A head's slots must lie one after another in memory. On a CPU without gradients a kernel reads the cache once and
     sums in float32.
+
+    Args:
+        live_1S: bool, the slots that count where that is not all of them.
     """
     if (
-        torch.is_grad_enabled()
+        live_1S is not None
+        or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or query_RH1C.dtype != keys_RHSC.dtype
         or not has_kernel(query_RH1C, _ONE_QUERY_DTYPES)
     ):
-        return one_query_attention_eager(query_RH1C, keys_RHSC, values_RHSC)
-    return torch.ops.cca_ds.one_query_attention(query_RH1C, keys_RHSC, values_RHSC)
+        return one_query_attention_eager(query_RH1C, keys_RHSC, values_RHSC, scale, live_1S)
+    return torch.ops.cca_ds.one_query_attention(query_RH1C, keys_RHSC, values_RHSC, scale)
+
+
+def decoding_attention_backends() -> AbstractContextManager[None]:
+    """Within it attention takes the first of a fixed list of PyTorch's backends that can.
+
+    cuDNN's is not among them: it plans anew for every length of the cache, in milliseconds each.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 # ---- the CPU kernels -----------------------------------------------------------------------------------------------
@@ -246,4 +311,4 @@ register(
     lambda grad, heads, mixed, lse, limits, out: None,
     flops=lambda grad, heads, *rest, **_: 5 * _flops(heads) // 2,
 )
-register("one_query_attention", lambda query, keys, values: keys.new_empty(query.shape))
+register("one_query_attention", lambda query, keys, values, scale: keys.new_empty(query.shape))

@@ -40,6 +40,7 @@ def _record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads, NCCL's watchdog among them, may query their events meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph, result

@@ -74,8 +74,12 @@ def eager_ops() -> Iterator[None]:
 
 
 def has_kernel(x: Tensor, dtypes: Collection[torch.dtype] = KERNEL_DTYPES) -> bool:
-    """Whether the CPU kernels are in use and take a tensor of the device and dtype of `x`."""
-    return x.device.type == "cpu" and x.dtype in dtypes and backend() != "torch"
+    """Whether the CPU kernels are in use and take a tensor of the device and dtype of `x`.
+
+    Inside a compiled block they are not: the compiler fuses the plain versions itself.
+    """
+    usable = backend() != "torch" and not torch.compiler.is_compiling()
+    return usable and x.device.type == "cpu" and x.dtype in dtypes
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -26,6 +26,9 @@ def qk_norm(qkv_BLD: Tensor, scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     `scale_H` is float32 (float64 with float64). The dot product of a query and a key is then scale * cosine.
     """
+    if torch.compiler.is_compiling():  # float32 copies, which the compiler fuses away
+        q_BHLC, k_BHLC, _ = qk_norm_eager(qkv_BLD.to(torch.promote_types(qkv_BLD.dtype, torch.float32)), scale_H)
+        return q_BHLC.to(qkv_BLD.dtype), k_BHLC.to(qkv_BLD.dtype), split_heads(qkv_BLD, len(scale_H))[2]
     if not takes_heads(qkv_BLD, qkv_BLD.shape[-1] // (3 * len(scale_H))):
         if qkv_BLD.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
             return _ReducedQKNorm.apply(qkv_BLD, scale_H).unbind(0)

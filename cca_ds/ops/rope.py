@@ -39,7 +39,7 @@ def rope(x_BLHC: Tensor, table_LP2: Tensor) -> Tensor:
 
     Computed in float32 (float64 from float64). `table_LP2` is `rotary_table`, cut to the positions of `x`.
     """
-    if x_BLHC.device.type != "cpu":
+    if x_BLHC.device.type != "cpu" or torch.compiler.is_compiling():
         return rope_eager(x_BLHC, table_LP2)
     # one complex multiplication is one pass over memory; real arithmetic takes seven
     fp32 = _at_least_fp32(x_BLHC)

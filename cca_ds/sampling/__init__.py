@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cca_ds.models.registry import family_of_model
+from cca_ds.ops.attention import decoding_attention_backends
 from cca_ds.sampling.guidance import Draw, guidance_scales, image_uniforms
 
 
@@ -60,8 +61,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        return family.generate(
-            model, labels_B.to(device), scales, uniforms_BL, draw, log_lambda_B, cuda_graphs=cuda_graphs
-        )
+        with decoding_attention_backends():
+            return family.generate(
+                model, labels_B.to(device), scales, uniforms_BL, draw, log_lambda_B, cuda_graphs=cuda_graphs
+            )
     finally:
         model.train(was_training)

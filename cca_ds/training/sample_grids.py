@@ -67,5 +67,5 @@ class SampleGrids:
         labels_B = classes.repeat(-(-images // columns))[:images]
         sampling, model = self.run.sampling, self.run.model
         lambda_ = sampling_lambda(sampling, self.run.loss.lambda_, model.lambda_conditioning)
-        codes_BL = generate(module, labels_B.to(self.device), **draw_settings(sampling, lambda_))
+        codes_BL = generate(module, labels_B.to(self.device), **draw_settings(sampling, lambda_), cuda_graphs=True)
         return self.tokenizer.to(self.device).decode(codes_BL).float().cpu()

@@ -203,7 +203,7 @@ void attend(const Tensor& q_MC, const Tensor& keys, const Tensor& values, Tensor
   });
 }
 
-Tensor one_query_attention(const Tensor& query, const Tensor& keys, const Tensor& values) {
+Tensor one_query_attention(const Tensor& query, const Tensor& keys, const Tensor& values, double scale) {
   const int64_t slots = keys.size(2), channels = keys.size(3);
   for (const Tensor& cache : {keys, values}) {
     TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == channels, "a head's slots must lie one after another");
@@ -212,7 +212,7 @@ Tensor one_query_attention(const Tensor& query, const Tensor& keys, const Tensor
               " must be alike, with at least one slot");
   TORCH_CHECK(query.sizes() == at::IntArrayRef({keys.size(0), keys.size(1), 1, channels}), "a query of ", query.sizes(),
               " does not fit keys of ", keys.sizes(), ": give one position for each head");
-  const Tensor q_MC = query.reshape({-1, channels}).to(at::kFloat).mul(1.0 / std::sqrt(double(channels)));
+  const Tensor q_MC = query.reshape({-1, channels}).to(at::kFloat).mul(scale);
   Tensor out_MC = at::empty({q_MC.size(0), channels}, keys.options());
   switch (keys.scalar_type()) {
     case at::kFloat:

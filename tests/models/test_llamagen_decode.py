@@ -99,9 +99,9 @@ def test_attention_sees_the_live_slots_only_and_copies_no_cache(model, monkeypat
     seen = []
     plain = decode.one_query_attention
 
-    def recording(query, keys, values):
+    def recording(query, keys, values, scale):
         seen.append((keys.shape[2], keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
-        return plain(query, keys, values)
+        return plain(query, keys, values, scale)
 
     monkeypatch.setattr(decode, "one_query_attention", recording)
     generate(model, torch.arange(3))

@@ -1,5 +1,7 @@
 """The three attentions against their definitions in float64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from cca_ds.ops.attention import (
     causal_attention_eager,
     one_query_attention,
     one_query_attention_eager,
+    rope_qkv,
     scale_attention,
     scale_attention_eager,
     scale_segments,
@@ -71,6 +74,14 @@ def test_attention_dropout_leaves_weights_out(device):
     kept = mixed > 0
     torch.testing.assert_close(mixed[kept], torch.full_like(mixed[kept], 0.5))
     assert 0.3 < kept.float().mean() < 0.7
+
+
+@pytest.mark.parametrize(("channels", "padded"), [(100, 104), (64, 64), (4, 8)])
+def test_heads_are_padded_to_a_multiple_of_eight_channels(channels, padded):
+    qkv, table = torch.randn(2, 5, 3 * 2 * channels), rotary_table(2, channels)
+    for part in rope_qkv(qkv, table, 2):
+        assert part.shape == (2, 2, 5, padded) and not part[..., channels:].any()
+    assert rope_qkv(qkv, table, 2)[2][..., :channels].transpose(1, 2).flatten(2).equal(qkv[..., 4 * channels :])
 
 
 # ---- over the scales of an image -----------------------------------------------------------------------------------
@@ -152,8 +163,8 @@ def test_one_query_attends_to_the_live_slots_of_a_cache(op, dtype, slots, channe
     live = [cache[:2, :, :slots] for cache in caches]  # the slots behind are never read
     for cache in live:
         cache.copy_(torch.randn(2, 3, slots, channels))
-    found = op(query, *live)
-    expected = F.scaled_dot_product_attention(query.double(), *(cache.double() for cache in live))
+    found = op(query, *live, 0.15)
+    expected = F.scaled_dot_product_attention(query.double(), *(cache.double() for cache in live), scale=0.15)
     assert found.dtype == dtype and found.shape == query.shape
     tolerance = ONE_QUERY_TOLERANCE[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=2 * tolerance, atol=tolerance)
@@ -163,17 +174,26 @@ def test_gradients_of_one_query():
     torch.manual_seed(0)
     shapes = [(1, 2, 1, 8), (1, 2, 5, 8), (1, 2, 5, 8)]
     inputs = [torch.randn(shape) for shape in shapes]
-    check_op(one_query_attention, F.scaled_dot_product_attention, inputs, 2e-6)
+    check_op(functools.partial(one_query_attention, scale=8**-0.5), F.scaled_dot_product_attention, inputs, 2e-6)
+
+
+@torch.no_grad()
+def test_one_query_and_slots_that_do_not_count():
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
+    live = (torch.arange(9) < 4)[None]
+    expected = one_query_attention(query, keys[:, :, :4], values[:, :, :4], 0.25)
+    torch.testing.assert_close(one_query_attention(query, keys, values, 0.25, live), expected)
 
 
 @torch.no_grad()
 def test_one_query_and_numbers_that_are_not_finite():
     query, keys, values = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 40, 64), torch.randn(1, 2, 40, 64)
     keys[0, 1, 17, 3] = torch.nan
-    found = one_query_attention(query, keys, values)
+    found = one_query_attention(query, keys, values, 0.125)
     assert found[0, 0].isfinite().all() and found[0, 1].isnan().all()
     query[0, 0] = 1e4  # a softmax of large scores
-    assert one_query_attention(query, keys, values)[0, 0].isfinite().all()
+    assert one_query_attention(query, keys, values, 0.125)[0, 0].isfinite().all()
 
 
 # ---- the kernels ---------------------------------------------------------------------------------------------------
@@ -190,9 +210,9 @@ def test_one_query_refuses_shapes_that_do_not_fit():
     cache = torch.randn(2, 3, 9, 40)
     with using("kernel"):
         with pytest.raises(RuntimeError, match="one position for each head"):
-            one_query_attention(torch.randn(2, 3, 2, 40), cache, cache)
+            one_query_attention(torch.randn(2, 3, 2, 40), cache, cache, 0.2)
         with pytest.raises(RuntimeError, match="must be alike"):
-            one_query_attention(torch.randn(2, 3, 1, 40), cache, cache[:, :, :4])
+            one_query_attention(torch.randn(2, 3, 1, 40), cache, cache[:, :, :4], 0.2)
 
 
 def test_a_table_that_does_not_fit_is_refused():
@@ -260,7 +280,7 @@ def test_opcheck(dtype):
     check(ops.rope_heads_backward.default, (heads, table, 0.5, torch.empty_like(x)))
     with torch.no_grad():
         cache = torch.randn(2, 3, 9, 40).to(dtype)
-        check(ops.one_query_attention.default, (torch.randn(2, 3, 1, 40).to(dtype), cache, cache))
+        check(ops.one_query_attention.default, (torch.randn(2, 3, 1, 40).to(dtype), cache, cache, 0.2))
     op, limits = prefix_attention(dtype), torch.arange(1, 10)
     check(op.default, (heads, limits))
     mixed, lse = op(heads, limits)

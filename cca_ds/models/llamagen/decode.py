@@ -1,18 +1,17 @@
 """Code after code in raster order, for LlamaGen, with a cache of keys and values.
 
 Legend: B images, R rows of the batch (B, or 2 B with the unconditional half after the conditional one), L codes per
-image, S = L slots of the cache, V vocabulary, D width, H heads, C channels of a head.
+image, S = L slots of the cache, V vocabulary, D width, H heads, C channels of a head, padded as attention takes them.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cca_ds.models.base import DrawCodes
 from cca_ds.models.llamagen.model import LlamaGen
-from cca_ds.ops.attention import one_query_attention
+from cca_ds.ops.attention import one_query_attention, padded_channels
 from cca_ds.ops.cuda_graphs import GraphCache, has_graphs
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each [R, H, S, C]
@@ -58,7 +57,7 @@ def sample_raster(
 def new_cache(model: LlamaGen, rows: int, device: torch.device, dtype: torch.dtype) -> Cache:
     """Keys and values of every layer; a head's slots are contiguous, so that the live ones are a view."""
     config = model.config
-    shape = (rows, config.n_head, config.sequence_length, config.head_dim)
+    shape = (rows, config.n_head, config.sequence_length, padded_channels(config.head_dim))
     return [
         (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
         for _ in range(config.n_layer)
@@ -70,10 +69,11 @@ def _run(model: LlamaGen, x_RD: Tensor, table_12: Tensor, attend: Callable[..., 
 
     `attend(layer, q, k, v)`, each [R, H, 1, C], writes k and v into the layer's cache and returns the mixed values.
     """
+    channels = model.config.head_dim
     x_R1D = x_RD.unsqueeze(1)
     for index, layer in enumerate(model.layers):
         q_RH1C, k_RH1C, v_RH1C = layer.attention.qkv(layer.attention_norm(x_R1D), table_12)
-        mixed_RH1C = attend(index, q_RH1C, k_RH1C, v_RH1C)
+        mixed_RH1C = attend(index, q_RH1C, k_RH1C, v_RH1C)[..., :channels]
         x_R1D = x_R1D + layer.attention.wo(mixed_RH1C.transpose(1, 2).flatten(2))
         x_R1D = x_R1D + layer.feed_forward(layer.ffn_norm(x_R1D))
     return model.output(model.norm(x_R1D)).squeeze(1)
@@ -84,7 +84,7 @@ class _EagerStep:
 
     def __init__(self, model: LlamaGen, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        self.table = model.rotary(cache[0][0].device)
+        self.table, self.scale = model.rotary(cache[0][0].device), model.config.head_dim**-0.5
 
     def keep_rows(self, rows: int) -> "_EagerStep":
         """The step without the unconditional half, on the first rows of the same cache."""
@@ -98,7 +98,7 @@ class _EagerStep:
             keys_RHSC[:, :, step] = k_RH1C[:, :, 0]
             values_RHSC[:, :, step] = v_RH1C[:, :, 0]
             live = slice(0, step + 1)
-            return one_query_attention(q_RH1C, keys_RHSC[:, :, live], values_RHSC[:, :, live])
+            return one_query_attention(q_RH1C, keys_RHSC[:, :, live], values_RHSC[:, :, live], self.scale)
 
         return _run(self.model, x_RD, self.table[step : step + 1], attend)
 
@@ -112,7 +112,7 @@ class _GraphedStep:
     def __init__(self, model: LlamaGen, cache: Cache) -> None:
         self.model, self.cache = model, cache
         keys_RHSC = cache[0][0]
-        self.table = model.rotary(keys_RHSC.device)
+        self.table, self.scale = model.rotary(keys_RHSC.device), model.config.head_dim**-0.5
         self.slots_S = torch.arange(keys_RHSC.shape[2], device=keys_RHSC.device)
         self.step_1 = torch.zeros(1, dtype=torch.int64, device=keys_RHSC.device)
         self.x_RD = torch.empty(len(keys_RHSC), model.config.dim, device=keys_RHSC.device, dtype=keys_RHSC.dtype)
@@ -131,13 +131,13 @@ class _GraphedStep:
         return self.graphs.run(span, lambda: self._run(span), x_RD.device)
 
     def _run(self, span: int) -> Tensor:
-        mask_1S = self.slots_S[None, :span] <= self.step_1
+        live_1S = self.slots_S[None, :span] <= self.step_1
 
         def attend(layer: int, q_RH1C: Tensor, k_RH1C: Tensor, v_RH1C: Tensor) -> Tensor:
             keys_RHSC, values_RHSC = self.cache[layer]
             keys_RHSC.index_copy_(2, self.step_1, k_RH1C)
             values_RHSC.index_copy_(2, self.step_1, v_RH1C)
             spanned = (keys_RHSC[:, :, :span], values_RHSC[:, :, :span])
-            return F.scaled_dot_product_attention(q_RH1C, *spanned, attn_mask=mask_1S)
+            return one_query_attention(q_RH1C, *spanned, self.scale, live_1S)
 
         return _run(self.model, self.x_RD, self.table.index_select(0, self.step_1), attend)
