@@ -55,6 +55,9 @@ class Model(Section):
     activation_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
     )
+    compile: Literal["auto"] | bool = key(
+        "auto", "fuse the element-wise work of the blocks by torch.compile; auto does on a GPU"
+    )
     lambda_conditioning: bool = key(False, "one model for every lambda, which it takes as an input (Table 5)")
     ema_decay: float | None = key(
         None, "decay a step of a moving average of the weights; null keeps none", gt=0.0, lt=1.0

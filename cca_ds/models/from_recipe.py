@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import Model
+from cca_ds.models.compilation import compile_blocks
 from cca_ds.models.layers import DropPath
 from cca_ds.models.registry import create_model, family_of, model_config
 from cca_ds.models.weights import load_weights
@@ -15,6 +16,8 @@ from cca_ds.models.weights import load_weights
 def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
     """The model of a recipe's `model` section with fresh weights, its dropouts on or off by `model.dropout`.
 
+    Its blocks are compiled where `model.compile` is true; "auto" is resolved before (`resolve_compile`).
+
     Args:
         tokenizer: for families that hold its codebook (VAR).
     """
@@ -22,6 +25,8 @@ def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
     if not model.dropout:
         _switch_off_dropout(module)
     module.set_activation_checkpointing(model.activation_checkpointing)
+    if model.compile is True:
+        compile_blocks(module)
     return module
 
 
@@ -58,5 +63,3 @@ def _switch_off_dropout(module: nn.Module) -> None:
             part.p = 0.0
         if isinstance(part, DropPath):
             part.rate = 0.0
-        if hasattr(part, "drop_path_rate"):
-            part.drop_path_rate = 0.0

@@ -73,12 +73,13 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...]."""
+        """Any tensor with a row for each image, [B, ...] -> [B, ...]."""
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        mask_B = torch.empty(branch.shape[0], device=branch.device, dtype=branch.dtype).bernoulli_(keep).div_(keep)
-        return branch * mask_B.view(-1, *[1] * (branch.ndim - 1))
+        # not `bernoulli_`, for which torch.compile would make a graph for each rate, so for each block
+        kept_B = torch.rand(branch.shape[0], device=branch.device) < keep
+        return branch * (kept_B / keep).to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
 class LambdaEmbedding(nn.Module):

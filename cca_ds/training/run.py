@@ -34,6 +34,7 @@ from cca_ds.data.batches import MicroBatch, Steps
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
+from cca_ds.models.compilation import resolve_compile
 from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
@@ -143,6 +144,7 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     inputs = open_inputs(run, expand(run.reference.cache) / "data")
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
     coordinator = Coordinator(ranks)
+    run, _ = _with_compile(run, coordinator.device)
     cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
     reference = ReplicaReference(run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer)
     whole_batches = Steps(inputs.table, inputs.plan, 0, [run.batch.global_size])
@@ -196,6 +198,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
     verify_once(inputs.table, ranks)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
+    run, uncompiled = _with_compile(run, coordinator.device)
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
@@ -224,6 +227,8 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         run.logging.every_steps,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
+    if uncompiled:
+        log.say(f"warning: model.compile=auto: blocks run uncompiled, since torch.compile fails here: {uncompiled}")
     return Run(
         inputs,
         engines,
@@ -235,6 +240,12 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         coordinator,
         run.logging.profile_steps,
     )
+
+
+def _with_compile(run: RunConfig, device: torch.device) -> tuple[RunConfig, str | None]:
+    """The recipe with `model.compile` true or false on this device, and why "auto" became false on a GPU."""
+    compiled, problem = resolve_compile(run.model.compile, device)
+    return run.model_copy(update={"model": run.model.model_copy(update={"compile": compiled})}), problem
 
 
 def _build_engines(

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.dist.fork_server import ForkedRanks
-from tests.dist.runs import PATIENCE, REPOSITORY, command, losses
+from tests.dist.runs import PATIENCE, REPOSITORY, assert_same_trajectory, command, losses, train
 
 pytestmark = pytest.mark.dist
 
@@ -38,6 +38,18 @@ def test_fewer_fetches_and_gathers_and_the_same_losses(counted, settings):
     by_block, by_layer = counted("block", {}, *settings), counted("layer", {"BY_LAYER": "1"}, *settings)
     assert by_block[2] == by_layer[2]
     assert by_block[0] < by_layer[0] / 4 and by_block[1] < by_layer[1] / 2, (by_block, by_layer)
+
+
+@pytest.mark.parametrize("placement", ["inference", "zero3"])
+def test_compiled_blocks_follow_the_same_trajectory(placement, tmp_path):
+    """Gathered by hooks outside of the compiled forward, on two ranks of unequal pairs and with recomputation."""
+    settings = (
+        "model.dropout=false", "batch.max_steps=5", f"reference.placement={placement}", "batch.micro_size=5",
+        "model.activation_checkpointing=true", "balance.mode=given", "balance.speeds={0: 2, 1: 1}",
+    )  # fmt: skip
+    for name in ("false", "true"):
+        train(2, tmp_path / name, *settings, f"model.compile={name}")
+    assert_same_trajectory(losses(tmp_path / "true"), losses(tmp_path / "false"))
 
 
 def test_a_trace_of_some_steps(counted, tmp_path):

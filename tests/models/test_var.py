@@ -167,7 +167,7 @@ def test_a_block_keeps_little_for_its_backward(device):
 def test_activation_checkpointing_changes_nothing_but_memory(model, recorded):
     model.train()
     for block in model.blocks:
-        block.drop_path_rate = 0.5  # the recomputed block must leave out the same images
+        block.drop_path.rate = 0.5  # the recomputed block must leave out the same images
     torch.manual_seed(1)
     expected = gradients(model, recorded)
     model.set_activation_checkpointing(True)
@@ -182,7 +182,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(model, recorded):
 
 
 def test_stochastic_depth_grows_over_the_blocks():
-    rates = [block.drop_path_rate for block in VAR(VARConfig(depth=5, width=32, drop_path=0.4)).blocks]
+    rates = [block.drop_path.rate for block in VAR(VARConfig(depth=5, width=32, drop_path=0.4)).blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert VARConfig(depth=24).drop_path_rate == pytest.approx(0.1)
     assert VARConfig(depth=30).drop_path_rate == pytest.approx(0.125)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cca_ds.likelihood import LikelihoodHead
-from cca_ds.models.layers import Linear
+from cca_ds.models.layers import DropPath, Linear
 from cca_ds.ops.adaln import adaln, adaln_linear, gated_residual_linear
 from cca_ds.ops.attention import scale_attention
 from cca_ds.ops.qk_norm import qk_norm
@@ -132,10 +132,11 @@ class Block(nn.Module):
 
     def __init__(self, config, drop_path: float) -> None:
         super().__init__()
-        self.width, self.drop_path_rate = config.dim, drop_path
+        self.width = config.dim
         std, out_std = config.initializer_range, config.initializer_range / math.sqrt(2 * config.depth)
         self.attn = Attention(config, std, out_std)
         self.ffn = FeedForward(config, std, out_std)
+        self.drop_path = DropPath(drop_path)  # of the gates: a branch of an image with gate 0 adds nothing
         self.shared_aln = config.shared_aln
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, config.dim))
@@ -158,18 +159,11 @@ class Block(nn.Module):
             return (self.ada_gss[:, 0] + condition).unbind(1)
         return self.ada_lin(condition).unflatten(-1, (6, self.width)).unbind(1)
 
-    def _drop_path(self, gate_BD: Tensor) -> Tensor:
-        """Stochastic depth: the gate [B, D] of an image is 0 with the block's probability, else scaled up."""
-        if self.training and self.drop_path_rate > 0.0:
-            keep = 1.0 - self.drop_path_rate
-            gate_BD = gate_BD * gate_BD.new_empty(len(gate_BD), 1).bernoulli_(keep).div_(keep)
-        return gate_BD
-
     def forward(self, x_BLD: Tensor, condition: Tensor) -> Tensor:
         """All scales at once: [B, L, D] -> [B, L, D]; `condition` as in `adaln`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.adaln(condition)
-        x_BLD = self.attn(x_BLD, scale1, shift1, self._drop_path(gate1))
-        return self.ffn(x_BLD, scale2, shift2, self._drop_path(gate2))
+        x_BLD = self.attn(x_BLD, scale1, shift1, self.drop_path(gate1))
+        return self.ffn(x_BLD, scale2, shift2, self.drop_path(gate2))
 
     def step(self, x_BLD: Tensor, adaln: tuple[Tensor, ...], cache_2BHLC: Tensor, start: int) -> Tensor:
         """One scale, for sampling; `adaln` is the result of the method, the same at every scale."""
