@@ -94,6 +94,8 @@ def start(arguments: argparse.Namespace) -> int | None:
         return 0
     from cca_ds.cluster.launch import choose_accelerator
 
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     choose_accelerator()  # before the next line imports deepspeed
     from cca_ds.training.run import fill_reference_cache, run_training
 

@@ -92,7 +92,7 @@ class Objective:
         contrasted, null = (~batch.positive_mask_B).double(), batch.null_mask_B.double()
         beta = self.beta
         values = {
-            "pairs": torch.tensor(float(pairs)),
+            "pairs": loss.new_full((), pairs),  # on the device: a copy from the host would wait for the stream
             "contrasted": contrasted.sum(),
             "unconditional": null.sum(),
             "loss": loss.detach() / batch.weight if batch.weight else loss.detach(),
@@ -104,7 +104,7 @@ class Objective:
             "unconditional_rewards": beta * (chosen * null).sum(),
             "nll": -policy_pos.double().sum() / batch.codes_BL.shape[1],
         }
-        sums = torch.stack([values[name].double().to(loss.device) for name in SUMS])
+        sums = torch.stack([values[name].double() for name in SUMS])
         return sums * batch.weight if batch.weight else torch.zeros_like(sums)
 
     def expected_initial_loss(self, contrasted: float) -> float | None:

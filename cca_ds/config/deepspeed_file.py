@@ -145,9 +145,16 @@ def _precision_of_file(ds: dict[str, Any]) -> str:
 
 
 def fill_ds_config(
-    ds: dict[str, Any], run: RunConfig, *, world_size: int, forwards: int, micro_size: int, precision: str
+    ds: dict[str, Any],
+    run: RunConfig,
+    *,
+    world_size: int,
+    forwards: int,
+    micro_size: int,
+    precision: str,
+    fused: bool = False,
 ) -> dict[str, Any]:
-    """The file with every "auto" filled.
+    """The file with every "auto" filled; `fused` takes PyTorch's fused AdamW where the weights' update is on a GPU.
 
     DeepSpeed requires batch = micro-batch x forwards x ranks. Where the ranks' shares differ, its micro-batch is
     the largest share's; the loss carries each share's true weight (see `training/policy.py`).
@@ -172,6 +179,9 @@ def fill_ds_config(
     )
     filled.setdefault("steps_per_print", 10**9)
     zero = filled.get("zero_optimization", {})
+    on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if fused and not on_host and optimizer["params"].get("torch_adam"):
+        optimizer["params"].setdefault("fused", True)
     if zero.get("stage") == 3:
         zero["memory_efficient_linear"] = False  # else torch's linear is replaced for the whole process
     return filled

@@ -112,10 +112,10 @@ def load_recipe(
 
 # What a run may change when it is started again: it does not shape the trajectory. Sections, and keys of the others.
 MAY_CHANGE = (
-    "name", "logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "baseline", "paper", "data",
-    "batch.micro_size", "model.activation_checkpointing", "model.compile", "tokenizer", "reference.placement",
-    "reference.offload", "reference.cache", "reference.batch_size", "reference.ahead_steps", "reference.shard_steps",
-    "reference.wait_seconds",
+    "name", "deterministic", "logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "baseline",
+    "paper", "data", "batch.micro_size", "model.activation_checkpointing", "model.compile", "tokenizer",
+    "reference.placement", "reference.offload", "reference.cache", "reference.batch_size", "reference.ahead_steps",
+    "reference.shard_steps", "reference.wait_seconds",
 )  # fmt: skip
 
 

@@ -197,6 +197,9 @@ class Logging(Section):
     profile_steps: tuple[int, int] | None = key(
         None, "first and last step, from 1, whose trace every rank writes to profile/; null writes none"
     )
+    memory_snapshot: bool = key(
+        False, "record a GPU's allocations: profile/ gets a snapshot after the traced steps, or when memory runs out"
+    )
     samples_per_grid: int = key(40, "images in a grid", ge=1, le=10000)
     progress: bool = key(True, "show progress bars")
 
@@ -255,6 +258,7 @@ class RunConfig(Section):
     name: str = key("digits", "of the run: its folder is runs/NAME unless --output names another")
     seed: int = key(0, "of the order, negatives, masks and dropout", ge=0, lt=2**63)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "auto is bf16 on a GPU and fp32 on a CPU")
+    deterministic: bool = key(False, "the same bits in every run on the same machines; slower on a GPU")
 
     @field_validator("name")
     @classmethod

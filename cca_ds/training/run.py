@@ -46,7 +46,7 @@ from cca_ds.training.baseline import check_baseline
 from cca_ds.training.engines import Engines, OptimizerSteps
 from cca_ds.training.inputs import RunInputs, open_inputs, verify_once, weights_hashes
 from cca_ds.training.policy import Policy
-from cca_ds.training.profiler import profiled
+from cca_ds.training.profiler import compute_deterministically, memory_history, profiled
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.reader import BatchReader
 from cca_ds.training.run_log import RunLog
@@ -71,13 +71,16 @@ class Run:
     checkpoints: Checkpoints
     coordinator: Coordinator
     profile_steps: tuple[int, int] | None = None
+    memory_snapshot: bool = False
 
     def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps that are left, each with this rank's micro-batches; those of `logging.profile_steps` traced."""
         left = self.reader.steps(self.progress.step)
         if self.profile_steps is None:
             return left
-        return profiled(left, self.profile_steps, self.progress.log.folder, self.coordinator.ranks.rank)
+        return profiled(
+            left, self.profile_steps, self.progress.log.folder, self.coordinator.ranks.rank, self.memory_snapshot
+        )
 
     def stop_within_step(self, done: int) -> None:
         """Stop before step `done` + 1 was computed, with a checkpoint of step `done`; collective."""
@@ -159,7 +162,8 @@ def _train(
     on_first(ranks, lambda: owned.append(run_folder.own(folder, run)))
     own = owned[0] if owned else None  # on rank 0
     try:
-        _train_in(run, ds, folder, resume, loop, ranks, own)
+        with memory_history(run.logging.memory_snapshot, folder, ranks.rank):
+            _train_in(run, ds, folder, resume, loop, ranks, own)
     finally:
         if own:
             own.lock.release()
@@ -199,6 +203,8 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     verify_once(inputs.table, ranks)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     run, uncompiled = _with_compile(run, coordinator.device)
+    if run.deterministic:
+        compute_deterministically()
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
@@ -239,6 +245,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         checkpoints,
         coordinator,
         run.logging.profile_steps,
+        run.logging.memory_snapshot,
     )
 
 
@@ -261,6 +268,7 @@ def _build_engines(
         forwards=partition.forwards,
         micro_size=max(max(sizes) for sizes in partition.micro_sizes),
         precision=precision,
+        fused=coordinator.device.type == "cuda",
     )
     if origin and checkpoints.prepare(origin):
         filled["checkpoint"] = {**filled.get("checkpoint", {}), "load_universal": True}
@@ -338,6 +346,8 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
             f"warning: logging.profile_steps={list(traced)}: no trace, since this start takes the steps "
             f"{progress.step + 1} to {inputs.steps}"
         )
+    if run.logging.memory_snapshot and engines.device.type != "cuda":
+        log.say("warning: logging.memory_snapshot records the memory of a GPU, and this run has none")
     if warning := balancer.warning():
         log.say(warning)
     if progress.step:

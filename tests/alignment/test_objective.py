@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cca_ds.alignment.objective import Objective, summarize
 from cca_ds.config.schema import Loss
@@ -123,3 +125,26 @@ def test_the_initial_loss_is_that_of_r_zero():
     logp = torch.tensor([-5.0, -6, -7, -8] * 2)
     loss, _ = objective(logp, logp, batch)
     assert loss.item() / 4 == pytest.approx(objective.expected_initial_loss(0.75))
+
+
+@pytest.mark.parametrize("name", ["cca", "mle"])
+def test_nothing_is_made_on_the_host_and_copied_to_the_device(name):
+    """Such a copy waits for all that a GPU has been given to do, at every micro-batch."""
+
+    class Devices(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            self.seen |= {part.device.type for part in tree_leaves(result) if isinstance(part, torch.Tensor)}
+            return result
+
+    batch = micro_batch(torch.zeros(4, 16), *torch.arange(8).view(2, 4), torch.zeros(4, dtype=torch.bool)).to("meta")
+    objective = Objective(Loss(name=name))
+    rows = 4 * objective.spec.rows_per_pair
+    policy, reference = torch.empty(2, rows, device="meta").requires_grad_()
+    with Devices() as devices:
+        objective(policy, reference if objective.spec.needs_reference else None, batch)
+    assert devices.seen == {"meta"}

@@ -20,9 +20,9 @@ def test_every_shipped_file_goes_with_every_recipe(path):
     assert zero_stage(ds) == (2 if path.name.startswith("zero2") else 3)
 
 
-def filled(ds: dict, **sizes: int) -> dict:
+def filled(ds: dict, fused: bool = False) -> dict:
     return fill_ds_config(
-        ds, load_recipe("var-d30"), **({"world_size": 4, "forwards": 8, "micro_size": 8} | sizes), precision="bf16"
+        ds, load_recipe("var-d30"), world_size=4, forwards=8, micro_size=8, precision="bf16", fused=fused
     )
 
 
@@ -40,6 +40,16 @@ def test_no_auto_is_left(path):
 
 def test_linear_of_the_whole_process_is_left_alone():
     assert filled({"zero_optimization": {"stage": 3}})["zero_optimization"]["memory_efficient_linear"] is False
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_adamw_is_fused_where_the_update_runs_on_a_gpu(path):
+    ds = read_ds_config(path)
+    on_host = "offload_optimizer" in ds["zero_optimization"]
+    assert filled(ds, fused=True)["optimizer"]["params"].get("fused", False) == (not on_host)
+    assert "fused" not in filled(ds)["optimizer"]["params"]
+    ds["optimizer"]["params"]["fused"] = False  # the file's own choice is kept
+    assert filled(ds, fused=True)["optimizer"]["params"]["fused"] is False
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,16 @@ def plain_ddp() -> Path:
     return path
 
 
+@functools.cache
+def fused_adamw() -> Path:
+    """zero3_sharded with PyTorch's fused AdamW, as on a GPU."""
+    ds = json.loads(sharded_zero3().read_text())
+    ds["optimizer"]["params"]["fused"] = True
+    path = scratch() / "zero3_fused.json"
+    path.write_text(json.dumps(ds))
+    return path
+
+
 def command(folder: Path | None, *settings: str, ds: Path | str | None = None, flags: Sequence[str] = ()) -> list[str]:
     """The command line of a run of the small model."""
     shape = ", ".join(f"{name}: {value}" for name, value in SHAPE.items())

@@ -15,6 +15,7 @@ from tests.dist.runs import (
     REPOSITORY,
     SHAPE,
     assert_same_trajectory,
+    fused_adamw,
     losses,
     metrics,
     plain_ddp,
@@ -80,10 +81,12 @@ CASES = {
     "2 ranks, ZeRO-2": (2, REPOSITORY / "ds_configs/zero2.json", 32),
     "2 ranks, ZeRO-2, 2 forwards a step": (2, REPOSITORY / "ds_configs/zero2.json", 8),
     "2 ranks, stage 0": (2, "stage 0", 32),
+    "2 ranks, ZeRO-3, fused AdamW": (2, "fused", 32),
 }
 
 
 SLOW = {"2 ranks, ZeRO-2, 2 forwards a step", "2 ranks, stage 0"}
+FILES = {"stage 0": plain_ddp, "fused": fused_adamw}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ SLOW = {"2 ranks, ZeRO-2, 2 forwards a step", "2 ranks, stage 0"}
 )
 def test_trajectory_is_that_of_plain_pytorch(case, tmp_path):
     ranks, ds, micro = CASES[case]
-    ds = plain_ddp() if ds == "stage 0" else ds
+    ds = FILES[ds]() if ds in FILES else ds
     train(ranks, tmp_path / "run", *SETTINGS, f"batch.micro_size={micro}", ds=ds)
     expected, norms = plain_run()
     assert_same_trajectory(losses(tmp_path / "run"), expected)

@@ -53,7 +53,7 @@ def test_compiled_blocks_follow_the_same_trajectory(placement, tmp_path):
 
 
 def test_a_trace_of_some_steps(counted, tmp_path):
-    counted("run", {}, "logging.profile_steps=[2, 2]")
+    counted("run", {}, "logging.profile_steps=[2, 2]", "deterministic=true", "logging.memory_snapshot=true")
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [path.name for path in traces] == ["rank_00000.json", "rank_00001.json"]
     assert '"traceEvents"' in traces[0].read_text()
