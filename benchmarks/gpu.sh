@@ -8,7 +8,7 @@
 #   build         compile the extension (4 minutes)
 #   kernels       the log-likelihood beside PyTorch's, Liger's, QuACK's and Apple's
 #   tests         every test that asks for the device
-#   llamagen-3b   a few steps of training under ZeRO-3, random weights and codes
+#   llamagen-3b   a few steps of training under ZeRO-3, with compiled blocks and without, random weights and codes
 #   var-d30       the same
 #   sampling      48 images of each, with CUDA graphs and without
 #   memcheck      the kernels' tests under compute-sanitizer
@@ -96,11 +96,11 @@ for stage in "$@"; do
       mapfile -t only < <(small --collect-only)
       within 500 "$python" -m pytest -q -p no:cacheprovider -m "gpu and not slow" ${only[@]+"${only[@]}"} tests ;;
     llamagen-3b)
-      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_gpt" precision=fp32)
-      whole_models 520 --recipes llamagen-3b --parts training ${only[@]+"${only[@]}"} ;;
+      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_gpt" precision=fp32 model.compile=true)
+      whole_models 520 --recipes llamagen-3b --parts training uncompiled ${only[@]+"${only[@]}"} ;;
     var-d30)
-      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_var" precision=fp32)
-      whole_models 520 --recipes var-d30 --parts training ${only[@]+"${only[@]}"} ;;
+      mapfile -t only < <(small --pairs 4 --steps 3 --set "$tiny_var" precision=fp32 model.compile=true)
+      whole_models 520 --recipes var-d30 --parts training uncompiled ${only[@]+"${only[@]}"} ;;
     sampling)
       if [ -n "$rehearse" ]; then
         whole_models 120 --recipes llamagen-3b --parts sampling --images 2 --set "$tiny_gpt" precision=fp32

@@ -94,6 +94,7 @@ FROM_HIDDEN = {
     "cca_ds lean": lambda h, w, t, b: linear_sequence_logp(
         h, w, t, b, chunk_rows=1 << 24 >> w.shape[0].bit_length() - 1
     ),
+    "cca_ds lean, 512 rows": lambda h, w, t, b: linear_sequence_logp(h, w, t, b, chunk_rows=512),
     "eager": over_head(eager),
     "cross_entropy": over_head(cross_entropy),
     "compiled eager": torch.compile(over_head(eager)),

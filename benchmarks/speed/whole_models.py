@@ -4,9 +4,10 @@
     python benchmarks/speed/whole_models.py --recipes llamagen-b --pairs 4 --steps 3 --images 2
 
 For each recipe: a few steps of `cca_ds/train.py` under ZeRO-3 on random codes, with its first loss checked to be that
-of a policy that equals its reference; then guidance-free images, for LlamaGen with CUDA graphs and without. The first
-step, which warms up, is left out of the median. Weights are drawn on the device, once. Results are written whenever
-there is one more: what a time limit cuts off loses nothing that was measured.
+of a policy that equals its reference; the same without compiled blocks ("uncompiled"); then guidance-free images, for
+LlamaGen with CUDA graphs and without. The first step, which warms up, is left out of the median. Weights are drawn on
+the device, once. Results are written whenever there is one more: what a time limit cuts off loses nothing that was
+measured.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from cca_ds.sampling import generate
 from cca_ds.vq import create_tokenizer
 
 TOKENIZER = {"channels": 32}  # only the codebook and the residual convolutions are used
+PARTS = ("training", "uncompiled", "sampling")
 QUIET = (
     "logging.every_steps=1", "logging.sample_every_steps=null", "logging.tensorboard=false", "logging.progress=false",
     "baseline.nll_band=null", "checkpoint.every_steps=1000000", "checkpoint.every_minutes=null",
@@ -46,7 +48,9 @@ QUIET = (
 
 
 def random_codes(folder: Path, recipe: str, overrides: list[str], images: int) -> Path:
-    """A table of random codes that fits the recipe's model."""
+    """A table of random codes that fits the recipe's model; the one that is there already."""
+    if (folder / "codes").is_dir():
+        return folder / "codes"
     model = load_recipe(recipe, overrides).model
     config = model_config(model.preset, **model.overrides)
     draw = np.random.default_rng(0)
@@ -72,7 +76,9 @@ def tokenizer_settings(folder: Path, scales: tuple[int, ...], vocab_size: int) -
 
 
 def random_weights(folder: Path, recipe: str, overrides: list[str], tokenizer_options: dict[str, Any] | None) -> Path:
-    """A file of weights drawn at random on the device: on a CPU, 3 B of them take a minute."""
+    """A file of weights drawn at random on the device (on a CPU, 3 B take a minute); the one that is there already."""
+    if (folder / "weights.safetensors").is_file():
+        return folder / "weights.safetensors"
     model = load_recipe(recipe, overrides).model
     tokenizer = create_tokenizer("var-vqvae", **tokenizer_options) if tokenizer_options else None
     torch.manual_seed(0)
@@ -83,12 +89,13 @@ def random_weights(folder: Path, recipe: str, overrides: list[str], tokenizer_op
 
 
 def train(
-    recipe: str, arguments: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]
+    recipe: str, arguments: argparse.Namespace, folder: Path, part: str, keep: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """A few steps of training: time, rate, memory and losses from the run's log.
 
     Args:
-        keep: gets what there is so far, after every step.
+        part: "training", or "uncompiled".
+        keep: gets the part and what there is so far, after every step.
     """
     codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
     settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
@@ -100,11 +107,12 @@ def train(
         settings += tokenizer_settings(folder, config.scales, config.vocab_size)
         options = {**TOKENIZER, "scales": list(config.scales), "codebook_size": config.vocab_size}
     settings.append(f"model.weights={random_weights(folder, recipe, arguments.set, options)}")
+    settings += ["model.compile=false"] if part == "uncompiled" else []
     command = [sys.executable, "cca_ds/train.py", "--ds_config", arguments.ds_config, "--recipe", recipe]
-    command += ["--output", str(folder / "run"), "--set", *settings]
+    command += ["--output", str(folder / part), "--set", *settings]
     started = time.perf_counter()
-    metrics = folder / "run" / "metrics.jsonl"
-    with open(folder / "console", "w+") as console:
+    metrics = folder / part / "metrics.jsonl"
+    with open(folder / f"{part}.console", "w+") as console:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=console, stderr=console)
         try:
             steps = 0
@@ -112,7 +120,7 @@ def train(
                 time.sleep(0.2)
                 if len(lines := logged(metrics)) > max(steps, 1):
                     steps = len(lines)
-                    keep(summary(lines, arguments.pairs) | {"steps so far": steps})
+                    keep(part, summary(lines, arguments.pairs) | {"steps so far": steps})
         finally:
             process.kill()  # where this process is ended by a time limit
         console.seek(0)
@@ -184,15 +192,14 @@ def table(models: dict[str, dict[str, Any]]) -> str:
 
 
 def measure(recipe: str, arguments: argparse.Namespace, keep: Callable[[str, dict[str, Any]], None]) -> None:
-    """One recipe's results, each into `keep`; a part that fails has its error there, and the other part runs."""
+    """One recipe's results, each into `keep`; a part that fails has its error there, and the other parts run."""
     with tempfile.TemporaryDirectory() as folder:
-        parts = {
-            "training": lambda: train(recipe, arguments, Path(folder), lambda found: keep("training", found)),
-            "sampling": lambda: sample(recipe, arguments),
-        }
         for part in arguments.parts:
             try:
-                found = parts[part]()
+                if part == "sampling":
+                    found = sample(recipe, arguments)
+                else:
+                    found = train(recipe, arguments, Path(folder), part, keep)
             except (RuntimeError, ValueError, OSError) as error:
                 found = {"failed": str(error)}
             keep(part, found)
@@ -203,7 +210,7 @@ def main() -> int:
     """Measure, write both files whenever there is more, print the table; exit code 1 when a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["llamagen-3b", "var-d30"])
-    parser.add_argument("--parts", nargs="+", default=["training", "sampling"], choices=["training", "sampling"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--ds_config", default="ds_configs/zero3.json")
     parser.add_argument("--pairs", type=int, default=32, help="per step")
     parser.add_argument("--steps", type=int, default=5)

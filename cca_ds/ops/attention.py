@@ -107,7 +107,9 @@ def scale_segments(scales: tuple[int, ...], device: torch.device = _CPU) -> tupl
     joined = max(1, sum(end <= _JOINED_CODES for end in ends))
     mask = None
     if joined > 1:
-        level_L = torch.tensor([level for level in range(joined) for _ in range(lengths[level])], device=device)
+        # from numbers alone, which a compiled block need not copy from the host
+        position_L = torch.arange(ends[joined - 1], device=device)
+        level_L = torch.stack([position_L >= end for end in ends[: joined - 1]]).sum(0)
         mask = level_L[:, None] >= level_L
     segments = [Segment(0, ends[joined - 1], mask)]
     segments += [Segment(ends[i - 1], ends[i]) for i in range(joined, len(scales))]
