@@ -89,7 +89,7 @@ def random_weights(folder: Path, recipe: str, overrides: list[str], tokenizer_op
 
 
 def train(
-    recipe: str, arguments: argparse.Namespace, folder: Path, part: str, keep: Callable[[str, dict[str, Any]], None],
+    recipe: str, arguments: argparse.Namespace, folder: Path, part: str, keep: Callable[[str, dict[str, Any]], None]
 ) -> dict[str, Any]:
     """A few steps of training: time, rate, memory and losses from the run's log.
 
