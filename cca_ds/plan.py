@@ -33,7 +33,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from cca_ds.models.cost import model_cost
     from cca_ds.planning.job import job_of, placement_of
     from cca_ds.planning.nodes import parse_nodes
-    from cca_ds.planning.outcomes import leaner_outcome, outcome
+    from cca_ds.planning.outcomes import leaner_outcome, outcome, own_outcome
     from cca_ds.planning.report import as_json, report
     from cca_ds.training.checks import recipe_problems
     from cca_ds.vq import builtin_images
@@ -45,9 +45,9 @@ def plan(arguments: argparse.Namespace) -> None:
         images, _ = expected_images(run.data.codes, builtin_images(run.data.codes))
     model = model_cost(run.model.preset, run.model.shape, run.model.dropout)
     job = job_of(run, model, Sharding.of(read_ds_config(arguments.ds_config)), images)
-    own = run.model.activation_checkpointing
-    outcomes = [outcome(job, groups, place, on) for place in job.placements for on in (own, not own)]
-    shown = next(one for one in outcomes if one.placement == placement_of(run) and one.checkpointing == own)
+    first = run.model.activation_checkpointing is True
+    outcomes = [outcome(job, groups, place, on) for place in job.placements for on in (first, not first)]
+    shown = own_outcome(outcomes, placement_of(run), run.model.activation_checkpointing)
     leaner = leaner_outcome(job, groups, shown)
     text = as_json(job, groups, outcomes, leaner) if arguments.json else report(job, groups, outcomes, shown, leaner)
     print(text)

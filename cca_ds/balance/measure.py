@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cca_ds.balance.memory import USABLE_SHARE, Sharding, memory_of
+from cca_ds.balance.memory import USABLE_SHARE, Memory, Sharding, memory_of
 from cca_ds.balance.partition import largest_micro, measure_speed
 from cca_ds.cluster.failures import is_out_of_memory
 from cca_ds.models import DTYPES
@@ -56,17 +56,21 @@ class Workload:
         """Bytes of a weight."""
         return torch.finfo(DTYPES[self.precision]).bits // 8
 
-    def fixed_bytes(self, ranks: int) -> float:
-        """GPU bytes that the run will allocate beside the activations; what CUDA itself takes is not in it."""
+    def memory(self, ranks: int, checkpointing: bool) -> Memory:
+        """The bytes on each GPU, by the memory model."""
         return memory_of(
             self.model,
             self.sharding,
             ranks,
-            checkpointing=False,
+            checkpointing,
             reference_bytes=self.reference_bytes,
             rows_per_pair=self.rows_per_pair,
             element_bytes=self.element_bytes,
-        ).allocated
+        )
+
+    def fixed_bytes(self, ranks: int) -> float:
+        """GPU bytes that the run will allocate beside the activations; what CUDA itself takes is not in it."""
+        return self.memory(ranks, checkpointing=False).allocated
 
 
 class MeasuredModel:

@@ -98,7 +98,7 @@ def exit_code(error: BaseException) -> int:
     return getattr(error, "exit_code", BAD_INPUT if isinstance(error, ValueError) else FAILURE)
 
 
-def explain_error(error: BaseException, micro_size: int | None = None) -> str:
+def explain_error(error: BaseException, micro_size: int | str | None = None) -> str:
     """An error in one line, with its remedy where there is one.
 
     Args:
@@ -145,9 +145,14 @@ def _explain_os_error(error: OSError, text: str) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
 
 
-def _out_of_memory(micro_size: int | None) -> str:
+def _out_of_memory(micro_size: int | str | None) -> str:
     if micro_size is None:
         return "out of memory; use a smaller batch or model, or a machine with more"
+    if isinstance(micro_size, str):
+        return (
+            f"out of memory with batch.micro_size={micro_size}; set it to a number below the one in the run's first "
+            "lines (the trajectory stays the same), or model.activation_checkpointing=true"
+        )
     if micro_size > 1:
         return (
             f"out of memory with batch.micro_size={micro_size}; batch.micro_size={micro_size // 2} needs about half "

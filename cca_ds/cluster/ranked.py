@@ -16,7 +16,7 @@ from cca_ds.cluster.rank_logs import log_only, report_end
 from cca_ds.config.schema import Distributed
 
 
-def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro_size: int) -> int:
+def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro_size: int | str) -> int:
     """Initialise the process group, do the work, and leave the group.
 
     After an error on one of several ranks the process exits without closing the group: its peers are blocked in a

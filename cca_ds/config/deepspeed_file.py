@@ -192,13 +192,18 @@ def _shared_values(run: RunConfig) -> list[tuple[str, str, Any]]:
     optimizer = run.optimizer
     return [
         ("train_batch_size", "batch.global_size", run.batch.global_size),
-        ("train_micro_batch_size_per_gpu", "batch.micro_size", run.batch.micro_size),
+        ("train_micro_batch_size_per_gpu", "batch.micro_size", _number(run.batch.micro_size)),
         ("gradient_clipping", "optimizer.grad_clip", optimizer.grad_clip),
         ("optimizer.params.lr", "optimizer.learning_rate", optimizer.learning_rate),
         ("optimizer.params.betas", "optimizer.betas", list(optimizer.betas)),
         ("optimizer.params.eps", "optimizer.eps", optimizer.eps),
         ("optimizer.params.weight_decay", "optimizer.weight_decay", optimizer.weight_decay),
     ]
+
+
+def _number(value: Any) -> Any:
+    """A recipe's value; missing where it is "auto", which contradicts nothing."""
+    return _MISSING if value == "auto" else value
 
 
 def _look_up(tree: Any, path: str) -> Any:

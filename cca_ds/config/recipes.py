@@ -12,7 +12,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +338,7 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems.extend(_explain(entry) for entry in error.errors())
+        problems.extend(_explain(entry) for entry in _joined(error.errors()))
         for entry in error.errors():
             _remove(tree, entry["loc"])
     try:
@@ -355,6 +355,19 @@ def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
             break
         holder, key, node = node, part, node[part]
     holder.pop(key, None)
+
+
+def _joined(entries: Sequence[Any]) -> Iterator[Any]:
+    """One entry a value: of a key that takes "auto" or something else, pydantic has an entry for each."""
+    of_auto: set[tuple[int | str, ...]] = set()
+    for entry in entries:
+        *key, branch = entry["loc"]
+        if entry["type"] == "literal_error" and str(branch).startswith("literal["):
+            of_auto.add(tuple(key))
+        elif tuple(key) in of_auto:
+            yield {**entry, "loc": tuple(key), "msg": f"{entry['msg']}, or be auto"}
+        else:
+            yield entry
 
 
 def _explain(entry: Any) -> str:
@@ -377,7 +390,7 @@ def _nearest(word: str, known: list[str]) -> str:
 def _contradictions(run: RunConfig) -> list[str]:
     """What each value allows alone but not together."""
     found = []
-    if run.batch.micro_size > run.batch.global_size:
+    if run.batch.micro_size != "auto" and run.batch.micro_size > run.batch.global_size:
         found.append(
             f"batch.micro_size={run.batch.micro_size} is larger than batch.global_size={run.batch.global_size}"
         )

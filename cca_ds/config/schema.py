@@ -52,8 +52,8 @@ class Model(Section):
         None, "a published checkpoint, a safetensors file, or asset:NAME; null draws at random"
     )
     dropout: bool = key(True, "keep the model's own dropouts while training")
-    activation_checkpointing: bool = key(
-        False, "compute activations again in the backward pass: less memory, more time"
+    activation_checkpointing: Literal["auto"] | bool = key(
+        "auto", "compute activations again in the backward pass: less memory, more time; auto does where a GPU needs it"
     )
     compile: Literal["auto"] | bool = key(
         "auto", "fuse the element-wise work of the blocks by torch.compile; auto does on a GPU"
@@ -151,7 +151,9 @@ class Batch(Section):
     """Pairs of an image and its label."""
 
     global_size: int = key(256, "pairs a step, whatever the number of ranks", ge=2, le=10000000)
-    micro_size: int = key(8, "most pairs a forward holds on one rank", ge=1, le=100000)
+    micro_size: Literal["auto"] | Annotated[int, Field(ge=1, le=100000)] = key(
+        8, "most pairs a forward holds on one rank; auto: as many as the smallest GPU's memory has room for"
+    )
     epochs: float = key(1.0, "passes over the data", gt=0.0, le=100000.0)
     max_steps: int | None = key(None, "ends the run earlier; null trains all epochs", ge=1, le=1000000000)
 

@@ -16,7 +16,7 @@ from cca_ds.models.weights import load_weights
 def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
     """The model of a recipe's `model` section with fresh weights, its dropouts on or off by `model.dropout`.
 
-    Its blocks are compiled where `model.compile` is true; "auto" is resolved before (`resolve_compile`).
+    "auto" in the section counts as false; a run resolves it before (`training/resolve.py`).
 
     Args:
         tokenizer: for families that hold its codebook (VAR).
@@ -24,7 +24,7 @@ def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
     module = create_model(model.preset, tokenizer, **model.shape)
     if not model.dropout:
         _switch_off_dropout(module)
-    module.set_activation_checkpointing(model.activation_checkpointing)
+    module.set_activation_checkpointing(model.activation_checkpointing is True)
     if model.compile is True:
         compile_blocks(module)
     return module

@@ -20,7 +20,7 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import total_steps
 from cca_ds.data.manifest import expected_images
 from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
-from cca_ds.planning.job import job_of, placement_of
+from cca_ds.planning.job import job_of, placement_of, usual_micro
 from cca_ds.vq import builtin_images
 
 USUAL_RANKS = 8
@@ -84,7 +84,7 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     """The global batch, its partition over equal ranks, and the steps."""
     batch, (images, origin) = run.batch, expected_images(run.data.codes, builtin_images(run.data.codes))
     an_epoch = images // batch.global_size
-    even = partition_batch(batch.global_size, [1.0] * ranks, [batch.micro_size] * ranks)
+    even = partition_batch(batch.global_size, [1.0] * ranks, [usual_micro(run)] * ranks)
     sequences = batch.global_size * LOSSES[run.loss.name].rows_per_pair
     lines = [
         f"batch: {batch.global_size} pairs a step, {sequences} sequences through the policy",
@@ -116,6 +116,14 @@ def memory_lines(run: RunConfig, ds: dict[str, Any], model: ModelCost, ranks: in
         lines.append(f"{title:<30}" + "".join(f"{column[key] / unit:>12.2f}" for column in columns))
     totals = [f"{n}: {_bytes(run, model, sharding, n)['total'] / unit:.1f}" for n in (1, 8, 64)]
     lines.append(f"total at stage {sharding.stage} by number of GPUs: {', '.join(totals)} {name}")
+    if run.model.activation_checkpointing == "auto":
+        again = _bytes(run, model, sharding, ranks, checkpointing=True)["total"] / unit
+        lines.append(
+            f"activation checkpointing: auto, off in this table; a GPU too small for it computes activations again, "
+            f"total at stage {sharding.stage} {again:.2f} {name}"
+        )
+    if run.batch.micro_size == "auto":
+        lines.append(f"micro-batch: auto, {usual_micro(run)} pairs in this table; a GPU takes as many as fit")
     offloaded = {"optimizer": sharding.offload_optimizer, "weights": sharding.offload_weights}
     if any(offloaded.values()):
         kept = ", ".join(part for part, on in offloaded.items() if on)
@@ -133,13 +141,16 @@ def _at_stage(sharding: Sharding, stage: int) -> Sharding:
     )
 
 
-def _bytes(run: RunConfig, model: ModelCost, sharding: Sharding, ranks: int) -> dict[str, float]:
-    """Bytes by the keys of PARTS, and their total."""
+def _bytes(
+    run: RunConfig, model: ModelCost, sharding: Sharding, ranks: int, checkpointing: bool | None = None
+) -> dict[str, float]:
+    """Bytes by the keys of PARTS, and their total; without recomputation where the devices' memory decides on it."""
     job = job_of(run, model, sharding, images=run.batch.global_size)
-    memory = job.memory(placement_of(run), ranks, run.model.activation_checkpointing)
+    own = run.model.activation_checkpointing is True if checkpointing is None else checkpointing
+    memory = job.memory(placement_of(run), ranks, own)
     share = -(-run.batch.global_size // ranks)  # pairs of a rank
     found = {field.name: getattr(memory, field.name) for field in fields(memory)}
-    found["activations"] = found.pop("activations_per_pair") * min(run.batch.micro_size, share)
+    found["activations"] = found.pop("activations_per_pair") * min(usual_micro(run), share)
     return found | {"total": sum(found.values())}
 
 

@@ -86,6 +86,11 @@ def job_of(run: RunConfig, model: ModelCost, sharding: Sharding, images: int) ->
     )
 
 
+def usual_micro(run: RunConfig) -> int:
+    """Pairs of a forward where no device is known: the recipe's, or 8 where the devices' memory sets them."""
+    return min(8, run.batch.global_size) if run.batch.micro_size == "auto" else run.batch.micro_size
+
+
 def placement_of(run: RunConfig) -> Placement | None:
     """The recipe's placement; None where its loss needs no reference."""
     return PLACEMENTS[run.reference.placement] if LOSSES[run.loss.name].needs_reference else None

@@ -79,6 +79,16 @@ def outcome(job: Job, groups: Sequence[NodeGroup], placement: Placement | None, 
     return _trained(job, list(groups), placement, checkpointing, even=True, ahead_seconds=ahead)
 
 
+def own_outcome(outcomes: Sequence[Outcome], placement: Placement | None, checkpointing: bool | str) -> Outcome:
+    """The recipe's own: "auto" computes activations again only where they do not fit otherwise."""
+    without, again = (
+        next(one for one in outcomes if one.placement == placement and one.checkpointing == on) for on in (False, True)
+    )
+    if checkpointing == "auto":
+        return without if without.balanced or not again.balanced else again
+    return again if checkpointing else without
+
+
 def leaner_outcome(job: Job, groups: Sequence[NodeGroup], own: Outcome) -> Outcome | None:
     """`own`, the recipe's placement, without some of the nodes with the slowest network; None where no such choice is
     quicker.

@@ -34,7 +34,6 @@ from cca_ds.data.batches import MicroBatch, Steps
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
-from cca_ds.models.compilation import resolve_compile
 from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
@@ -49,6 +48,7 @@ from cca_ds.training.policy import Policy
 from cca_ds.training.profiler import compute_deterministically, memory_history, profiled
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.reader import BatchReader
+from cca_ds.training.resolve import choose_by_memory, choose_compile, smallest_memory
 from cca_ds.training.run_log import RunLog
 from cca_ds.training.sample_grids import SampleGrids
 from cca_ds.training.utilization import Utilization
@@ -147,7 +147,7 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     inputs = open_inputs(run, expand(run.reference.cache) / "data")
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
     coordinator = Coordinator(ranks)
-    run, _ = _with_compile(run, coordinator.device)
+    run, _ = choose_compile(run, coordinator.device)
     cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
     reference = ReplicaReference(run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer)
     whole_batches = Steps(inputs.table, inputs.plan, 0, [run.batch.global_size])
@@ -202,10 +202,12 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
     verify_once(inputs.table, ranks)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
-    run, uncompiled = _with_compile(run, coordinator.device)
     if run.deterministic:
         compute_deterministically()
     precision = resolve_precision(ds, run, coordinator.device.type == "cuda")
+    sizes = workload_of(run, ds, ranks.world_size, precision)
+    run, compile_lines = choose_compile(run, coordinator.device)
+    run, memory_lines = choose_by_memory(run, sizes, ranks.world_size, smallest_memory(coordinator.device))
     workload = workload_of(run, ds, ranks.world_size, precision, inputs.tokenizer)
     balancer = Balancer(run.balance, run.batch, workload, ranks)
     weights: list[dict[str, str]] = [{}]
@@ -233,8 +235,8 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         run.logging.every_steps,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
-    if uncompiled:
-        log.say(f"warning: model.compile=auto: blocks run uncompiled, since torch.compile fails here: {uncompiled}")
+    for line in [*compile_lines, *memory_lines]:
+        log.say(line)
     return Run(
         inputs,
         engines,
@@ -247,12 +249,6 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         run.logging.profile_steps,
         run.logging.memory_snapshot,
     )
-
-
-def _with_compile(run: RunConfig, device: torch.device) -> tuple[RunConfig, str | None]:
-    """The recipe with `model.compile` true or false on this device, and why "auto" became false on a GPU."""
-    compiled, problem = resolve_compile(run.model.compile, device)
-    return run.model_copy(update={"model": run.model.model_copy(update={"compile": compiled})}), problem
 
 
 def _build_engines(

@@ -77,7 +77,8 @@ def test_adamw_is_fused_where_the_update_runs_on_a_gpu(path):
 )
 def test_a_conflict_names_both(ds, both):
     precision = "auto" if len(ds) == 2 else "bf16"
-    found = conflicts(ds, load_recipe("llamagen-3b", [f"precision={precision}"]), "my.json")
+    run = load_recipe("llamagen-3b", [f"precision={precision}", "batch.micro_size=8"])
+    found = conflicts(ds, run, "my.json")
     assert len(found) == 1
     assert found[0].startswith("my.json") and all(part in found[0] for part in both), found
 

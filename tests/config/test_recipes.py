@@ -102,6 +102,22 @@ def test_all_errors_at_once():
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.micro_size=often", "batch.micro_size: Input should be a valid integer, unable to parse string"),
+        ("batch.micro_size=0", "batch.micro_size: Input should be greater than or equal to 1, or be auto (got 0)"),
+        (
+            "model.compile=maybe",
+            "model.compile: Input should be a valid boolean, unable to interpret input, or be auto",
+        ),
+    ],
+)
+def test_one_line_for_a_key_that_may_be_auto(override, message):
+    (found,) = problems(override)
+    assert found.startswith(message)
+
+
+@pytest.mark.parametrize(
     ("override", "near"),
     [
         ("loss.lamda=1", "did you mean lambda?"),
