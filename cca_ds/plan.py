@@ -1,6 +1,7 @@
 """What a run needs and how long it takes on a given allocation, without starting anything.
 
 python -m cca_ds.plan --recipe llamagen-3b --nodes "4xh100:8,2xa100:8,4xa40:8"
+python -m cca_ds.plan --recipe llamagen-3b --nodes 1xh200:8 --explain
 python -m cca_ds.plan --recipe var-d30 --nodes 1xa40:4 --ds_config ds_configs/zero3_offload.json --json
 """
 
@@ -34,7 +35,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from cca_ds.planning.job import job_of, placement_of
     from cca_ds.planning.nodes import parse_nodes
     from cca_ds.planning.outcomes import leaner_outcome, outcome, own_outcome
-    from cca_ds.planning.report import as_json, report
+    from cca_ds.planning.report import as_json, explain, report
     from cca_ds.training.checks import recipe_problems
     from cca_ds.vq import builtin_images
 
@@ -49,8 +50,11 @@ def plan(arguments: argparse.Namespace) -> None:
     outcomes = [outcome(job, groups, place, on) for place in job.placements for on in (first, not first)]
     shown = own_outcome(outcomes, placement_of(run), run.model.activation_checkpointing)
     leaner = leaner_outcome(job, groups, shown)
-    text = as_json(job, groups, outcomes, leaner) if arguments.json else report(job, groups, outcomes, shown, leaner)
-    print(text)
+    explained = explain(job, shown, run.model.compile is not False) if arguments.explain else []
+    if arguments.json:
+        print(as_json(job, groups, outcomes, leaner, explained))
+    else:
+        print(report(job, groups, outcomes, shown, leaner, explained))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,6 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="images an epoch (default: the data's, ImageNet's unless known)")
     parser.add_argument("--efficiency", default="", help="share of the peak reached, e.g. h100=0.45,a40=0.5")
     parser.add_argument("--network", default="", help="GB/s of a node's network, e.g. a40=12.5,h100=400")
+    parser.add_argument("--explain", action="store_true", help="the parts of a step on each kind of GPU")
     parser.add_argument("--json", action="store_true", help="plain values: bytes, seconds, FLOPs")
     return parser.parse_args(argv)
 

@@ -22,7 +22,8 @@ class ModelCost:
 
     `token_weights` are the matrix elements that every code is multiplied by, `image_weights` the parameters that an
     image uses once (VAR's adaptive norms). `block_token_elements` are the activations that one block keeps for its
-    backward, in elements a code, and `block_dropout_bytes` the bytes a code of its dropout masks.
+    backward, in elements a code, and `block_dropout_bytes` the bytes a code of its dropout masks. `eager_bytes` and
+    `compiled_bytes` are what its element-wise operations move, (forward, backward) a code in 16 bits.
     """
 
     name: str
@@ -35,6 +36,8 @@ class ModelCost:
     image_weights: int
     block_token_elements: int
     block_dropout_bytes: int
+    eager_bytes: tuple[float, float] = (0.0, 0.0)
+    compiled_bytes: tuple[float, float] = (0.0, 0.0)
 
     def forward_flops(self) -> float:
         """Operations of one image's forward: 2 a weight, and attention over all L^2 pairs of codes (as PaLM counts,
@@ -97,4 +100,6 @@ def cost_of_module(module: nn.Module, name: str, dropout: bool = True) -> ModelC
         image_weights=sum(parameter.numel() for name, parameter in parameters if once_an_image(name)),
         block_token_elements=family.activation_elements(config),
         block_dropout_bytes=family.dropout_bytes(config) if dropout else 0,
+        eager_bytes=family.element_wise_bytes(config, False),
+        compiled_bytes=family.element_wise_bytes(config, True),
     )

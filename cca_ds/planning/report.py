@@ -10,6 +10,7 @@ from cca_ds.planning.explanation import COST_MODEL
 from cca_ds.planning.job import Job
 from cca_ds.planning.nodes import NodeGroup
 from cca_ds.planning.outcomes import Outcome
+from cca_ds.planning.step_parts import StepParts, explain_lines, step_parts
 from cca_ds.planning.step_time import rank_devices
 
 
@@ -30,6 +31,18 @@ def pairs_by_device(outcome: Outcome) -> dict[str, tuple[int, int]]:
         low, high = ranges.get(device.name, (pairs, pairs))
         ranges[device.name] = (min(low, pairs), max(high, pairs))
     return ranges
+
+
+def explain(job: Job, shown: Outcome, compiled: bool) -> list[StepParts]:
+    """The parts of an outcome's step on the busiest GPU of each kind; none where it does not fit."""
+    if shown.balanced is None:
+        return []
+    devices = {group.device.name: group.device for group in shown.trainers}
+    forwards = shown.balanced.partition.forwards
+    return [
+        step_parts(job, shown.trainers, devices[name], most, forwards, shown.placement, shown.checkpointing, compiled)
+        for name, (_, most) in pairs_by_device(shown).items()
+    ]
 
 
 def recommendation(job: Job, outcomes: Sequence[Outcome], leaner: Outcome | None = None) -> list[str]:
@@ -75,9 +88,17 @@ def recommendation(job: Job, outcomes: Sequence[Outcome], leaner: Outcome | None
 
 
 def report(
-    job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], shown: Outcome, leaner: Outcome | None = None
+    job: Job,
+    groups: Sequence[NodeGroup],
+    outcomes: Sequence[Outcome],
+    shown: Outcome,
+    leaner: Outcome | None = None,
+    explained: Sequence[StepParts] = (),
 ) -> str:
-    """The whole plan as text; `shown` is the recipe's own placement, whose memory and links are shown part by part."""
+    """The whole plan as text; `shown` is the recipe's own placement, whose memory and links are shown part by part.
+
+    `explained` are the parts of a step on each kind of GPU.
+    """
     flops = job.model.forward_flops() * job.rows_per_pair * job.passes * job.images
     gpus = sum(group.ranks for group in groups)
     lines = [
@@ -93,6 +114,7 @@ def report(
         "",
         *_link_lines(shown),
         "",
+        *([*explain_lines(explained), ""] if explained else []),
         "Recommendation",
         *(f"  {line}" for line in recommendation(job, outcomes, leaner)),
         "",
@@ -101,7 +123,13 @@ def report(
     return "\n".join(lines)
 
 
-def as_json(job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], leaner: Outcome | None = None) -> str:
+def as_json(
+    job: Job,
+    groups: Sequence[NodeGroup],
+    outcomes: Sequence[Outcome],
+    leaner: Outcome | None = None,
+    explained: Sequence[StepParts] = (),
+) -> str:
     """The whole plan as JSON: bytes, seconds, FLOPs."""
     tree = {
         "model": asdict(job.model) | {"forward_flops": job.model.forward_flops()},
@@ -112,6 +140,8 @@ def as_json(job: Job, groups: Sequence[NodeGroup], outcomes: Sequence[Outcome], 
         "outcomes": [_outcome_tree(outcome) for outcome in outcomes],
         "recommendation": recommendation(job, outcomes, leaner),
     }
+    if explained:
+        tree["step_parts"] = [asdict(step) for step in explained]
     return json.dumps(tree, indent=1)
 
 

@@ -1,19 +1,22 @@
-"""Bytes that a function's operations read and write, by kind: of eager PyTorch, and as torch.compile fuses them."""
+"""Bytes that one block's element-wise operations read and write: of eager PyTorch, and as torch.compile fuses them."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import metrics
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor import compile_fx, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MATMULS = ("mm", "addmm", "bmm", "baddbmm")
+_MATMULS = ("mm", "addmm", "bmm", "cca_ds_traffic::attention", "cca_ds_traffic::attention_backward")
+_FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view")
 
 
 def tensor_bytes(tree: object) -> int:
@@ -26,45 +29,100 @@ def tensor_bytes(tree: object) -> int:
     return total
 
 
-class EagerTraffic(TorchDispatchMode):
-    """Counts `bytes["matmuls" | "attention" | "element-wise"]` of what runs within it, views left out."""
+class ElementWise(TorchDispatchMode):
+    """Adds up the bytes of all that runs within it but matmuls, attention and views."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.by_op: Counter[str] = Counter()
+        self.bytes = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         name = op._schema.name.removeprefix("aten::")
-        if op.is_view or name in ("detach", "empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view"):
-            return result
-        kind = "matmuls" if name in MATMULS else "attention" if "attention" in name else "element-wise"
-        if op._schema.is_mutable:  # the result is an argument
-            moved = tensor_bytes((args, kwargs)) + tensor_bytes(result if "copy_" not in name else ())
-            moved -= tensor_bytes(args[0]) if name in ("copy_", "fill_", "zero_", "bernoulli_") else 0
-            moved += tensor_bytes(args[0]) if name == "copy_" else 0
-        else:
-            moved = tensor_bytes((args, kwargs)) + tensor_bytes(result)
-        self.bytes[kind] += moved
-        self.by_op[name] += moved
+        if not op.is_view and name not in (*_MATMULS, *_FREE):
+            self.bytes += tensor_bytes((args, kwargs)) + tensor_bytes(result)
         return result
 
 
-def compiled_traffic(function: Callable[..., Tensor], *inputs: Tensor) -> Counter[str]:
-    """Inductor's own count of a compiled function's bytes, forward and backward together, by the same kinds."""
+# A GPU has one kernel each for attention and RMSNorm, which PyTorch takes apart on the meta device.
+@torch.library.custom_op("cca_ds_traffic::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Shapes of an attention."""
+    return torch.empty_like(query)
+
+
+@torch.library.custom_op("cca_ds_traffic::attention_backward", mutates_args=())
+def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of its gradients."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@torch.library.custom_op("cca_ds_traffic::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Shapes of a norm."""
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("cca_ds_traffic::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of its gradients."""
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+for op in (attention, attention_backward, rms_norm, rms_norm_backward):
+    op.register_fake(op._init_fn)
+attention.register_autograd(lambda ctx, grad: attention_backward(grad, *ctx.saved_tensors), setup_context=_keep)
+rms_norm.register_autograd(lambda ctx, grad: rms_norm_backward(grad, *ctx.saved_tensors), setup_context=_keep)
+
+
+@contextmanager
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Attention and RMSNorm as one operation each."""
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, *rest, **more: attention(q, k, v)),
+        mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: rms_norm(x, weight)),
+    ):
+        yield
+
+
+def eager_bytes(block: Callable[..., Tensor], x: Tensor, shared: Tensor) -> tuple[int, int]:
+    """(forward, backward) of a block on the meta device, where every op runs its plain version."""
+    with kernels_of_a_gpu():
+        with ElementWise() as forward:
+            out = block(x, shared)
+        with ElementWise() as backward:
+            out.backward(torch.empty_like(out))
+    return forward.bytes, backward.bytes
+
+
+def compiled_bytes(block: Callable[..., Tensor], x: Tensor, shared: Tensor) -> tuple[int, int]:
+    """(forward, backward) by Inductor's own account of the kernels that it generates, matmuls and attention apart."""
+    found = []
+
+    def account(graph, *rest, **more):
+        metrics.reset()
+        compile_fx.compile_fx_inner(graph, *rest, **more)
+        own = [words for node, words in metrics.nodes_num_elem if not any(n.is_extern() for n in node.get_nodes())]
+        found.append(4 * sum(own))
+        return graph  # which then runs eagerly
+
+    def backend(graph, inputs):
+        return compile_fx.compile_fx(graph, inputs, inner_compile=account)
+
+    log = compile_fx.inductor_metrics_log  # Inductor counts when this log is on
+    level = log.level
     torch._dynamo.reset()
-    metrics.reset()
-
-    def inner(graph, *rest, **more):
-        compile_fx_inner(graph, *rest, **more)
-        return graph
-
-    compiled = torch.compile(function, fullgraph=True, backend=lambda g, x: compile_fx(g, x, inner_compile=inner))
-    compiled(*inputs).sum().backward()
-    found: Counter[str] = Counter()
-    for node, count in metrics.nodes_num_elem:
-        name = type(node).__name__
-        found[name] += count
-    found["total"] = metrics.num_bytes_accessed
-    return found
+    try:
+        log.setLevel(logging.INFO)
+        log.propagate, before = False, log.propagate
+        with torch._inductor.config.patch(force_disable_caches=True), kernels_of_a_gpu():
+            torch.compile(block, fullgraph=True, backend=backend)(x, shared).sum().backward()
+    finally:
+        log.setLevel(level)
+        log.propagate = before
+    forward, backward = found
+    return forward, backward

@@ -65,6 +65,7 @@ FAMILY = FAMILIES.register(
         class_embedding=_CLASSES,
         activation_elements=cost.activation_elements,
         dropout_bytes=cost.dropout_bytes,
+        element_wise_bytes=cost.element_wise_bytes,
         per_image_modules=cost.PER_IMAGE_MODULES,
         layouts={LlamaGen.family: _published},
         weights=KINDS.register(

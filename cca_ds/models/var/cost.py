@@ -19,3 +19,15 @@ def activation_elements(config: VARConfig) -> int:
 def dropout_bytes(config: VARConfig) -> int:
     """Bytes for each code of dropout masks: none, as stochastic depth draws one number an image."""
     return 0
+
+
+def element_wise_bytes(config: VARConfig, compiled: bool) -> tuple[float, float]:
+    """Bytes for each code that one block's element-wise operations move in 16 bits, (forward, backward).
+
+    D is the width and F the feed-forward's hidden width. `tests/models/test_traffic.py` counts them on the module at
+    the published scales. Op by op, the backward of the normalised queries and keys moves most, in float32.
+    """
+    width, hidden = config.dim, round(config.dim * config.mlp_ratio)
+    if compiled:
+        return 58.5 * width + 4 * hidden, 106 * width + 8 * hidden
+    return 61 * width + 4 * hidden, 324 * width + 8 * hidden
