@@ -163,8 +163,8 @@ class Family:
         activation_elements: config -> elements a code that one block keeps for its backward, without dropout masks;
             0 leaves activations out of the planned memory.
         dropout_bytes: config -> bytes a code of the dropout masks that one block keeps.
-        element_wise_bytes: (config, whether blocks are compiled) -> bytes a code that one block's element-wise operations
-            read and write in 16 bits, forward and backward, matmuls and attention apart.
+        element_wise_bytes: (config, whether blocks are compiled) -> bytes a code that the element-wise operations of a
+            block read and write in 16 bits, forward and backward, matmuls and attention apart.
         per_image_modules: name parts of parameters that each image uses once, not each code.
         pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
         needs_tokenizer: whether a model runs only with a tokenizer's codebook.

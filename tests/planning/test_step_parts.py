@@ -82,7 +82,7 @@ def test_without_a_reference_on_the_gpu(placement):
 
 
 def test_links_of_two_nodes_by_hand():
-    """Seven eighths of the weights arrive at each GPU in an exchange; three a forward, four with a sharded reference."""
+    """Seven eighths of the weights arrive at each GPU in an exchange; three or four a forward."""
     for placement, exchanges in (("inference", 3), ("zero3", 4)):
         part = by_name(parts_of("2xa100:4", placement))["gathers and scatters"]
         assert part.bytes == pytest.approx(3 * exchanges * 2 * SIZE * 7 / 8, rel=1e-9)
