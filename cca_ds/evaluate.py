@@ -3,7 +3,10 @@
 python -m cca_ds.evaluate runs/digits/samples.npz --recipe digits
 python -m cca_ds.evaluate samples.npz --recipe llamagen-3b --reference REFERENCE.npz --inception_weights FILE
 torchrun --nproc_per_node 8 -m cca_ds.evaluate samples/ --recipe var-d30 --reference statistics.npz
+python -m cca_ds.evaluate --make_reference photos/ --recipe mine.yaml --inception_weights FILE --output real.npz
 python -m cca_ds.evaluate --report runs/digits
+
+Samples in a run's folder leave their scores there, as scores.json, for its report.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cca_ds.cluster.failures import run_command
 from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
@@ -21,6 +25,10 @@ from cca_ds.files import expand
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from cca_ds.config.schema import RunConfig
+    from cca_ds.metrics.evaluation import FeatureSource
+    from cca_ds.metrics.extraction import ScoringNetwork
+
+Result = TypeVar("Result")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,76 +44,103 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--format", choices=("line", "json", "markdown"), default="line", help="what to print (default: line)"
     )
     parser.add_argument("--no_cache", action="store_true", help="no cache of features beside the images")
+    parser.add_argument("--make_reference", metavar="SOURCE", help="write --output, the statistics of real images: "
+                        "a folder, dataset or tar, as encode takes them")  # fmt: skip
+    parser.add_argument("--split", default="train", help="of a dataset with several splits (default: train)")
+    parser.add_argument("--resize", type=positive, metavar="SIDE", help="of real images (default: data.image_size)")
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
     add_recipe_arguments(parser, reads=())
     arguments = parser.parse_args(argv)
-    if (arguments.samples is None) == (arguments.report is None):
-        parser.error("give the samples to score, or --report RUN_DIR")
+    if sum(part is not None for part in (arguments.samples, arguments.report, arguments.make_reference)) != 1:
+        parser.error("give the samples to score, or --make_reference SOURCE, or --report RUN_DIR")
+    if arguments.make_reference and arguments.output is None:
+        parser.error("--make_reference needs --output FILE.npz")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for input that cannot be scored, 1 for a failure; each error is one line on stderr."""
-    arguments = parse(argv)
-
-    def work() -> None:
-        if arguments.report:
-            from cca_ds.reporting.page import write_report
-
-            return print(write_report(expand(arguments.report)))
-        from cca_ds.reporting.evaluation_report import check_output
-        from cca_ds.training.checks import recipe_problems
-
-        run = recipe_from_arguments(arguments, recipe_problems)
-        if arguments.output:
-            check_output(arguments.output)
-        report = evaluate(
-            run,
-            samples=arguments.samples,
-            reference=arguments.reference or run.evaluation.reference,
-            inception_weights=arguments.inception_weights or run.evaluation.inception_weights,
-            batch_size=arguments.batch_size or run.evaluation.batch_size,
-            device=arguments.device,
-            cached=not arguments.no_cache,
-        )
-        if report is not None:
-            publish(report, arguments.format, arguments.output)
-
-    return run_command("evaluate", work)
+    return run_command("evaluate", lambda: work(parse(argv)))
 
 
-def evaluate(
-    run: RunConfig, *, samples: str, reference: str | None, inception_weights: str | None, batch_size: int,
-    device: str | None, cached: bool,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Score the samples on all ranks of the launcher; the report on rank 0, None on the others."""
+def work(arguments: argparse.Namespace) -> None:
+    """Write a run's report page, or the statistics of real images, or score samples. Raises ValueError, OSError."""
+    if arguments.report:
+        from cca_ds.reporting.page import write_report
+
+        return print(write_report(expand(arguments.report)))
+    from cca_ds.reporting.evaluation_report import check_output, output_in_run
+    from cca_ds.training.checks import recipe_problems
+
+    run = recipe_from_arguments(arguments, recipe_problems)
+    if arguments.make_reference:
+        return with_network(run, arguments, lambda *found: make_reference(run, arguments, *found))
+    output = arguments.output or output_in_run(expand(arguments.samples))
+    if output:
+        check_output(output)
+    report = with_network(run, arguments, lambda *found: evaluate(run, arguments, *found))
+    if report is not None:
+        publish(report, arguments.format, output)
+
+
+def with_network(run: RunConfig, arguments: argparse.Namespace, use: Callable[..., Result]) -> Result:
+    """What `use(network, source, device)` returns on this rank of the launcher, with the recipe's scoring network."""
     import torch.distributed
 
     from cca_ds.cluster.launch import checked_device, find_ranks, initialize, shutdown
-    from cca_ds.metrics.evaluation import FeatureSource, RankGroup, evaluate_images
+    from cca_ds.metrics.evaluation import FeatureSource, RankGroup
     from cca_ds.metrics.extraction import network_for
-    from cca_ds.metrics.image_sets import open_images
-    from cca_ds.reporting.evaluation_report import build_report
 
-    images = open_images(samples)
     place = find_ranks(os.environ)
-    device = checked_device(device) or place.device
+    device = checked_device(arguments.device) or place.device
     group = None
     try:
         if place.world_size > 1:
             initialize(place, rendezvous_seconds=run.distributed.rendezvous_seconds)
             group = torch.distributed.new_group(backend="gloo")  # features are gathered on the CPU
         network = network_for(run.tokenizer.name)
-        extractor = network.build(inception_weights, device)
-        source = FeatureSource(RankGroup(place.rank, place.world_size, group), extractor, batch_size, cached)
-        scores = evaluate_images(images, reference, network, source, device)
+        extractor = network.build(arguments.inception_weights or run.evaluation.inception_weights, device)
+        batch_size = arguments.batch_size or run.evaluation.batch_size
+        ranks = RankGroup(place.rank, place.world_size, group)
+        cached = not (arguments.no_cache or arguments.make_reference)
+        return use(network, FeatureSource(ranks, extractor, batch_size, cached), device)
     finally:
         shutdown()
+
+
+def evaluate(
+    run: RunConfig, arguments: argparse.Namespace, network: ScoringNetwork, source: FeatureSource, device: str
+) -> dict[str, Any] | None:
+    """Score the samples on all ranks of the launcher; the report on rank 0, None on the others."""
+    from cca_ds.metrics.evaluation import evaluate_images
+    from cca_ds.metrics.image_sets import open_images
+    from cca_ds.reporting.evaluation_report import build_report
+
+    images, reference = open_images(arguments.samples), arguments.reference or run.evaluation.reference
+    scores = evaluate_images(images, reference, network, source, device)
     if scores is None:
         return None
     sampling = run.sampling.model_dump(mode="json", by_alias=True)
     real = reference or str(network.real_images)
-    return build_report(images, extractor, scores, real, run.name, sampling, run.paper)
+    return build_report(images, source.extractor, scores, real, run.name, sampling, run.paper)
+
+
+def make_reference(
+    run: RunConfig, arguments: argparse.Namespace, network: ScoringNetwork, source: FeatureSource, device: str
+) -> None:
+    """Write the statistics of real images, cropped as encode does without augmentation."""
+    from cca_ds.data.image_sources import open_images
+    from cca_ds.metrics.real_images import CroppedImages, write_reference
+    from cca_ds.reporting.evaluation_report import protocol
+    from cca_ds.vq import TOKENIZERS
+
+    path, side = expand(arguments.make_reference), arguments.resize or run.data.image_size
+    mode, threads = TOKENIZERS[run.tokenizer.name].image_mode, min(16, os.cpu_count() or 1)
+    images = CroppedImages(open_images(path, arguments.split), path, side, mode, threads)
+    features = source.features(images, "reference")
+    if features is not None:
+        about = {"recipe": run.name, "protocol": protocol(source.extractor)}
+        print(write_reference(arguments.output, images, features, about))
 
 
 def publish(report: dict[str, Any], style: str, output: Path | None) -> None:

@@ -28,7 +28,7 @@ SECONDS_PER_PAIR = 0.3  # slept on a rank of full speed; maximum likelihood has 
 PAIRS, MICRO_SIZE, STEPS = 16, 6, 6
 SETTINGS = [
     f"batch.max_steps={STEPS}", f"batch.global_size={PAIRS}", f"batch.micro_size={MICRO_SIZE}", "loss.name=mle",
-    "model.weights=null", "model.overrides={n_layer: 1, dim: 32}",
+    "model.weights=null", "model.from_scratch=true", "model.overrides={n_layer: 1, dim: 32}",
     "precision=fp32", "baseline.check=false", "logging.sample_every_steps=null", "logging.tensorboard=false",
     "data.workers=0", "checkpoint.every_steps=1000000",
 ]  # fmt: skip

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cca_ds.checkpoints.run_weights import run_weights
+from cca_ds.checkpoints.run_weights import newest_of_run, run_weights
 from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import ConfigError, resolve_path
 from cca_ds.config.schema import Model, Tokenizer
-from cca_ds.files import expand
+from cca_ds.files import expand, file_hash
 from cca_ds.models import (
     DTYPES,
     CodeModel,
@@ -23,7 +25,10 @@ from cca_ds.models import (
     expected_shapes,
     load_weights,
     state_hash,
+    with_own_classes,
 )
+from cca_ds.models.from_recipe import build_module
+from cca_ds.models.weight_files import existing_file
 from cca_ds.vq import TOKENIZERS, create_tokenizer
 
 
@@ -107,19 +112,65 @@ def load_model(
     return LoadedModel(model, tokenizer.to(ranks.device), source, sha256, tokenizer.hash())
 
 
-def fill_module(module: nn.Module, source: Source) -> None:
-    """Load a weights file, or a run's newest checkpoint, into `module`. Raises WeightsError, CheckpointError."""
+def fill_module(module: nn.Module, source: Source, reset_classes: bool = False) -> None:
+    """Load a weights file, or a run's newest checkpoint, into `module`.
+
+    Args:
+        reset_classes: keep the module's own class rows, and only the null class's of the source.
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing, damaged or of another shape.
+    """
     if not source.path.is_dir():
         if source.average or source.checkpoint:
             raise WeightsError(
                 f"weights {source.path}: a file has neither an average nor checkpoints; name a run's folder"
             )
-        load_weights(module, source.path)
+        load_weights(module, source.path, reset_classes)
         return
     found = run_weights(source.path, source.checkpoint, source.average)
-    check_weights(expected_shapes(module), found.state, found.checkpoint)
+    state = with_own_classes(found.state, module) if reset_classes else found.state
+    check_weights(expected_shapes(module), state, found.checkpoint)
     own = module.state_dict()
-    module.load_state_dict({name: value for name, value in found.state.items() if name in own}, strict=False)
+    empty = any(value.is_meta for value in own.values())  # takes the tensors as they are
+    module.load_state_dict({name: state[name] for name in own if name in state}, strict=False, assign=empty)
+
+
+def weights_hash(path: Path) -> str:
+    """What identifies a weights file, or a run's newest intact checkpoint: a sha256 of all its bytes.
+
+    Raises:
+        WeightsError, CheckpointError: there is none, or it cannot be read.
+    """
+    if not path.is_dir():
+        return file_hash(existing_file(path))
+    found = newest_of_run(path)
+    return hashlib.sha256(json.dumps(found[1].files, sort_keys=True, default=vars).encode()).hexdigest()
+
+
+def starting_weights(
+    model: Model, path: str | None, seed: int, tokenizer: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """The full float32 state dict of a weights file or of a run's newest checkpoint, or of a fresh model.
+
+    A lambda-conditioned model starts as its base model: the embedding of lambda is absent from the file, is drawn
+    from the seed, and contributes nothing until it is trained.
+
+    Args:
+        model: the recipe's section; with `reset_classes` the class rows are drawn from the seed.
+        path: a file or a run's folder; None draws the whole model from `seed`.
+        tokenizer: for families that hold its codebook (VAR).
+
+    Raises:
+        WeightsError, CheckpointError: weights that are missing, damaged or do not fit.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with torch.device("cpu"):
+            module = build_module(model, tokenizer)
+    if path is not None:
+        fill_module(module, Source(resolve_path(path)), model.reset_classes)
+    return module.state_dict()
 
 
 def share_module(module: nn.Module) -> None:

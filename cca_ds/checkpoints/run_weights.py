@@ -38,6 +38,23 @@ def recipe_of_run(folder: Path) -> RunConfig:
     return load_recipe(str(folder / "config.yaml"))
 
 
+def newest_of_run(folder: Path) -> tuple[Path, store.Manifest]:
+    """A run's newest intact checkpoint and its manifest; a damaged one that is passed over is named on stderr.
+
+    Raises:
+        CheckpointError: not a run's folder, or one without a whole checkpoint.
+    """
+    if not is_run_folder(folder):
+        raise CheckpointError(f"weights {folder}: a folder without config.yaml; name a weights file, or a run's folder")
+    passed_over: list[str] = []
+    found = store.newest_verified(folder / "checkpoints", passed_over.append)
+    if found is None:
+        raise CheckpointError(f"run {folder}: holds no complete checkpoint; let it train until it saves one")
+    for line in passed_over:
+        print(line, file=sys.stderr)
+    return found
+
+
 def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = False) -> RunWeights:
     """Whole weights out of the shards of a run's newest intact checkpoint, or of another one.
 
@@ -48,13 +65,7 @@ def run_weights(folder: Path, checkpoint: Path | None = None, average: bool = Fa
         CheckpointError: no checkpoint, a damaged one, or one without an average.
     """
     if checkpoint is None:
-        passed_over: list[str] = []
-        found = store.newest_verified(folder / "checkpoints", passed_over.append)
-        if found is None:
-            raise CheckpointError(f"run {folder}: holds no complete checkpoint; let it train until it saves one")
-        for line in passed_over:
-            print(line, file=sys.stderr)
-        checkpoint = found[0]
+        checkpoint, _ = newest_of_run(folder)
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint {checkpoint}: no such folder; the run's are in {folder / 'checkpoints'}")
     manifest = store.verify(checkpoint)

@@ -11,6 +11,7 @@ KEYS = {
     "loss_type": "loss.name",
     "uncond_ratio": "loss.condition_mask_probability",
     "ref_ckpt": "model.weights",
+    "num_classes": "model.overrides.num_classes",
     "code_path": "data.codes",
     "data_path": "data.source",
     "keep_dropout": "model.dropout",

@@ -71,7 +71,8 @@ def _without_others_figures(run: RunConfig, shipped: RunConfig) -> RunConfig:
     def model(recipe: RunConfig) -> tuple[Any, ...]:
         return recipe.model.preset, recipe.model.overrides, recipe.tokenizer.name, recipe.tokenizer.options
 
-    if model(run) == model(shipped):
+    another = run.model.reset_classes or (run.model.weights is not None and expand(run.model.weights).is_dir())
+    if model(run) == model(shipped) and not another:
         return run
     paper = {name: value for name, value in run.paper.items() if shipped.paper.get(name) != value}
     band = None if run.baseline.nll_band == shipped.baseline.nll_band else run.baseline.nll_band

@@ -49,8 +49,12 @@ class Model(Section):
     preset: str = key("digits", "the model: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, digits")
     overrides: dict[str, Any] = key({}, "fields of LlamaGenConfig or VARConfig that differ from the preset's")
     weights: PathText | None = key(
-        None, "a published checkpoint, a safetensors file, or asset:NAME; null draws at random"
+        None, "a published checkpoint, a safetensors file, a run's folder, or asset:NAME; null draws at random"
     )
+    reset_classes: bool = key(
+        False, "take all of model.weights but its classes, which are drawn anew in the model's own number"
+    )
+    from_scratch: bool = key(False, "allow a loss that contrasts classes to start from random weights")
     dropout: bool = key(True, "keep the model's own dropouts while training")
     activation_checkpointing: Literal["auto"] | bool = key(
         "auto", "compute activations again in the backward pass: less memory, more time; auto does where a GPU needs it"

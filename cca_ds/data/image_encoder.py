@@ -6,7 +6,7 @@ Letters: n images of a range, C crops of each, S image size, K channels, L codes
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,6 +19,61 @@ from cca_ds.data.crops import CropSettings, UnreadableImage, allow_large_images,
 from cca_ds.data.image_sources import ImageSource
 from cca_ds.data.manifest import Manifest
 from cca_ds.data.table_builder import ShardContent, TablePlan
+
+
+class CropReader:
+    """Crops of a source's images, read and decoded ahead by threads.
+
+    Args:
+        settings: how an image is cropped.
+        threads: number of threads that read, decode and crop.
+        max_megapixels: larger images are skipped.
+    """
+
+    def __init__(self, source: ImageSource, settings: CropSettings, threads: int, max_megapixels: float) -> None:
+        self.source, self.settings, self.threads = source, settings, threads
+        self.max_megapixels = max_megapixels
+        self._crop = crop_function(settings)
+        allow_large_images()
+
+    def __call__(self, rows: Iterable[int], ahead: int = 0) -> Iterator[tuple[int, tuple[np.ndarray, str] | str]]:
+        """(index, (crops [C, S, S, K], mode of the file)), or (index, why it is skipped), in order.
+
+        Args:
+            ahead: images that are read ahead beside two for each thread.
+        """
+        queue: deque[tuple[int, Future]] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                for index in rows:
+                    content = self._read(index) if self.source.in_order else None
+                    queue.append((index, pool.submit(self._load, index, content)))
+                    if len(queue) > 2 * self.threads + ahead:
+                        first, future = queue.popleft()
+                        yield first, future.result()
+                while queue:
+                    first, future = queue.popleft()
+                    yield first, future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, index: int) -> bytes | str:
+        """The image file's content, or why it cannot be read."""
+        try:
+            return self.source.read(index)
+        except OSError as error:
+            return " ".join(str(error).split())
+
+    def _load(self, index: int, content: bytes | str | None) -> tuple[np.ndarray, str] | str:
+        """An image's crops and mode, or why it is skipped; without `content` it is read first."""
+        content = self._read(index) if content is None else content
+        if isinstance(content, str):
+            return content
+        try:
+            image, mode = decode_image(content, self.settings.mode, self.max_megapixels)
+        except UnreadableImage as error:
+            return str(error)
+        return self._crop(image, index), mode
 
 
 class ImageEncoder:
@@ -47,10 +102,9 @@ class ImageEncoder:
         self.source, self.settings = source, settings
         self.tokenizer = tokenizer.to(device)
         self.device = torch.device(device)
-        self.batch_size, self.threads = batch_size, threads
-        self.precision, self.max_megapixels = precision, max_megapixels
-        self._crop = crop_function(settings)
-        allow_large_images()
+        self.batch_size, self.precision = batch_size, precision
+        self.max_megapixels = max_megapixels
+        self._cropped = CropReader(source, settings, threads, max_megapixels)
 
     def plan(self, table: Manifest, images_per_shard: int) -> TablePlan:
         """The plan of the table of all the source's images.
@@ -90,7 +144,7 @@ class ImageEncoder:
                 done += len(waiting)
                 waiting.clear()
 
-        for index, found in self._cropped(rows):
+        for index, found in self._cropped(rows, ahead=-(-self.batch_size // self.settings.count)):
             if isinstance(found, str):
                 skipped.append({"index": index, "name": self.source.name(index), "reason": found})
             else:
@@ -104,42 +158,6 @@ class ImageEncoder:
         flush()
         labels_N = self.source.labels_N[np.array(kept, dtype=np.int64)]
         return ShardContent(codes_NCL[:done], labels_N, skipped, {m: n for m, n in modes.items() if n})
-
-    def _cropped(self, rows: range) -> Iterator[tuple[int, tuple[np.ndarray, str] | str]]:
-        """(index, (crops [C, S, S, K], mode of the file)), or (index, why it is skipped), in order, read ahead."""
-        ahead = 2 * self.threads + -(-self.batch_size // self.settings.count)
-        queue: deque[tuple[int, Future]] = deque()
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                for index in rows:
-                    content = self._read(index) if self.source.in_order else None
-                    queue.append((index, pool.submit(self._load, index, content)))
-                    if len(queue) > ahead:
-                        first, future = queue.popleft()
-                        yield first, future.result()
-                while queue:
-                    first, future = queue.popleft()
-                    yield first, future.result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, index: int) -> bytes | str:
-        """The image file's content, or why it cannot be read."""
-        try:
-            return self.source.read(index)
-        except OSError as error:
-            return " ".join(str(error).split())
-
-    def _load(self, index: int, content: bytes | str | None) -> tuple[np.ndarray, str] | str:
-        """An image's crops and mode, or why it is skipped; without `content` it is read first."""
-        content = self._read(index) if content is None else content
-        if isinstance(content, str):
-            return content
-        try:
-            image, mode = decode_image(content, self.settings.mode, self.max_megapixels)
-        except UnreadableImage as error:
-            return str(error)
-        return self._crop(image, index), mode
 
     @torch.inference_mode()
     def _encode(self, crops_NCSSK: np.ndarray) -> np.ndarray:

@@ -5,7 +5,15 @@ from cca_ds.models.llamagen import LlamaGenConfig
 from cca_ds.models.registry import FAMILIES, create_model, family_of, family_of_model, model_config, preset_name
 from cca_ds.models.var import VARConfig
 from cca_ds.models.weight_files import WeightsError, read_weights, state_hash
-from cca_ds.models.weights import DTYPES, check_weights, expected_shapes, fix_lambda, load_weights, save_weights
+from cca_ds.models.weights import (
+    DTYPES,
+    check_weights,
+    expected_shapes,
+    fix_lambda,
+    load_weights,
+    save_weights,
+    with_own_classes,
+)
 
 __all__ = [
     "DTYPES",
@@ -27,4 +35,5 @@ __all__ = [
     "read_weights",
     "save_weights",
     "state_hash",
+    "with_own_classes",
 ]

@@ -1,16 +1,13 @@
-"""A recipe's model: its module, and the full weights it starts from."""
+"""A recipe's model as a module."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import Model
 from cca_ds.models.compilation import compile_blocks
 from cca_ds.models.layers import DropPath
 from cca_ds.models.registry import create_model, family_of, model_config
-from cca_ds.models.weights import load_weights
 
 
 def build_module(model: Model, tokenizer: nn.Module | None = None) -> nn.Module:
@@ -35,26 +32,6 @@ def build_shortened(model: Model, blocks: int, tokenizer: nn.Module | None = Non
     config = model_config(model.preset, **model.overrides)
     fields = family_of(model.preset).shortened(config, min(config.n_layer, blocks))
     return build_module(model.model_copy(update={"overrides": {**model.overrides, **fields}}), tokenizer)
-
-
-def starting_weights(
-    model: Model, path: str | None, seed: int, tokenizer: nn.Module | None = None
-) -> dict[str, Tensor]:
-    """The full float32 state dict of a weights file, or of a fresh model drawn from `seed`.
-
-    A lambda-conditioned model starts as its base model: the embedding of lambda is absent from the file, is drawn
-    from the seed, and contributes nothing until it is trained.
-
-    Raises:
-        WeightsError: a file that is missing, damaged or does not fit.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        with torch.device("cpu"):
-            module = build_module(model, tokenizer)
-    if path is not None:
-        load_weights(module, resolve_path(path))
-    return module.state_dict()
 
 
 def _switch_off_dropout(module: nn.Module) -> None:

@@ -111,14 +111,31 @@ def _check_sequence_length(module: nn.Module, state: Mapping[str, Tensor], path:
         )
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
+def with_own_classes(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """A model's weights with the module's own rows for its classes, and the state's for the null class, the last.
+
+    Everything else is the state's. Where it has no class embedding, nothing is changed.
+    """
+    name = family_of_model(module).class_embedding
+    if name not in state or state[name].ndim != 2 or not len(state[name]):
+        return dict(state)
+    own = module.state_dict()[name]
+    rows = torch.zeros(own.shape) if own.is_meta else own
+    return {**state, name: torch.cat([rows[:-1].to(state[name].dtype), state[name][-1:]])}
+
+
+def load_weights(module: nn.Module, path: str | Path, reset_classes: bool = False) -> None:
     """Load a file in any published layout into a model or tokenizer, in place, cast to the module's dtype.
+
+    With `reset_classes` the class embedding keeps the module's own rows, in any number, but for the null class's.
 
     Raises WeightsError, before anything is changed, for a file that is missing, damaged or holds code, and
     for one that does not fit, counting and naming missing, unexpected and mis-shaped keys. Parameters on the
     meta device take the file's tensors as they are.
     """
     state = read_weights(path)
+    if reset_classes:
+        state = with_own_classes(state, module)
     check_weights(expected_shapes(module), state, path)
     _check_sequence_length(module, state, path)
     own = module.state_dict()

@@ -54,7 +54,7 @@ def build_report(
     return {
         "recipe": recipe,
         "metrics": scores.values,
-        "notes": scores.notes,
+        "notes": [*scores.notes, *network_notes(extractor)],
         "samples": {"path": str(images.path), "images": images.count, "height": height, "width": width},
         "reference": reference,
         "protocol": protocol(extractor),
@@ -64,6 +64,26 @@ def build_report(
         "paper": paper,
         "versions": versions(),
     }
+
+
+def network_notes(extractor: Extractor) -> list[str]:
+    """A note where the FID network has other weights than the published scores are computed with."""
+    if extractor.published is not False:
+        return []
+    return ["the FID network's weights are not the published ones: scores are not comparable with published scores"]
+
+
+def output_in_run(samples: Path) -> Path | None:
+    """Where the scores of samples in a run's folder go, for its report; None for samples elsewhere.
+
+    NAME.scores.json in the run's folder, NAME being the samples' own there (scores.json where that is "samples").
+    """
+    parents = list(samples.absolute().parents)[:3]
+    run = next((folder for folder in parents if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        return None
+    name = "-".join(samples.absolute().relative_to(run).with_suffix("").parts)
+    return run / ("scores.json" if name == "samples" else f"{name}.scores.json")
 
 
 def protocol(extractor: Extractor) -> dict[str, Any]:

@@ -27,12 +27,25 @@ def recipe_problems(run: RunConfig) -> list[str]:
     return found
 
 
+def require_base(run: RunConfig) -> None:
+    """Raise ValueError for a loss that contrasts a model with its frozen copy, from random weights: it learns nothing
+    of the images.
+    """
+    if LOSSES[run.loss.name].needs_reference and run.model.weights is None and not run.model.from_scratch:
+        raise ValueError(
+            f"loss.name={run.loss.name} needs a pretrained model: set model.weights=FILE (or a run's folder), train "
+            "one first with loss.name=mle, or set model.from_scratch=true for an experiment"
+        )
+
+
 def _loss_problems(run: RunConfig) -> list[str]:
     spec, found = LOSSES[run.loss.name], []
     for name in run.loss.options.keys() - spec.options.keys():
         near = difflib.get_close_matches(name, spec.options, n=1)
         known = f"did you mean {near[0]}?" if near else f"it has {', '.join(spec.options) or 'none'}"
         found.append(f"loss.options.{name}: loss.name={spec.name} has no such option; {known}")
+    if run.model.reset_classes and run.model.weights is None:
+        found.append("model.reset_classes=true needs model.weights: without them every class is drawn anyway")
     if run.model.lambda_conditioning and not spec.lambda_per_pair:
         able = ", ".join(name for name, other in LOSSES.items() if other.lambda_per_pair)
         found.append(f"model.lambda_conditioning=true needs loss.name={able}, not {spec.name}")

@@ -9,6 +9,7 @@ import torch.distributed
 from torch import nn
 
 from cca_ds.alignment.losses import LOSSES
+from cca_ds.checkpoints.load_model import weights_hash
 from cca_ds.cluster.collectives import barrier
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config import schema
@@ -17,9 +18,7 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
-from cca_ds.files import file_hash
 from cca_ds.models import family_of, model_config
-from cca_ds.models.weight_files import existing_file
 from cca_ds.vq import TOKENIZERS, create_tokenizer
 
 
@@ -86,12 +85,16 @@ def verify_once(table: CodeTable, ranks: Ranks) -> None:
 
 
 def weights_hashes(run: RunConfig) -> dict[str, str]:
-    """sha256 of the files of weights that the recipe names, by key; reads them whole. Raises WeightsError."""
+    """`weights_hash` of all weights that the recipe names, by key; reads them whole.
+
+    Raises:
+        WeightsError, CheckpointError: what cannot be read.
+    """
     named = {
         "model.weights": run.model.weights, "reference.weights": run.reference.weights,
         "tokenizer.weights": run.tokenizer.weights,
     }  # fmt: skip
-    return {key: file_hash(existing_file(resolve_path(name))) for key, name in named.items() if name}
+    return {key: weights_hash(resolve_path(name)) for key, name in named.items() if name}
 
 
 def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from cca_ds.checkpoints import store
+from cca_ds.checkpoints.load_model import Source, fill_module
 from cca_ds.cluster.failures import explain_error
 from cca_ds.config.deepspeed_file import resolve_precision, zero_stage
 from cca_ds.config.recipes import ConfigError, resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.files import expand
 from cca_ds.models.cost import meta_model, model_cost
-from cca_ds.models.weights import DTYPES, load_weights
+from cca_ds.models.weights import DTYPES
 from cca_ds.training import run_folder
+from cca_ds.training.checks import require_base
 from cca_ds.training.inputs import open_inputs
 
 COMPARED_BYTES = 10**9  # larger tables are compared with their hashes by the run itself
@@ -46,9 +48,14 @@ def refusals(run: RunConfig, ds: dict[str, Any], output: str | None, resume: str
     attempt(lambda: run_folder.check_output(folder, run, resume))
     attempt(lambda: run_folder.check_data(folder, run))
     attempt(lambda: _read_inputs(run, ds, folder))
-    for path in dict.fromkeys((run.model.weights, run.reference.weights)):
+    attempt(lambda: require_base(run))
+    for path, anew in ((run.model.weights, run.model.reset_classes), (run.reference.weights, False)):
         if path is not None:
-            attempt(lambda path=path: load_weights(meta_model(run.model.preset, run.model.shape), resolve_path(path)))
+            attempt(
+                lambda path=path, anew=anew: fill_module(
+                    meta_model(run.model.preset, run.model.shape), Source(resolve_path(path)), anew
+                )
+            )
     return list(dict.fromkeys(found))
 
 

@@ -18,6 +18,7 @@ import cca_ds
 from cca_ds.alignment.objective import Objective
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
+from cca_ds.checkpoints.load_model import starting_weights
 from cca_ds.cluster.collectives import barrier, on_first
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
@@ -34,7 +35,6 @@ from cca_ds.data.batches import MicroBatch, Steps
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
-from cca_ds.models.from_recipe import starting_weights
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
 from cca_ds.reference.placements import PLACEMENTS
@@ -42,6 +42,7 @@ from cca_ds.reference.producer import fill_cache
 from cca_ds.reference.replica import ReplicaReference, reference_model
 from cca_ds.training import run_folder
 from cca_ds.training.baseline import check_baseline
+from cca_ds.training.checks import require_base
 from cca_ds.training.engines import Engines, OptimizerSteps
 from cca_ds.training.inputs import RunInputs, open_inputs, verify_once, weights_hashes
 from cca_ds.training.policy import Policy
@@ -114,6 +115,7 @@ def run_training(
         ConfigError: a folder that cannot be used.
     """
     folder = expand(output or f"runs/{run.name}")
+    require_base(run)
     run_folder.check_output(folder, run, resume)
     run_folder.check_data(folder, run)
     if run_folder.is_completed(folder):
@@ -295,7 +297,7 @@ def reference_weights(
         policy_weights: the policy's start where it is in memory already; without the embedding of lambda it is the
             reference.
     """
-    model = reference_model(run.model, run.reference.dropout)
+    model = reference_model(run.model, run.reference.dropout).model_copy(update={"reset_classes": False})
     if run.reference.weights is not None:
         return starting_weights(model, run.reference.weights, run.seed, tokenizer)
     if policy_weights is None:
@@ -348,11 +350,6 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
         log.say(warning)
     if progress.step:
         log.say(f"continuing after step {progress.step}")
-    elif engines.reference and run.model.weights is None:
-        log.say(
-            "warning: model.weights is not set, so the policy and its reference are drawn at random; "
-            f"loss {run.loss.name} is meant for a pretrained model"
-        )
 
 
 def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:

@@ -19,7 +19,9 @@ def workload(run, precision="fp32", ds=None):
 
 
 def tiny_run(*overrides):
-    return load_recipe("digits", ["model.weights=null", "model.overrides={dim: 32, n_layer: 9}", *overrides])
+    return load_recipe(
+        "digits", ["model.weights=null", "model.from_scratch=true", "model.overrides={dim: 32, n_layer: 9}", *overrides]
+    )
 
 
 def test_a_deep_model_is_measured_by_four_blocks_and_one(device, monkeypatch):
@@ -98,7 +100,7 @@ def test_memory_too_short_for_the_micro_batch_measures_the_bytes_of_smaller_pass
 
 
 def test_a_short_var_keeps_its_width():
-    run = load_recipe("var-d30", ["model.weights=null"])
+    run = load_recipe("var-d30", ["model.weights=null", "model.from_scratch=true"])
     with torch.device("meta"):
         module = build_shortened(run.model, 4)
     assert len(module.blocks) == 4 and module.config.dim == 1920 and module.config.n_head == 30

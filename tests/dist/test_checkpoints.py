@@ -310,7 +310,14 @@ def test_a_run_whose_weights_are_not_wanted_saves_none(tmp_path):
 def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes(stage, ema, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     shape = "model.overrides={dim: 256, n_layer: 2, n_head: 4, multiple_of: 64}"  # weights outweigh the rest
-    settings = ("batch.max_steps=1", "model.weights=null", shape, f"model.ema_decay={ema}", "baseline.check=false")
+    settings = (
+        "batch.max_steps=1",
+        "model.weights=null",
+        "model.from_scratch=true",
+        shape,
+        f"model.ema_decay={ema}",
+        "baseline.check=false",
+    )
     train(1, tmp_path / "run", *settings, ds=tmp_path / "ds.json")
     (folder,) = complete_checkpoints(tmp_path / "run/checkpoints")
     found = sum(file["size"] for file in read_manifest(folder).files.values())

@@ -58,7 +58,8 @@ BAD = {
     "a model of fewer classes": lambda t: ["model.overrides.num_classes=5"],
     "options that the tokenizer has not": lambda t: ["tokenizer.options={x: 3}"],
     "a tokenizer without weights": lambda t: [
-        "model.preset=var-d16", "tokenizer.name=var-vqvae", "model.weights=null", f"data.codes={table(t / 'c')}",
+        "model.preset=var-d16", "tokenizer.name=var-vqvae", "model.weights=null", "model.from_scratch=true",
+        f"data.codes={table(t / 'c')}",
         "model.overrides={depth: 1, width: 64, heads: 1, scales: [8], vocab_size: 17, num_classes: 10}"],
     "a tokenizer's weights that are not there": lambda t: [f"tokenizer.weights={t}/none", "tokenizer.name=var-vqvae"],
     "no weights": lambda t: [f"model.weights={t}/none"],

@@ -19,7 +19,13 @@ def counted(tmp_path):
 
     def run(name, environment, *settings):
         python, _, *arguments = command(
-            tmp_path / name, f"batch.max_steps={STEPS}", "model.weights=null", MODEL, "baseline.check=false", *settings
+            tmp_path / name,
+            f"batch.max_steps={STEPS}",
+            "model.weights=null",
+            "model.from_scratch=true",
+            MODEL,
+            "baseline.check=false",
+            *settings,
         )
         with ForkedRanks(
             [python, str(REPOSITORY / "tests/dist/count_gathers.py"), *arguments], 2, environment, None

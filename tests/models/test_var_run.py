@@ -13,11 +13,11 @@ from torch import nn
 from cca_ds import export as export_entry
 from cca_ds import sample as sample_entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
+from cca_ds.checkpoints.load_model import starting_weights
 from cca_ds.checkpoints.run_weights import recipe_of_run
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.config.recipes import load_recipe
 from cca_ds.models import create_model, load_weights
-from cca_ds.models.from_recipe import starting_weights
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import metrics
 from tests.support.golden_tokenizers import vqvae

@@ -89,6 +89,9 @@ def test_links_of_two_nodes_by_hand():
         across, within = 2 * SIZE / 2 / (0.8 * 200e9), 2 * SIZE * 7 / 8 / (0.8 * 300e9)
         far = max(across, within) + 5e-6 * 3 * 24
         assert part.seconds == pytest.approx(3 * exchanges * far, rel=1e-9)
+        gathers = 3 * 24 * (exchanges - 1)  # the scatter of gradients has no gather
+        host = by_name(parts_of("2xa100:4", placement))["host"].seconds
+        assert host == pytest.approx(3 * 24 * 16 * 4 * 5e-6 + gathers * 3e-4, rel=1e-9)
     slow = parse_nodes("2xa100:4", networks="a100=1")
     step = step_parts(job_of(), slow, slow[0].device, 6, 3, PLACEMENTS["inference"], False, True)
     assert step.seconds == by_name(step)["gathers and scatters"].seconds > 10  # the link takes longest

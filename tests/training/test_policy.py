@@ -2,8 +2,9 @@
 
 import torch
 
+from cca_ds.checkpoints.load_model import starting_weights
 from cca_ds.config.recipes import load_recipe
-from cca_ds.models.from_recipe import build_module, starting_weights
+from cca_ds.models.from_recipe import build_module
 from cca_ds.reference.replica import reference_model
 from cca_ds.training.run import reference_weights
 
