@@ -55,14 +55,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_recipe(arguments: Namespace) -> RunConfig:
-    """The named recipe, else that of the run's folder, else the digits', with the flags' guidance."""
-    own = arguments.weights and arguments.weights / "config.yaml"
-    arguments.recipe = arguments.recipe or (str(own) if own and own.is_file() else "digits")
+    """The named recipe, else that of the run's folder or of the weights file, else the digits', with the flags'
+    guidance.
+    """
+    from cca_ds.checkpoints.run_weights import is_run_folder, recipe_text
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
     from cca_ds.sampling.guidance import chosen_scale
     from cca_ds.training.checks import recipe_problems
 
-    run = recipe_from_arguments(arguments, recipe_problems)
+    text, weights = None, arguments.weights
+    if arguments.recipe is None and weights is not None and not arguments.gpt_model and arguments.depth is None:
+        if is_run_folder(weights):
+            arguments.recipe = str(weights / "config.yaml")
+        elif not weights.is_dir() and (text := recipe_text(weights)):
+            arguments.recipe = str(weights)
+    arguments.recipe = arguments.recipe or "digits"
+    run = recipe_from_arguments(arguments, recipe_problems, text)
     family, scale = family_of(run.model.preset), run.sampling.guidance_scale
     run.sampling.guidance_scale = chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, scale)
     if arguments.resize is not None and not 1 <= arguments.resize <= LARGEST_SIDE:

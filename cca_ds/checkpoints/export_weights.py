@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 
 import cca_ds
 from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
@@ -24,6 +25,12 @@ from cca_ds.models import (
 from cca_ds.models.model_card import model_card
 from cca_ds.models.weights import SAFETENSORS, layouts
 from cca_ds.untrusted import read_json
+
+# keys of a recipe that hold paths
+_PATHS = (
+    "model.weights", "tokenizer.weights", "data.codes", "data.source", "reference.weights", "reference.cache",
+    "evaluation.reference", "evaluation.inception_weights",
+)  # fmt: skip
 
 
 def export_weights(
@@ -126,11 +133,21 @@ def _empty_module(model: Model, conditioned: bool) -> CodeModel:
         return create_model(model.preset, **(model.shape if conditioned else model.overrides))
 
 
+def _shared_recipe(run: RunConfig) -> str:
+    """The recipe as YAML without the folders of this machine: of every path the last name."""
+    tree = yaml.safe_load(dump_recipe(run))
+    for key in _PATHS:
+        section, name = key.split(".")
+        if isinstance(value := tree[section][name], str) and not value.startswith("asset:"):
+            tree[section][name] = Path(value).name
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
 def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None) -> dict[str, str]:
     """Entries of the safetensors header that describe how the weights were made."""
     return {
         **({"lambda": f"{lambda_:g}"} if lambda_ is not None else {}),
-        "recipe": dump_recipe(run),
+        "recipe": _shared_recipe(run),
         "recipe_name": run.name,
         "preset": run.model.preset,
         "step": str(found.step),
@@ -142,7 +159,7 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
 
 def _card(run: RunConfig, family: Family, metrics: dict[str, float] | None) -> str:
     base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
-    return model_card(run.name, family, base, dump_recipe(run), metrics)
+    return model_card(run.name, family, base, _shared_recipe(run), metrics)
 
 
 def _read_metrics(path: Path) -> dict[str, float]:

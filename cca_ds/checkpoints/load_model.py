@@ -6,15 +6,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cca_ds.checkpoints.run_weights import newest_of_run, run_weights
+from cca_ds.checkpoints.run_weights import newest_of_run, recipe_of_weights, run_weights
 from cca_ds.cluster.collectives import on_first
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import ConfigError, resolve_path
-from cca_ds.config.schema import Model, Tokenizer
+from cca_ds.config.schema import Model, RunConfig, Tokenizer
 from cca_ds.files import expand, file_hash
 from cca_ds.models import (
     DTYPES,
@@ -23,6 +24,7 @@ from cca_ds.models import (
     check_weights,
     create_model,
     expected_shapes,
+    family_of,
     load_weights,
     state_hash,
     with_own_classes,
@@ -58,6 +60,61 @@ class LoadedModel:
             "weights_sha256": self.weights_sha256,
             "tokenizer_hash": self.tokenizer_hash,
         }
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, its tokenizer (None where its weights are not named and the model runs without), and the
+    recipe that it was trained by.
+    """
+
+    model: CodeModel
+    tokenizer: nn.Module | None
+    recipe: RunConfig
+
+
+def load(
+    path: str | Path, *, tokenizer: str | Path | None = None, device: str = "cpu", precision: str = "fp32",
+    average: bool = False,
+) -> Loaded:  # fmt: skip
+    """A trained model out of a run's folder, or of a safetensors file that `cca-export` wrote.
+
+    Args:
+        path: the folder or file; its recipe says which model it is.
+        tokenizer: the tokenizer's weights file, where it is not the recipe's.
+        device: of both modules, e.g. "cuda".
+        precision: of the model: "fp32", "bf16" or "fp16".
+        average: of a run: the moving average of its policy.
+
+    Raises:
+        ConfigError, WeightsError, CheckpointError, ValueError: what is missing, damaged or does not fit, in one line.
+    """
+    source = Source(expand(path), average=average)
+    recipe = recipe_of_weights(source.path)
+    if tokenizer is not None:
+        recipe.tokenizer.weights = str(tokenizer)
+    module = open_tokenizer(recipe.model, recipe.tokenizer)
+    model = create_model(recipe.model.preset, module, **recipe.model.shape)
+    fill_module(model, source)
+    model = model.to(device, DTYPES[precision]).eval()
+    return Loaded(model, module.to(device).eval() if module is not None else None, recipe)
+
+
+def open_tokenizer(model: Model, tokenizer: Tokenizer) -> nn.Module | None:
+    """The frozen tokenizer, or None where its weights are not named and the model works without.
+
+    Raises:
+        ValueError: a model that needs its tokenizer's codebook, without it.
+        WeightsError: weights that are missing, damaged or do not fit.
+    """
+    if TOKENIZERS[tokenizer.name].needs_weights and tokenizer.weights is None:
+        family = family_of(model.preset)
+        if family.needs_tokenizer:
+            raise ValueError(
+                f"{model.preset} needs its tokenizer's codebook: set tokenizer.weights={family.tokenizer_hint}"
+            )
+        return None
+    weights = resolve_path(tokenizer.weights) if tokenizer.weights else None
+    return create_tokenizer(tokenizer.name, weights=weights, **tokenizer.options)
 
 
 def find_source(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
-from cca_ds.config.recipes import load_recipe
+from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.config.schema import RunConfig
+from cca_ds.models.weight_files import read_metadata
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,25 @@ def recipe_of_run(folder: Path) -> RunConfig:
     if not is_run_folder(folder):
         raise CheckpointError(f"run {folder}: holds no config.yaml; name the folder that train wrote (--output)")
     return load_recipe(str(folder / "config.yaml"))
+
+
+def recipe_text(path: Path) -> str | None:
+    """The recipe in the header of exported weights; None for a file without one. Raises WeightsError."""
+    return read_metadata(path).get("recipe")
+
+
+def recipe_of_weights(path: Path) -> RunConfig:
+    """The recipe of a run's folder or of exported weights.
+
+    Raises:
+        ConfigError, CheckpointError, WeightsError: there is none, or it is damaged.
+    """
+    if path.is_dir():
+        return recipe_of_run(path)
+    text = recipe_text(path)
+    if text is None:
+        raise ConfigError([f"{path}: no recipe in its header; `cca-export` writes one into safetensors"])
+    return load_recipe(str(path), text=text)
 
 
 def newest_of_run(folder: Path) -> tuple[Path, store.Manifest]:

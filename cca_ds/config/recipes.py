@@ -84,11 +84,16 @@ Check = Callable[[RunConfig], list[str]]
 
 
 def load_recipe(
-    name_or_file: str = "digits", overrides: list[str] | None = None, check: Check | None = None
+    name_or_file: str = "digits",
+    overrides: list[str] | None = None,
+    check: Check | None = None,
+    text: str | None = None,
 ) -> RunConfig:
     """Read a recipe, apply `a.b=c` overrides, and check it.
 
     Args:
+        text: a resolved recipe's YAML, as exported weights carry it, in the place of a file; `name_or_file` is then
+            where it is from, for messages.
         check: further problems of a recipe that is well-formed, such as names of variants that nobody registered
             (`training.checks.recipe_problems`); commands give it.
 
@@ -96,11 +101,11 @@ def load_recipe(
         ConfigError: with every problem found, not the first.
     """
     problems: list[str] = []
-    tree = _read_with_bases(name_or_file, problems)
+    tree = _read_with_bases(name_or_file, problems) if text is None else _parse_text(name_or_file, text, problems)
     for override in overrides or []:
         _apply(tree, override, problems)
     run = _validate(tree, problems)
-    if run is not None and (shipped := _shipped_below(name_or_file)):
+    if run is not None and text is None and (shipped := _shipped_below(name_or_file)):
         run = _without_others_figures(run, shipped)
     if run is not None:
         problems.extend(_contradictions(run))
@@ -176,8 +181,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...]
         )
 
 
-def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = None) -> RunConfig:
-    """The configuration that a parsed command line names, checked as in `load_recipe`.
+def recipe_from_arguments(
+    arguments: argparse.Namespace, check: Check | None = None, text: str | None = None
+) -> RunConfig:
+    """The configuration that a parsed command line names, checked as in `load_recipe`; `text` as there.
 
     Raises:
         ConfigError: with every problem found.
@@ -189,7 +196,7 @@ def recipe_from_arguments(arguments: argparse.Namespace, check: Check | None = N
         recipe = f"var-d{arguments.depth}"
     given = {name: getattr(arguments, f"original_{name}", None) for name in original_names.KEYS}
     translated = [f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None]
-    return load_recipe(recipe, translated + arguments.overrides, check)
+    return load_recipe(recipe, translated + arguments.overrides, check, text)
 
 
 def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -216,8 +223,23 @@ def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, .
 
 def _read_tree(path: Path) -> Any:
     """A recipe's file. Raises YAMLError, ValueError (too large, not UTF-8, a date or number that is none), OSError."""
-    text = regular_file(path, largest=LARGEST_RECIPE).read_text(encoding="utf-8")
+    return _tree(regular_file(path, largest=LARGEST_RECIPE).read_text(encoding="utf-8"))
+
+
+def _tree(text: str) -> Any:
     return _typed(yaml.load(text, PlainYaml) or {}, yaml.load(text, yaml.BaseLoader))
+
+
+def _parse_text(source: str, text: str, problems: list[str]) -> dict[str, Any]:
+    """The tree of a recipe that a file of weights carries, without bases."""
+    try:
+        tree = _tree(text) if len(text) <= LARGEST_RECIPE else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        tree = None
+    if isinstance(tree, dict) and "extends" not in tree:
+        return tree
+    problems.append(f"{source}: the recipe in its header is none; name one with --recipe")
+    return {}
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -9,17 +9,16 @@ import torch.distributed
 from torch import nn
 
 from cca_ds.alignment.losses import LOSSES
-from cca_ds.checkpoints.load_model import weights_hash
+from cca_ds.checkpoints.load_model import open_tokenizer, weights_hash
 from cca_ds.cluster.collectives import barrier
 from cca_ds.cluster.launch import Ranks
-from cca_ds.config import schema
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
-from cca_ds.models import family_of, model_config
-from cca_ds.vq import TOKENIZERS, create_tokenizer
+from cca_ds.models import model_config
+from cca_ds.vq import TOKENIZERS
 
 
 @dataclass(frozen=True)
@@ -116,24 +115,6 @@ def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:
             f"{config.num_classes}; set model.overrides.num_classes or take other data"
         )
     return table
-
-
-def open_tokenizer(model: schema.Model, tokenizer: schema.Tokenizer) -> nn.Module | None:
-    """The frozen tokenizer, or None where its weights are not named and the model works without.
-
-    Raises:
-        ValueError: a model that needs its tokenizer's codebook, without it.
-        WeightsError: weights that are missing, damaged or do not fit.
-    """
-    if TOKENIZERS[tokenizer.name].needs_weights and tokenizer.weights is None:
-        family = family_of(model.preset)
-        if family.needs_tokenizer:
-            raise ValueError(
-                f"{model.preset} needs its tokenizer's codebook: set tokenizer.weights={family.tokenizer_hint}"
-            )
-        return None
-    weights = resolve_path(tokenizer.weights) if tokenizer.weights else None
-    return create_tokenizer(tokenizer.name, weights=weights, **tokenizer.options)
 
 
 def _check_tokenizer(run: RunConfig, table: CodeTable, tokenizer: nn.Module | None) -> None:

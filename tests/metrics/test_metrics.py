@@ -76,7 +76,7 @@ def test_frechet_distance_is_faster_than_sqrtm():
             start = time.perf_counter()
             function(a, b)
             times.append(time.perf_counter() - start)
-    assert np.median(seconds[frechet_distance_of_statistics]) < np.median(seconds[distance_by_sqrtm])
+    assert min(seconds[frechet_distance_of_statistics]) < min(seconds[distance_by_sqrtm])
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_and_it_is_symmetric():
