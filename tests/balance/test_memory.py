@@ -151,3 +151,28 @@ def test_activations_against_the_measured_peak_of_var(checkpointing, monkeypatch
     cost = model_cost("var-d16", overrides)
     predicted = cost.codes * activation_bytes(cost, checkpointing, element_bytes=4)
     assert each <= predicted <= 1.4 * each
+
+
+def test_what_deepspeed_takes_where_its_file_says_nothing():
+    nothing = Sharding(
+        stage=0, offload_optimizer=False, offload_weights=False, reduce_bucket=500_000_000, live_weights=10**9,
+        hierarchical=1, gradient_bytes=2,
+    )  # fmt: skip
+    assert Sharding.of({}) == Sharding.of({"zero_optimization": {"reduce_bucket_size": "auto"}}) == nothing
+    model = model_cost("llamagen-3b")
+    plain = memory_of(model, nothing, 4, True, reference_bytes=0.0)
+    assert plain == memory_of(model, nothing, 4, True, reference_bytes=0.0, rows_per_pair=2, element_bytes=2)
+    assert plain.buffers == 5e8 * 2  # the bucket alone: below stage 3 nothing is gathered
+    assert plain.weights == 2 * model.parameters and plain.gradients == 2 * model.parameters
+    assert gathered_bytes(model, nothing) == 2 * 10**9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_a_pair_by_hand(checkpointing):
+    """LlamaGen-3B in bf16 with dropout: D = 3200, F = 8704, 24 blocks, 576 codes, two rows a pair."""
+    model = model_cost("llamagen-3b")
+    block = 2 * (10 * 3200 + 3 * 8704) + 2 * 3200
+    each = (24 * 3200 * 2 + block if checkpointing else 24 * block) + 8 * 3200 * 2
+    assert activation_bytes(model, checkpointing) == each
+    found = memory_of(model, ZERO3, 8, checkpointing, reference_bytes=0.0).activations_per_pair
+    assert found == 2 * 576 * (each + 2 * 16384)

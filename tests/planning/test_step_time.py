@@ -125,3 +125,83 @@ def test_leaving_slow_nodes_out_is_noticed():
     assert "a40" not in {group.device.name for group in leaner.trainers}
     equal = parse_nodes("4xh100:8")
     assert leaner_outcome(job, equal, outcome(job, equal, PLACEMENTS["inference"], True)) is None
+
+
+def test_links_of_unequal_nodes_by_hand():
+    """The slowest network and the slowest link inside a node, a latency for each doubling of the ranks and layer."""
+    job = job_of("llamagen-3b")
+    size, layers = 2 * job.model.parameters, 24
+    mixed = links_of(parse_nodes("1xa100:4,1xa40:4", networks="a40=10"), job.model, ZERO3)
+    assert mixed.far == pytest.approx(
+        max(size / 2 / (0.8 * 10e9), size * 7 / 8 / (0.8 * 25e9)) + 5e-6 * 3 * layers, rel=1e-9
+    )
+    assert mixed.near == mixed.far and mixed.far_bytes == size * 7 / 8
+    four = links_of(parse_nodes("4xa100:1", networks="a100=10"), job.model, ZERO3)  # three quarters cross the network
+    assert four.far == pytest.approx(size * 3 / 4 / (0.8 * 10e9) + 5e-6 * 2 * layers, rel=1e-9)
+    hierarchical = Sharding.of({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
+    inside = links_of(parse_nodes("2xa100:4"), job.model, hierarchical)
+    assert inside.near == pytest.approx(size * 3 / 4 / (0.8 * 300e9) + 5e-6 * 2 * layers, rel=1e-9)
+    pair = links_of(parse_nodes("1xa100:2"), job.model, hierarchical)  # fewer ranks than the partition asks for
+    assert pair.near == pytest.approx(size / 2 / (0.8 * 300e9) + 5e-6 * layers, rel=1e-9)
+    one = links_of(parse_nodes("1xa100:1"), job.model, ZERO3)
+    assert (one.far, one.near, one.far_bytes) == (0.0, 0.0, 0.0)
+
+
+def sharded(stage, hierarchical=1):
+    return Sharding.of({"zero_optimization": {"stage": stage, "zero_hpz_partition_size": hierarchical}})
+
+
+@pytest.mark.parametrize("placement", ["cached", "inference", "zero3"])
+@pytest.mark.parametrize("sharding", [sharded(0), sharded(1), sharded(2), sharded(3), sharded(3, 2)], ids=str)
+def test_a_step_of_two_forwards_by_hand(sharding, placement):
+    """Four A100 in two nodes, eight pairs in two forwards of one pair each, with and without what the links add."""
+    job, groups = job_of("llamagen-b", pairs=8, sharding=sharding), parse_nodes("2xa100:2", networks="a100=2")
+    model, record, layers = job.model, PLACEMENTS[placement], 12
+    found = step_time(groups, [1], 8, model, work_of(model, record, False), sharding, record)
+    assert found.partition.pairs == (2, 2, 2, 2) and found.partition.forwards == 2
+    links = links_of(groups, model, sharding)
+    rate = 312e12 * 0.5
+    forward = 2 * model.forward_flops() / rate  # a pair's two rows
+    per_pass = {
+        "reference": (forward * (placement != "cached"), links.far * (placement == "zero3")),
+        "forward": (forward, links.far * (sharding.stage == 3)),
+        "backward": (2 * forward, {2: links.far, 3: links.near + links.far}.get(sharding.stage, 0.0)),
+    }
+    chain = sum(max(c, g) + min(c, g) / layers for c, g in per_pass.values())
+    once = links.far * {0: 2, 1: 2, 2: 1, 3: 0}[sharding.stage]
+    update = 28 * model.parameters / (4 if sharding.stage else 1) / 2000e9
+    assert found.seconds == pytest.approx(2 * chain + once + update, rel=1e-9)
+    assert found.compute_seconds == pytest.approx(2 * sum(c for c, _ in per_pass.values()), rel=1e-9)
+    assert found.link_seconds == pytest.approx(2 * sum(g for _, g in per_pass.values()) + once, rel=1e-9)
+    gathers = {0: 2, 1: 2, 2: 3, 3: 6 if sharding.hierarchical == 1 else 4}[sharding.stage]
+    gathers += 2 * (placement == "zero3")
+    assert found.link_bytes == pytest.approx(gathers * links.far_bytes, rel=1e-9)
+    perfect = 8 * sum(c for c, _ in per_pass.values()) / 4
+    assert found.efficiency == pytest.approx(perfect / found.seconds, rel=1e-9)
+
+
+def test_unequal_gpus_by_hand():
+    """The update waits for the slowest memory; an even share is what fits on the smallest; perfect shares by speed."""
+    job, groups = job_of("llamagen-b", pairs=4, sharding=sharded(0)), parse_nodes("1xh100:1,1xa40:1")
+    record = PLACEMENTS["cached"]
+    work = work_of(job.model, record, False)
+    assert work.total == work.reference + work.forward + work.backward == 6 * job.model.forward_flops()
+    fast, slow = (work.total / (d.peak_flops * d.efficiency) for d in (DEVICES["h100"], DEVICES["a40"]))
+    even = step_time(groups, [4, 1], 4, job.model, work, sharded(0), record, even=True)
+    assert even.partition.micro_sizes == ((1, 1), (1, 1))  # one pair at a time, as on the A40
+    far = links_of(groups, job.model, sharded(0)).far
+    update = 28 * job.model.parameters / 696e9
+    assert even.seconds == pytest.approx(2 * slow + 2 * far + update, rel=1e-9)
+    perfect = 4 / (1 / fast + 1 / slow)
+    assert even.efficiency == pytest.approx(perfect / even.seconds, rel=1e-9)
+    balanced = step_time(groups, [4, 4], 4, job.model, work, sharded(0), record)
+    assert balanced.partition.pairs == (4, 0) and balanced.compute_seconds == pytest.approx(max(4 * fast, slow))
+    assert step_time(groups, [0, 0], 4, job.model, work, sharded(0), record) is None
+    assert step_time(groups, [4, 0], 4, job.model, work, sharded(0), record, even=True) is None
+
+
+def test_caps_by_hand():
+    job, groups = job_of("llamagen-b", pairs=150), parse_nodes("1xh100:1,1xa40:1")
+    memory = job.memory(PLACEMENTS["cached"], 2, False)
+    each = [int((0.94 * gib * 2**30 - memory.fixed) // memory.activations_per_pair) for gib in (80, 48)]
+    assert micro_caps(groups, [memory, memory], 150) == [min(150, cap) for cap in each] and each[1] < 150
