@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--output", type=path, required=True, help="folder to fill; settings go into its sampling.json")
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
     add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
-    add("--classes", type=int, nargs="+", help="draw these classes only (default: all)")
+    add("--classes", nargs="+", help="draw these classes only, by number or name (default: all)")
     add("--resize", type=int, metavar="SIDE",
         help="resize to this side before saving, bicubic (LlamaGen's 384 to 256)")  # fmt: skip
     add("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
@@ -82,12 +82,13 @@ def sample(arguments: Namespace) -> int | None:
     """Draw this rank's share of the missing images; then, on rank 0, write the archive and the grid."""
     run = read_recipe(arguments)
     from cca_ds.checkpoints.load_model import find_source, load_model
+    from cca_ds.checkpoints.run_weights import class_names
     from cca_ds.cluster.collectives import barrier, on_first
     from cca_ds.cluster.launch import find_ranks, initialize, shutdown
     from cca_ds.config.deepspeed_file import resolve_precision
     from cca_ds.models import family_of
     from cca_ds.sampling import drawing
-    from cca_ds.sampling.image_folder import SampleFolder, image_indices
+    from cca_ds.sampling.image_folder import SampleFolder, chosen_classes, image_indices
 
     source = find_source(arguments.weights, arguments.checkpoint, arguments.ema, run.model, run.name)
     ranks, family, show = find_ranks(os.environ), family_of(run.model.preset), run.logging.progress
@@ -99,10 +100,12 @@ def sample(arguments: Namespace) -> int | None:
             ranks = initialize(ranks, WAIT_SECONDS, run.distributed.rendezvous_seconds)
         loaded = load_model(run.model, run.tokenizer, source, ranks, precision)
         folder = SampleFolder(arguments.output, loaded.model.num_classes)
-        indices = image_indices(run.sampling.images_per_class, folder.classes, arguments.classes)
-        names = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
+        names = class_names(run, source.path) if arguments.classes else ()
+        chosen = chosen_classes(arguments.classes or (), names, folder.classes)
+        indices = image_indices(run.sampling.images_per_class, folder.classes, chosen or None)
+        made_by = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
         how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)
-        on_first(ranks, lambda: folder.claim({**names, **loaded.identity(), **how}))
+        on_first(ranks, lambda: folder.claim({**made_by, **loaded.identity(), **how}))
         if ranks.rank == 0:
             say(f"{run.model.preset}: {drawing.describe_draw(run.sampling, family, folder, indices)}; {precision}, "
                 f"{ranks.world_size} rank(s) on {ranks.device.partition(':')[0]}")  # fmt: skip

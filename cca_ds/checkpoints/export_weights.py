@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import cca_ds
 from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
 from cca_ds.config.schema import Model, RunConfig
+from cca_ds.data.manifest import class_names_of
 from cca_ds.models import (
     DTYPES,
     CodeModel,
@@ -145,7 +147,9 @@ def _shared_recipe(run: RunConfig) -> str:
 
 def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None) -> dict[str, str]:
     """Entries of the safetensors header that describe how the weights were made."""
+    names = class_names_of(run.data.codes)
     return {
+        **({"class_names": json.dumps(names)} if names else {}),
         **({"lambda": f"{lambda_:g}"} if lambda_ is not None else {}),
         "recipe": _shared_recipe(run),
         "recipe_name": run.name,

@@ -15,7 +15,9 @@ from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.config.schema import RunConfig
-from cca_ds.models.weight_files import read_metadata
+from cca_ds.data.manifest import class_names_of
+from cca_ds.models.weight_files import WeightsError, read_metadata
+from cca_ds.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,24 @@ def recipe_of_weights(path: Path) -> RunConfig:
     if text is None:
         raise ConfigError([f"{path}: no recipe in its header; `cca-export` writes one into safetensors"])
     return load_recipe(str(path), text=text)
+
+
+def class_names(recipe: RunConfig, path: Path) -> tuple[str, ...]:
+    """Names of a model's classes: from the header of its weights file, else from the codes of its recipe.
+
+    Raises:
+        WeightsError: a header whose names are none. CodesError: a damaged table.
+    """
+    text = None if path.is_dir() else read_metadata(path).get("class_names")
+    if text is None:
+        return class_names_of(recipe.data.codes)
+    try:
+        names = parse_json(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise WeightsError(f"weights file {path}: class_names in its header is no list of names; export it again")
+    return tuple(names)
 
 
 def newest_of_run(folder: Path) -> tuple[Path, store.Manifest]:

@@ -135,6 +135,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def class_names_of(codes: str) -> tuple[str, ...]:
+    """Names of the classes of a table of codes; empty where the table is not there. Raises CodesError."""
+    folder = expand(codes)
+    return read_manifest(folder).class_names if (folder / MANIFEST_NAME).is_file() else ()
+
+
 def expected_images(codes: str, builtin_images: int | None = None) -> tuple[int, str]:
     """Number of images of the recipe's `data.codes`, and where the number comes from.
 

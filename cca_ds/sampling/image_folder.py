@@ -13,6 +13,7 @@ Letters: B images of a batch, N of all, H and W pixels, C channels (1 or 3).
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import zipfile
@@ -44,12 +45,32 @@ class SamplesError(ValueError):
 
 
 def image_indices(per_class: int, classes: int, chosen: Sequence[int] | None = None) -> list[int]:
-    """Indices of `per_class` images of every class, or of the chosen ones, in order. Raises SamplesError."""
-    for label in chosen or []:
-        if not 0 <= label < classes:
-            raise SamplesError(f"--classes {label}: the model has classes 0 to {classes - 1}")
+    """Indices of `per_class` images of every class, or of the chosen ones, in order."""
     labels = sorted(set(chosen)) if chosen else range(classes)
     return [round_ * classes + label for round_ in range(per_class) for label in labels]
+
+
+def chosen_classes(words: Sequence[str], names: Sequence[str], classes: int) -> list[int]:
+    """Class numbers from numbers and names, as `--classes` takes them; a name comes first where it is a number too.
+
+    Args:
+        names: of the classes, in their order; empty where they are not known.
+        classes: of the model.
+
+    Raises:
+        SamplesError: neither a name nor a number of a class, with the nearest name.
+    """
+    found = []
+    for word in words:
+        if word in names:
+            found.append(list(names).index(word))
+        elif word.isdecimal() and int(word) < classes:
+            found.append(int(word))
+        else:
+            near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+            known = f"; did you mean {near[0]}?" if near else f", such as {names[0]}" if names else ""
+            raise SamplesError(f"--classes {word}: the model has classes 0 to {classes - 1}{known}")
+    return found
 
 
 class SampleFolder:

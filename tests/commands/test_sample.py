@@ -20,7 +20,7 @@ from cca_ds.metrics.image_sets import open_images
 from cca_ds.models import FAMILIES, create_model, load_weights, save_weights
 from cca_ds.reporting.evaluation_report import sampler_settings
 from cca_ds.sampling import drawing, generate
-from cca_ds.sampling.image_folder import SampleFolder, SamplesError, image_indices, to_pixels
+from cca_ds.sampling.image_folder import SampleFolder, SamplesError, chosen_classes, image_indices, to_pixels
 from cca_ds.vq import create_tokenizer
 from tests.support.trained_run import trained_run
 from tests.support.two_ranks import torchrun
@@ -270,8 +270,18 @@ def test_resizing_is_bicubic_without_antialiasing():
 def test_image_indices():
     assert image_indices(2, 3) == [0, 1, 2, 3, 4, 5]
     assert image_indices(2, 3, [2, 0]) == [0, 2, 3, 5]
-    with pytest.raises(SamplesError, match="classes 0 to 2"):
-        image_indices(1, 3, [-1])
+
+
+def test_classes_by_number_and_name():
+    names = ("beagle", "poodle", "7")
+    assert chosen_classes(["1", "beagle", "7"], names, 3) == [1, 0, 2]
+    assert chosen_classes(["2"], (), 3) == [2]
+    for word, known, message in (
+        ("poodel", names, "did you mean poodle?"), ("3", names, "classes 0 to 2, such as beagle"),
+        ("-1", (), "classes 0 to 2"), ("cat", (), "--classes cat"),
+    ):  # fmt: skip
+        with pytest.raises(SamplesError, match=message):
+            chosen_classes([word], known, 3)
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):

@@ -135,6 +135,8 @@ def test_links_of_unequal_nodes_by_hand():
     assert mixed.far == pytest.approx(
         max(size / 2 / (0.8 * 10e9), size * 7 / 8 / (0.8 * 25e9)) + 5e-6 * 3 * layers, rel=1e-9
     )
+    usual = links_of(parse_nodes("1xa100:4,1xa40:4"), job.model, ZERO3)  # the A40's own link is the slowest
+    assert usual.far == pytest.approx(size * 7 / 8 / (0.8 * 25e9) + 5e-6 * 3 * layers, rel=1e-9)
     assert mixed.near == mixed.far and mixed.far_bytes == size * 7 / 8
     four = links_of(parse_nodes("4xa100:1", networks="a100=10"), job.model, ZERO3)  # three quarters cross the network
     assert four.far == pytest.approx(size * 3 / 4 / (0.8 * 10e9) + 5e-6 * 2 * layers, rel=1e-9)
@@ -178,6 +180,16 @@ def test_a_step_of_two_forwards_by_hand(sharding, placement):
     assert found.link_bytes == pytest.approx(gathers * links.far_bytes, rel=1e-9)
     perfect = 8 * sum(c for c, _ in per_pass.values()) / 4
     assert found.efficiency == pytest.approx(perfect / found.seconds, rel=1e-9)
+
+
+def test_bytes_of_a_hierarchical_step_leave_the_exchanges_within_a_group_out():
+    """Two thirds of a gather's time within the pairs of one node, which would round to a gather more."""
+    job, groups = job_of("llamagen-b", pairs=4, sharding=sharded(3, 2)), parse_nodes("1xa100:4")
+    record = PLACEMENTS["cached"]
+    for pairs, forwards in ((4, 1), (12, 3)):
+        found = step_time(groups, [1], pairs, job.model, work_of(job.model, record, False), sharded(3, 2), record)
+        assert found.partition.forwards == forwards
+        assert found.link_bytes == pytest.approx(2 * forwards * 2 * job.model.parameters * 3 / 4, rel=1e-9)
 
 
 def test_unequal_gpus_by_hand():
