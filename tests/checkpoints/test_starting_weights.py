@@ -6,7 +6,7 @@ import torch
 from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.checkpoints.load_model import starting_weights, weights_hash
 from cca_ds.checkpoints.run_weights import run_weights
-from cca_ds.config.recipes import ConfigError, load_recipe
+from cca_ds.config.recipes import ConfigError, load_recipe, resolve_path
 from cca_ds.models import WeightsError, read_weights
 from cca_ds.training.checks import recipe_problems, require_base
 from cca_ds.training.run import reference_weights
@@ -31,12 +31,10 @@ def recipe(family, *more):
 def test_classes_drawn_anew_on_a_published_backbone(family):
     run, weights, classes = recipe(family)
     found = starting_weights(run.model, weights, seed=1)
-    from cca_ds.config.recipes import resolve_path
-
     published = read_weights(resolve_path(weights))
     assert found[classes].shape[0] == 4 and published[classes].shape[0] != 4
     assert torch.equal(found[classes][-1], published[classes][-1].float())  # the null class
-    assert 0.3 < found[classes][:-1].std() / (1 if family == "var" else 0.02) * (1 if family != "var" else 20) < 3
+    assert found[classes][:-1].std() > 0.005 and len(found[classes].unique(dim=0)) == 4  # drawn, each row its own
     for name, value in found.items():
         if name != classes and name in published:
             assert torch.equal(value, published[name].float()), name
@@ -65,10 +63,7 @@ def test_a_run_is_a_source_of_weights():
     run = load_recipe("digits", [f"model.weights={folder}"])
     found, expected = starting_weights(run.model, run.model.weights, 0), run_weights(folder).state
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    newest, older = (
-        sorted((folder / "checkpoints").glob("step_*"))[-1:] + sorted((folder / "checkpoints").iterdir())[:1]
-    )
-    assert newest != older and len(weights_hash(folder)) == 64 == len(weights_hash(folder / "config.yaml"))
+    assert weights_hash(folder) == weights_hash(folder) != weights_hash(folder / "config.yaml")
 
 
 def test_published_figures_go_with_the_published_model(tmp_path):
@@ -85,7 +80,7 @@ def test_published_figures_go_with_the_published_model(tmp_path):
 
 def test_what_is_no_source(tmp_path):
     run = load_recipe("digits")
-    with pytest.raises(CheckpointError, match="a folder without config.yaml; name a weights file, or a run's folder"):
+    with pytest.raises(CheckpointError, match=r"a folder without config\.yaml; name a weights file, or a run's folder"):
         starting_weights(run.model, str(tmp_path), 0)
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
@@ -98,5 +93,5 @@ def test_a_contrastive_loss_needs_a_base():
             require_base(load_recipe("llamagen-b", [f"loss.name={name}"]))
     for settings in (["loss.name=mle"], ["model.weights=x"], ["model.from_scratch=true"]):
         require_base(load_recipe("llamagen-b", settings))
-    with pytest.raises(ConfigError, match="model.reset_classes=true needs model.weights"):
+    with pytest.raises(ConfigError, match=r"model\.reset_classes=true needs model\.weights"):
         load_recipe("llamagen-b", ["model.reset_classes=true"], recipe_problems)
