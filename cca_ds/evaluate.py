@@ -34,7 +34,10 @@ Result = TypeVar("Result")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `--help` imports no torch."""
     parser = command_parser("evaluate", __doc__)
-    parser.add_argument("samples", nargs="?", help=".npz (arr_0: uint8 [N, H, W, 3]) or folder of images")
+    parser.add_argument(
+        "samples", nargs="*", help=".npz (arr_0: uint8 [N, H, W, 3]) or folder of images; "
+        "two are the reference and the samples, in the order of ADM's evaluator"
+    )  # fmt: skip
     parser.add_argument("--reference", help="the same of real images, or .npz of mu, sigma, mu_s, sigma_s")
     parser.add_argument("--inception_weights", type=path, help="the FID network's weights file; never downloaded")
     parser.add_argument("--batch_size", type=positive, help="images per forward (default: the recipe's)")
@@ -51,7 +54,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
     add_recipe_arguments(parser, reads=())
     arguments = parser.parse_args(argv)
-    if sum(part is not None for part in (arguments.samples, arguments.report, arguments.make_reference)) != 1:
+    if len(arguments.samples) == 2 and arguments.reference is None:
+        arguments.reference = arguments.samples.pop(0)
+    arguments.samples = arguments.samples[0] if len(arguments.samples) == 1 else arguments.samples or None
+    given = sum(part is not None for part in (arguments.samples, arguments.report, arguments.make_reference))
+    if given != 1 or isinstance(arguments.samples, list):
         parser.error("give the samples to score, or --make_reference SOURCE, or --report RUN_DIR")
     if arguments.make_reference and arguments.output is None:
         parser.error("--make_reference needs --output FILE.npz")

@@ -33,14 +33,27 @@ def parse(argv: list[str] | None) -> Namespace:
     add_recipe_arguments(parser, reads=("model.weights", "loss.lambda"))
     parser.set_defaults(recipe=None)  # the run's own, where --weights is a run's folder; else the digits'
     add = parser.add_argument
-    add("--weights", type=path, help="weights file, or a run's folder (default: the recipe's model.weights)")
+    add(
+        "--weights",
+        "--ckpt_path",
+        "--gpt-ckpt",
+        type=path,
+        help="weights file, or a run's folder (default: the recipe's model.weights)",
+    )
     add("--checkpoint", type=path, help="of the run's checkpoints, another than the newest")
     add("--ema", action="store_true", help="of a run's folder: the moving average of its policy")
-    add("--output", type=path, required=True, help="folder to fill; settings go into its sampling.json")
+    add(
+        "--output",
+        "--sample_dir",
+        "--sample-dir",
+        type=path,
+        required=True,
+        help="folder to fill; settings go into its sampling.json",
+    )
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
     add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
     add("--classes", nargs="+", help="draw these classes only, by number or name (default: all)")
-    add("--resize", type=int, metavar="SIDE",
+    add("--resize", "--image-size-eval", type=int, metavar="SIDE",
         help="resize to this side before saving, bicubic (LlamaGen's 384 to 256)")  # fmt: skip
     add("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add("--grid", action="store_true", help="also write grid.png")

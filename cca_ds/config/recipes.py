@@ -10,6 +10,8 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -170,14 +172,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...]
     )  # fmt: skip
     original = parser.add_argument_group("names of the original programs")
     original.add_argument("--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe")
-    original.add_argument("--depth", type=int, help="16, 20, 24, 30: VAR's recipe of that depth")
-    for name, key in original_names.KEYS.items():
-        if reads is not None and not any(key == part or key.startswith(f"{part}.") for part in reads):
-            continue
-        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]) if name != "lambda_" else ["--lambda_"]
-        kind: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "keep_dropout" else {}
+    original.add_argument("--depth", type=int, help="16, 20, 24, 30, 36: VAR's recipe of that depth")
+    flags = original_names.flags_of(parser.prog, reads)
+    parser.set_defaults(originals=flags)
+    for name, flag in flags.items():
+        kind: dict[str, Any] = {"nargs": "?", "const": "true"} if flag.switch else {}
+        meaning = f"ignored: {flag.ignored}" if flag.ignored else "see docs/original_commands.md"
+        if name in original_names.KEYS:
+            meaning = f"same as --set {original_names.KEYS[name]}=VALUE"
         original.add_argument(
-            *flags, dest=f"original_{name}", help=f"same as --set {key}=VALUE", metavar="VALUE", **kind
+            *original_names.spellings(name), dest=f"original_{name}", metavar="VALUE", help=meaning, **kind
         )
 
 
@@ -189,14 +193,67 @@ def recipe_from_arguments(
     Raises:
         ConfigError: with every problem found.
     """
-    recipe = arguments.recipe
-    if arguments.gpt_model:
-        recipe = arguments.gpt_model
-    if arguments.depth is not None:
-        recipe = f"var-d{arguments.depth}"
-    given = {name: getattr(arguments, f"original_{name}", None) for name in original_names.KEYS}
-    translated = [f"{original_names.KEYS[name]}={value}" for name, value in given.items() if value is not None]
+    problems: list[str] = []
+    recipe = _named_recipe(arguments, problems)
+    translated = _translated(arguments, problems)
+    if problems:
+        raise ConfigError(problems)
     return load_recipe(recipe, translated + arguments.overrides, check, text)
+
+
+def _named_recipe(arguments: argparse.Namespace, problems: list[str]) -> str:
+    """The recipe of --recipe, or of the originals' --gpt-model or --depth; two that differ are a problem."""
+    named = {
+        "--gpt-model": arguments.gpt_model,
+        "--depth": None if arguments.depth is None else f"var-d{arguments.depth}",
+        "--recipe": arguments.recipe if arguments.recipe not in (None, "digits") else None,
+    }
+    given = {flag: name for flag, name in named.items() if name is not None}
+    if len({canonical_recipe(name) for name in given.values()}) > 1 and not (
+        "--recipe" in given and Path(given["--recipe"]).is_file()
+    ):
+        problems.append(f"{' and '.join(f'{flag} {name}' for flag, name in given.items())} contradict each other")
+    return next(iter(given.values()), arguments.recipe)
+
+
+def _translated(arguments: argparse.Namespace, problems: list[str]) -> list[str]:
+    """The overrides that the originals' flags stand for; those without a meaning are named on stderr.
+
+    A value that a flag does not take is a problem, and so is a key that is set differently by two flags, or by a flag
+    and --set.
+    """
+    found: dict[str, tuple[str, str]] = {}  # key -> value, where from
+    ignored = []
+    for override in arguments.overrides:
+        key, _, value = override.partition("=")
+        found[original_names.KEYS.get(key, key)] = (value, f"--set {override}")
+    translated = []
+    for name, flag in arguments.originals.items():
+        value = getattr(arguments, f"original_{name}", None)
+        if value is None:
+            continue
+        typed = original_names.spellings(name)[-1]
+        if flag.ignored:
+            ignored.append(f"ignored: {typed}: {flag.ignored}")
+            continue
+        try:
+            settings = flag.settings(value)
+        except ValueError as error:
+            problems.append(f"{typed} {value}: {error}")
+            continue
+        for setting in settings:
+            key, _, own = setting.partition("=")
+            other, source = found.setdefault(key, (own, f"{typed} {value}"))
+            if not _same_value(other, own):
+                problems.append(f"{typed} {value} and {source} contradict each other ({key})")
+            translated.append(setting)
+    if ignored and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print("\n".join(ignored), file=sys.stderr)
+    return translated
+
+
+def _same_value(one: str, other: str) -> bool:
+    return one.lower() == other.lower() or _scalar(one) == _scalar(other)
 
 
 def _read_with_bases(name_or_file: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Any]:

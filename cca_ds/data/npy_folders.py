@@ -9,6 +9,7 @@ Letters: N images, C crops, L codes per crop.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,21 @@ class NpyFolders:
         if codes.ndim not in (2, 3) or codes.shape[0] != 1 or not codes.size:
             raise CodesError(f"{folder / f'{index}.npy'} is {list(codes.shape)}, not [1, crops, L] or [1, L]")
         return codes.reshape(-1, codes.shape[-1])
+
+
+def import_command(folder: Path, recipe: str) -> str | None:
+    """The command that imports a folder of the original's codes; None for a folder that holds none.
+
+    LlamaGen's second folder of crops, of the same name with _105, is part of it where it is there.
+    """
+    if not all(any(path.is_dir() for path in folder.glob(f"*_{part}")) for part in ("codes", "labels")):
+        return None
+    second = folder.with_name(f"{folder.name}_105")
+    both = [str(folder), *([str(second)] if second.is_dir() else [])]
+    return (
+        f"python -m cca_ds.encode --recipe {recipe} --import_npy {' '.join(map(shlex.quote, both))} "
+        f"--output {shlex.quote(f'{folder}_table')}"
+    )
 
 
 def _codes_and_labels(folder: Path) -> tuple[Path, Path]:

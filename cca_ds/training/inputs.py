@@ -17,6 +17,7 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import BatchPlan, total_steps
 from cca_ds.data.codes import CodeTable
+from cca_ds.data.npy_folders import import_command
 from cca_ds.models import model_config
 from cca_ds.vq import TOKENIZERS
 
@@ -100,6 +101,11 @@ def open_table(run: RunConfig, cache_folder: Path) -> CodeTable:
     """The codes to train on, checked against the model. Raises CodesError, ValueError."""
     name = run.data.codes
     builtin = TOKENIZERS[name].builtin_codes if name in TOKENIZERS else None
+    if not builtin and (command := import_command(resolve_path(name), run.model.preset)):
+        raise ValueError(
+            f"data.codes={name} holds the original program's .npy files; import them once, and set data.codes to the "
+            f"table: {command}"
+        )
     table = CodeTable.open(builtin(cache_folder) if builtin else resolve_path(name))
     config = model_config(run.model.preset, **run.model.overrides)
     expected = (config.sequence_length, config.vocab_size)

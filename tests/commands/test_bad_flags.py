@@ -40,7 +40,7 @@ SAMPLE = {
     "weights that are not there": (["--weights", "{t}/none", *FEW], "does not exist"),
     "weights that are a pipe": (["--weights", "{t}/pipe", *FEW], "pipe"),
     "weights that are a text": (["--weights", "{t}/text", *FEW], "{t}/text"),
-    "weights that are an empty folder": (["--weights", "{t}/empty", *FEW], "no complete checkpoint"),
+    "weights that are an empty folder": (["--weights", "{t}/empty", *FEW], "a folder without config.yaml"),
     "a checkpoint of a file": (["--checkpoint", "{t}/empty", *FEW], "neither an average nor checkpoints"),
     "an average of a file": (["--ema", *FEW], "neither an average nor checkpoints"),
     "no weights": (["--recipe", "llamagen-b", *FEW], "--weights is missing"),

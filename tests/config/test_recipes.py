@@ -1,6 +1,7 @@
 """From names, overrides and the originals' flags to one checked configuration; every error at once."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ ENTRIES = ("train", "encode", "sample", "evaluate", "export", "plan")
 
 
 def from_flags(*flags: str):
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="train")
     add_recipe_arguments(parser)
     return recipe_from_arguments(parser.parse_args(flags))
 
@@ -66,8 +67,32 @@ def test_flags_that_users_of_the_originals_know():
     assert (run.seed, run.data.codes) == (7, "codes")
 
 
-def test_set_wins_over_the_originals_flags_and_takes_their_names():
-    assert from_flags("--beta", "0.1", "--set", "loss.beta=0.2").loss.beta == 0.2
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--beta", ".7", "--set", "loss.beta=.3"],
+            "--beta .7 and --set loss.beta=.3 contradict each other (loss.beta)",
+        ),
+        (["--beta", ".7", "--set", "beta=.3"], "--beta .7 and --set beta=.3 contradict each other"),
+        (["--bs", "8", "--global-batch-size", "16"], "contradict each other (batch.global_size)"),
+        (["--gpt-model", "GPT-B", "--depth", "16"], "--gpt-model GPT-B and --depth var-d16 contradict each other"),
+        (["--recipe", "llamagen-b", "--gpt-model", "GPT-3B"], "contradict each other"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        from_flags(*flags)
+    assert len(caught.value.problems) == 1
+
+
+def test_the_same_said_twice_is_no_contradiction():
+    assert from_flags("--beta", "0.20", "--set", "loss.beta=.2").loss.beta == 0.2
+    assert from_flags("--recipe", "llamagen-b", "--gpt-model", "GPT-B").name == "llamagen-b"
+    assert from_flags("--lr", "1e-5", "--tblr", "0.00001").optimizer.learning_rate == 1e-5
+
+
+def test_set_takes_the_originals_names():
     run = load_recipe("digits", ["lambda_=5", "uncond_ratio=0.2", "ref_ckpt=x.pt"])
     assert (run.loss.lambda_, run.loss.condition_mask_probability, run.model.weights) == (5.0, 0.2, "x.pt")
     assert load_recipe("digits", ["loss.lambda_=5"]) == load_recipe("digits", ["loss.lambda=5"])
@@ -232,7 +257,7 @@ def test_help_answers_at_once(entry):
     {
         "train": set(),  # all of them
         "encode": {"--code-path", "--data-path", "--global-seed"},
-        "sample": {"--lambda_", "--ref-ckpt"},
+        "sample": {"--lambda_", "--ref-ckpt", "--num-classes", "--global-seed"},
         "evaluate": set(),
         "plan": {"--loss-type", "--keep-dropout", "--code-path", "--global-batch-size", "--bs", "--epochs", "--ep"},
     }.items(),
