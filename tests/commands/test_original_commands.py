@@ -20,19 +20,22 @@ COMMANDS = [
 PARSERS = {"train": train.parse, "encode": encode.parse_arguments, "sample": sample.parse, "evaluate": evaluate.parse}
 # flag as typed -> (key, value) that it must lead to
 MEANT = {
-    "--bs=256": ("batch.global_size", 256), "--ep=1": ("batch.epochs", 1.0), "--tblr=2e-5": ("optimizer.learning_rate", 2e-5),
+    "--bs=256": ("batch.global_size", 256), "--ep=1": ("batch.epochs", 1.0),
+    "--tblr=2e-5": ("optimizer.learning_rate", 2e-5),
     "--tblr=8e-5": ("optimizer.learning_rate", 8e-5), "--wpe=0.1": ("schedule.final_fraction", 0.1),
     "--wpe=0.01": ("schedule.final_fraction", 0.01), "--twde=0.08": ("optimizer.final_weight_decay", 0.08),
-    "--loss_type=CCA": ("loss.name", "cca"), "--beta=0.02": ("loss.beta", 0.02), "--lambda_=50.0": ("loss.lambda_", 50.0),
+    "--loss_type=CCA": ("loss.name", "cca"), "--beta=0.02": ("loss.beta", 0.02),
+    "--lambda_=50.0": ("loss.lambda_", 50.0),
     "--lambda_=1000.0": ("loss.lambda_", 1000.0), "--dpr_ratio=0.0": ("model.dropout", False),
     "--uncond_ratio=0.1": ("loss.condition_mask_probability", 0.1), "--keep_dropout": ("model.dropout", True),
     "--ckpt-every=5000": ("checkpoint.every_steps", 5000), "--lr=1e-5": ("optimizer.learning_rate", 1e-5),
     "--vae_ckpt=./vae_ch160v4096z32.pth": ("tokenizer.weights", "./vae_ch160v4096z32.pth"),
     "--vq-ckpt=vq_ds16_c2i.pt": ("tokenizer.weights", "vq_ds16_c2i.pt"),
-    "--per-proc-batch-size=48": ("sampling.batch_size", 48), "--num-fid-samples=50000": ("sampling.images_per_class", 50),
+    "--per-proc-batch-size=48": ("sampling.batch_size", 48),
+    "--num-fid-samples=50000": ("sampling.images_per_class", 50),
     "--exp_name=default": ("name", "default"), "--ten-crop": ("data.crops", "ten_crop"),
     "--gpt-model=GPT-3B": ("model.preset", "llamagen-3b"), "--gpt-model=GPT-XL": ("model.preset", "llamagen-xl"),
-    "--bs=768": ("batch.global_size", 768), "--ep=200": ("batch.epochs", 200.0),
+    "--loss_type=mle": ("loss.name", "mle"), "--bs=768": ("batch.global_size", 768), "--ep=200": ("batch.epochs", 200.0),
 }  # fmt: skip
 
 
@@ -58,13 +61,12 @@ def test_a_command_parses_and_means_what_it_meant(command, capsys):
     text = capsys.readouterr().err
     ignored = {re.match(r"ignored: (--[\w-]+): .+", line)[1] for line in text.splitlines()}
     checked = 0
-    for word in words:
-        flag = re.match(r"--[\w-]+", word)
-        if flag and FLAGS[name].get(flag[0].strip("-").replace("-", "_"), None) is not None:
-            known = FLAGS[name][flag[0].strip("-").replace("-", "_")]
-            assert (spellings(flag[0].strip("-").replace("-", "_"))[-1] in ignored) == bool(known.ignored), word
-        if word in MEANT:
-            key, value = MEANT[word]
+    for word in re.findall(r"--\S+(?: [^-]\S*)?", " ".join(words)):  # --flag=value, or --flag value
+        typed = re.match(r"--([\w-]+)", word)[1].replace("-", "_")
+        if typed in FLAGS[name]:
+            assert (spellings(typed)[-1] in ignored) == bool(FLAGS[name][typed].ignored), word
+        if word.replace(" ", "=", 1) in MEANT or word.split()[0] in MEANT:
+            key, value = MEANT.get(word.replace(" ", "=", 1)) or MEANT[word.split()[0]]
             found = run
             for part in key.split("."):
                 found = getattr(found, part)
