@@ -29,6 +29,7 @@ from cca_ds.untrusted import PlainYaml, regular_file
 PACKAGE = Path(__file__).parents[1]
 RECIPES, ASSETS = PACKAGE / "recipes", PACKAGE / "assets"
 LARGEST_RECIPE = 2**20  # bytes
+DEFAULT_RECIPE = "digits"
 
 
 class ConfigError(ValueError):
@@ -165,7 +166,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...]
     Args:
         reads: keys or sections of a recipe that the command reads and the originals' flags may set; None for all.
     """
-    parser.add_argument("--recipe", default="digits", help="shipped recipe's name or a YAML file (default: digits)")
+    shipped = ", ".join(recipe_names())
+    parser.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, metavar="NAME_OR_FILE",
+        help=f"a YAML file, or a shipped recipe: {shipped} (default: {DEFAULT_RECIPE})",
+    )  # fmt: skip
     parser.add_argument(
         "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE",
         help="override a value of the recipe, e.g. loss.beta=0.1",
@@ -206,7 +211,7 @@ def _named_recipe(arguments: argparse.Namespace, problems: list[str]) -> str:
     named = {
         "--gpt-model": arguments.gpt_model,
         "--depth": None if arguments.depth is None else f"var-d{arguments.depth}",
-        "--recipe": arguments.recipe if arguments.recipe not in (None, "digits") else None,
+        "--recipe": arguments.recipe if arguments.recipe not in (None, DEFAULT_RECIPE) else None,
     }
     given = {flag: name for flag, name in named.items() if name is not None}
     if len({canonical_recipe(name) for name in given.values()}) > 1 and not (

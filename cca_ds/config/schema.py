@@ -46,7 +46,7 @@ class Section(BaseModel):
 class Model(Section):
     """The policy: its shape, its starting weights, and what of it is trained how."""
 
-    preset: str = key("digits", "the model: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, digits")
+    preset: str = key("digits", "the model: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, -d36, digits")
     overrides: dict[str, Any] = key({}, "fields of LlamaGenConfig or VARConfig that differ from the preset's")
     weights: PathText | None = key(
         None, "a published checkpoint, a safetensors file, a run's folder, or asset:NAME; null draws at random"

@@ -35,7 +35,8 @@ MEANT = {
     "--num-fid-samples=50000": ("sampling.images_per_class", 50),
     "--exp_name=default": ("name", "default"), "--ten-crop": ("data.crops", "ten_crop"),
     "--gpt-model=GPT-3B": ("model.preset", "llamagen-3b"), "--gpt-model=GPT-XL": ("model.preset", "llamagen-xl"),
-    "--loss_type=mle": ("loss.name", "mle"), "--bs=768": ("batch.global_size", 768), "--ep=200": ("batch.epochs", 200.0),
+    "--loss_type=mle": ("loss.name", "mle"),
+    "--bs=768": ("batch.global_size", 768), "--ep=200": ("batch.epochs", 200.0),
 }  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def test_an_unknown_key_names_the_nearest(override, near):
 
 def test_an_unknown_recipe_names_the_nearest():
     assert "did you mean llamagen-3b?" in problems(recipe="lamagen-3b")[0]
-    assert "did you mean var-d30?" in problems(recipe="var-d31")[0]
+    assert "did you mean var-d36?" in problems(recipe="var-d31")[0]
 
 
 def test_contradictions_name_both_values():

@@ -20,9 +20,25 @@ def family(name: str) -> str:
     return name.partition("-")[0]
 
 
+WITHOUT_FIGURES_SHAPES = [("llamagen-b-256", 256, 256), ("llamagen-l-256", 256, 256), ("var-d36", 2240, 512)]
+WITHOUT_FIGURES = [name for name, *_ in WITHOUT_FIGURES_SHAPES]
+
+
 def test_the_nine_models_and_the_digits_are_shipped():
-    assert set(recipe_names()) == {*PLAIN, *(f"{name}-cfg" for name in GUIDED), "digits", "digits_pretrain"}
+    assert set(recipe_names()) == {
+        *PLAIN, *(f"{name}-cfg" for name in GUIDED), *WITHOUT_FIGURES, "digits", "digits_pretrain"
+    }  # fmt: skip
     assert len(PLAIN) == 9 and len(GUIDED) == 5
+
+
+@pytest.mark.parametrize(("name", "codes", "pixels"), WITHOUT_FIGURES_SHAPES)
+def test_published_models_that_the_paper_has_no_run_of(name, codes, pixels):
+    run = load_recipe(name)
+    config = model_config(run.model.preset, **run.model.overrides)
+    assert (config.sequence_length, run.data.image_size) == (codes, pixels)
+    assert not run.paper and "the paper has no such run" in (RECIPES / f"{name}.yaml").read_text().lower()
+    scales = run.tokenizer.options.get("scales")
+    assert scales is None or tuple(scales) == config.scales
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

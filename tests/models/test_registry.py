@@ -20,7 +20,7 @@ def test_the_originals_names_are_presets(name, preset):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    assert preset_problem("var-d31") == "model.preset=var-d31: no such model; did you mean var-d30?"
+    assert preset_problem("var-d31") == "model.preset=var-d31: no such model; did you mean var-d36?"
     assert preset_problem("quux").startswith("model.preset=quux: no such model; choose one of llamagen-b, ")
     with pytest.raises(ValueError, match="did you mean llamagen-xxl"):
         family_of("gpt-xxxl")

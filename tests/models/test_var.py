@@ -64,6 +64,17 @@ def test_names_and_shapes_of_the_published_models(golden, depth):
     assert (model.sequence_length, model.vocab_size, model.null_class) == (680, 4096, 1000)
 
 
+def test_names_and_shapes_of_the_published_model_at_512_pixels(golden):
+    """Recorded from VAR's own code: one adaptive norm shared by all blocks, ten scales up to 32."""
+    published = json.loads((golden / "state_dict_shapes.json").read_text())["var/d36-512"]
+    with torch.device("meta"):
+        model = create_model("d36")
+    expected = {k: v for k, v in published["state_dict"].items() if k not in ("lvl_1L", "attn_bias_for_masking")}
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in model.parameters()) == published["params"]
+    assert (model.sequence_length, model.config.n_head, model.config.drop_path_rate) == (2240, 36, pytest.approx(0.15))
+
+
 def test_a_model_made_on_the_meta_device_loads_and_asks_for_its_tokenizer(golden, device, tokenizer, recorded):
     with torch.device("meta"):
         model = create_model(CONFIG)

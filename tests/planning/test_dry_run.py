@@ -19,7 +19,9 @@ from cca_ds.models.cost import meta_model, model_cost
 from cca_ds.planning.dry_run import describe, memory_lines
 
 ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
-NINE = [name for name in recipe_names() if name.startswith(("llamagen", "var")) and not name.endswith("-cfg")]
+NINE = [
+    name for name in recipe_names() if name.endswith(("-b", "-l", "-xl", "-xxl", "-3b", "-d16", "-d20", "-d24", "-d30"))
+]
 ROWS = ("weights", "gradients", "optimizer and master weights", "reference", "total")
 
 
@@ -109,7 +111,7 @@ def test_images_of_an_epoch_from_the_manifest(tmp_path):
 def test_batch_on_the_ranks_of_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     text = describe(load_recipe("llamagen-b"), {})
-    assert "on 16 equal ranks: at most 16 pairs each, in 1 forwards of at most 16" in text
+    assert "on 16 equal ranks: at most 16 pairs each, in 2 forwards of at most 8" in text
 
 
 def test_from_the_command_line(capsys):

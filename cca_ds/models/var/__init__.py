@@ -9,10 +9,13 @@ from cca_ds.models.base import Family
 from cca_ds.models.registry import FAMILIES
 from cca_ds.models.var import cost
 from cca_ds.models.var.decode import sample_next_scale
-from cca_ds.models.var.model import VAR, VARConfig
+from cca_ds.models.var.model import SCALES_512, VAR, VARConfig
 from cca_ds.models.weight_files import KINDS, WeightsKind
 
-PRESETS = {f"var-d{depth}": {"depth": depth} for depth in (16, 20, 24, 30)}
+PRESETS = {
+    **{f"var-d{depth}": {"depth": depth} for depth in (16, 20, 24, 30)},
+    "var-d36": {"depth": 36, "shared_aln": True, "scales": SCALES_512},
+}
 _CLASSES = "class_emb.weight"
 
 

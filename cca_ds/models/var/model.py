@@ -22,6 +22,7 @@ from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedAdaLN
 from cca_ds.ops.library import autocast_dtype
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of 256 px images, coarse to fine
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 @dataclass(frozen=True)
