@@ -2,6 +2,7 @@
 
     python -m cca_ds.sample --weights runs/digits --output samples --npz --grid
     python -m cca_ds.sample --recipe digits --output samples/guided --guidance_scale 0.5
+    python -m cca_ds.sample --weights runs/llamagen-3b-gft --output samples/gft --gft_beta 0.7
     torchrun --nproc_per_node 8 -m cca_ds.sample --recipe llamagen-3b --weights policy.safetensors \\
         --set tokenizer.weights=vq_ds16_c2i.pt --output samples/3b --resize 256 --npz
     python -m cca_ds.sample --recipe var-d30 --weights runs/var-d30 --output dogs --classes 207 --grid \\
@@ -19,11 +20,10 @@ import time
 from argparse import SUPPRESS, Namespace
 
 from cca_ds.cluster.failures import INTERRUPTED, run_command
-from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
+from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import command_parser, path, say
 
-LARGEST_SIDE = 8192  # pixels
 WAIT_SECONDS = 24 * 3600.0  # ranks that are done wait for those that have more left to draw
 
 
@@ -52,6 +52,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
     add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
+    add("--gft_beta", type=float, help="of a model trained by GFT: like s = (1 - beta) / beta, at no cost")
     add("--classes", nargs="+", help="draw these classes only, by number or name (default: all)")
     add("--resize", "--image-size-eval", type=int, metavar="SIDE",
         help="resize to this side before saving, bicubic (LlamaGen's 384 to 256)")  # fmt: skip
@@ -73,7 +74,7 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     """
     from cca_ds.checkpoints.run_weights import is_run_folder, recipe_text
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
-    from cca_ds.sampling.guidance import chosen_scale
+    from cca_ds.sampling import drawing, guidance
     from cca_ds.training.checks import recipe_problems
 
     text, weights = None, arguments.weights
@@ -84,10 +85,10 @@ def read_recipe(arguments: Namespace) -> RunConfig:
             arguments.recipe = str(weights)
     arguments.recipe = arguments.recipe or "digits"
     run = recipe_from_arguments(arguments, recipe_problems, text)
-    family, scale = family_of(run.model.preset), run.sampling.guidance_scale
-    run.sampling.guidance_scale = chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, scale)
-    if arguments.resize is not None and not 1 <= arguments.resize <= LARGEST_SIDE:
-        raise ConfigError([f"--resize {arguments.resize}: give the side in pixels, 1 to {LARGEST_SIDE}, e.g. 256"])
+    family, of = family_of(run.model.preset), run.sampling
+    of.guidance_scale = guidance.chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, of.guidance_scale)
+    of.gft_beta = guidance.chosen_gft_beta(arguments.gft_beta, of.gft_beta, bool(run.model.gft_conditioning))
+    drawing.check_side(arguments.resize)
     return run
 
 

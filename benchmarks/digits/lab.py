@@ -32,9 +32,11 @@ from cca_ds.data.codes import CodeTable
 from cca_ds.metrics import frechet_distance, inception_score
 from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
+from cca_ds.models.conditioning import conditioning_of
 from cca_ds.models.weights import load_weights
 from cca_ds.sampling import generate
 from cca_ds.train import train
+from cca_ds.training.checks import recipe_problems
 from cca_ds.training.engines import Engines, OptimizerSteps
 from cca_ds.training.inputs import RunInputs
 from cca_ds.training.progress import Progress
@@ -94,9 +96,9 @@ class PlainPolicy:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """log p [B] float32 of codes [B, L] under labels [B], with gradient."""
-        return self.module(*inputs)
+    def __call__(self, *inputs: Tensor, compute: Callable[..., Tensor] | None = None) -> Tensor:
+        """log p [B] float32 of codes [B, L] under labels [B], or what `compute` does of them, with gradient."""
+        return self.module(*inputs, compute=compute)
 
     def backward(self, loss_sum: Tensor) -> None:
         """Add the gradient of a micro-batch, given its loss summed over pairs."""
@@ -149,7 +151,7 @@ class Never:
 
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
     """One run of the digits recipe from the base model with lambda 10 and overrides (KEY.PATH=VALUE)."""
-    recipe = load_recipe("digits", [f"seed={seed}", "loss.lambda=10", *overrides])
+    recipe = load_recipe("digits", [f"seed={seed}", "loss.lambda=10", *overrides], recipe_problems)
     torch.manual_seed(seed)
     policy = PlainPolicy(_policy_module(digits, recipe), recipe.optimizer, recipe.batch.global_size)
     objective = Objective(recipe.loss, recipe.model.lambda_conditioning)
@@ -178,10 +180,11 @@ def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
 
 
 def _policy_module(digits: Digits, run: RunConfig) -> nn.Module:
-    if not run.model.lambda_conditioning:
+    kind = conditioning_of(run.model)
+    if kind is None:
         return copy.deepcopy(digits.base).train(run.model.dropout)
-    policy = create_model(digits.base.config, lambda_conditioning=True)
-    policy.load_state_dict(digits.base.state_dict(), strict=False)  # the embedding of lambda starts without effect
+    policy = create_model(digits.base.config, **{kind.switch: True})
+    policy.load_state_dict(digits.base.state_dict(), strict=False)  # the embedding of the number starts without effect
     return policy.train(run.model.dropout)
 
 
@@ -207,11 +210,12 @@ def likelihood_change(digits: Digits, model: nn.Module, batches: int = 8) -> tup
 
 
 def sampled(
-    model: nn.Module, labels_B: Tensor, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
+    model: nn.Module, labels_B: Tensor, scale: float = 0.0, seed: int = 0, **conditioning: float
 ) -> tuple[Tensor, float]:
     """Codes [B, L] of the seed's first images, and the seconds that sampling took.
 
-    On a CPU: the processor time of one thread, on which the machine's load has little effect.
+    `conditioning` is `log_lambda` or `gft_beta` of a model that takes it. On a CPU the seconds are the processor time
+    of one thread, on which the machine's load has little effect.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     clock, threads = time.process_time if on_cpu else time.perf_counter, torch.get_num_threads()
@@ -222,7 +226,7 @@ def sampled(
             part_B = labels_B[first : first + BATCH]
             indices_B = range(first, first + len(part_B))
             codes_BL = generate(
-                model, part_B, guidance_scale=scale, seed=seed, image_indices_B=indices_B, log_lambda=log_lambda
+                model, part_B, guidance_scale=scale, seed=seed, image_indices_B=indices_B, **conditioning
             )
             parts.append(codes_BL.cpu())
         return torch.cat(parts), clock() - started
@@ -237,12 +241,10 @@ def sampling_seconds(samplers: list[tuple[nn.Module, float]], rounds: int = 3) -
     return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
-def evaluate(
-    digits: Digits, model: nn.Module, scale: float = 0.0, seed: int = 0, log_lambda: float | None = None
-) -> dict:
-    """Sample 1,800 images, 180 a class, and score them by the digits' classifier."""
+def evaluate(digits: Digits, model: nn.Module, scale: float = 0.0, seed: int = 0, **conditioning: float) -> dict:
+    """Sample 1,800 images, 180 a class, and score them by the digits' classifier; `conditioning` as in `sampled`."""
     labels_B = torch.arange(IMAGES) % 10
-    codes_BL, seconds = sampled(model, labels_B, scale, seed, log_lambda)
+    codes_BL, seconds = sampled(model, labels_B, scale, seed, **conditioning)
     return {"seconds": seconds, **scores(digits.to_pixels(codes_BL), labels_B.numpy())}
 
 

@@ -105,7 +105,9 @@ def conditioned(digits: Digits, seeds: range) -> list[dict]:
     rows = []
     for value in SAMPLED_LAMBDAS:
         log_lambda = math.log(value)
-        repeats = [evaluate(digits, model, 0.0, seed, log_lambda) for model, seed in zip(models, seeds, strict=True)]
+        repeats = [
+            evaluate(digits, model, 0.0, seed, log_lambda=log_lambda) for model, seed in zip(models, seeds, strict=True)
+        ]
         rows.append({"name": "CCA, conditioned", "s": 0.0, "lambda": value, **untimed(repeats)})
     return rows
 

@@ -27,19 +27,30 @@ def draw(found: dict[str, Rows], folder: Path) -> None:
     _save(figure, folder / "digits_training.png")
 
 
+def draw_successors(found: dict[str, Rows], folder: Path) -> None:
+    """digits_successors.png: guidance, CCA and GFT on one frontier of FID and class accuracy, by their compute."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+    runs = {row["name"]: row["compute"] for row in found["gft"]}
+    for axis, cca, compute in ((axes[0], found["CCA, one epoch"], 8.0), (axes[1], found["cca"], 24.0)):
+        _path(axis, found["guidance"], "guidance over s (2x time)", "s", "o-", "accuracy")
+        _path(axis, cca, f"{cca[0]['name']}, over lambda", "lambda", "s-", "accuracy")
+        for name in [name for name, cost in runs.items() if cost == compute or (cost > 24 and compute == 24)]:
+            rows = [row for row in found["gft"] if row["name"] == name]
+            _path(axis, rows, f"{name}, over beta ({rows[0]['compute']:g} forwards an image)", "beta", "^-", "accuracy")
+        _label(axis, f"{compute:g} forwards an image", "class accuracy", "FID")
+    _save(figure, folder / "digits_successors.png")
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
-def _path(axis: Axes, rows: Rows, label: str, by: str, style: str) -> None:
-    x = [row["inception_score"]["mean"] for row in rows]
+def _path(axis: Axes, rows: Rows, label: str, by: str, style: str, over: str = "inception_score") -> None:
+    x = [row[over]["mean"] for row in rows]
     y = [row["fid"]["mean"] for row in rows]
-    errors = {
-        "xerr": [row["inception_score"]["spread"] for row in rows],
-        "yerr": [row["fid"]["spread"] for row in rows],
-    }
+    errors = {"xerr": [row[over]["spread"] for row in rows], "yerr": [row["fid"]["spread"] for row in rows]}
     axis.errorbar(x, y, **errors, fmt=style, label=label, capsize=2)
     for row, a, b in zip(rows, x, y, strict=True):
         axis.annotate(f"{row[by]:g}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8)

@@ -9,7 +9,8 @@ Letters: K pairs (a batch, or any part of one). All inputs are [K] of one floati
     positive_mask  bool, the pair has no true negative (masked label, or c'_k = c_k)
 
 `lambda_` is a number or a [K] tensor (lambda-conditioned models). `reduction` is "mean" or "sum" over pairs;
-the sum lets a batch be cut up anyhow.
+the sum lets a batch be cut up anyhow. A loss that needs more than log-likelihoods computes it of the model itself, in
+the `forward` of its record.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from cca_ds.config.variants import Registry
+from cca_ds.models.base import CodeModel
+from cca_ds.models.conditioning import GFT_BETA, Conditioning
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class LossSpec:
         name: in recipes, `loss.name`.
         fn: called with policy_pos [K]; then, where the loss has negatives, policy_neg [K]; then, where it needs the
             reference, reference_pos and reference_neg [K]; then, with negatives, positive_mask [K], beta and lambda_;
-            and `reduction` and the loss's own `options` as keywords. Returns a scalar.
+            and `reduction` and the loss's own `options` as keywords. Returns a scalar. A loss with a `forward` of its
+            own gets the policy's log-likelihoods as that returns them.
         negatives: where the second sequence of a pair comes from: "labels" is the same image under another label,
             None is no second sequence.
         needs_reference: whether log p_reference is computed.
@@ -42,6 +46,14 @@ class LossSpec:
             where it is not known beforehand.
         lambda_per_pair: whether lambda may be each pair's own (model.lambda_conditioning, Table 5).
         options: the loss's own hyperparameters and their defaults; recipes set them as `loss.options.NAME`.
+        conditioning: the number of each image that the model must take as an input.
+        forward: (model, codes [R, L], labels [R], then `inputs`) -> the policy's log-likelihoods [n R], where the loss
+            needs more of the model than log p(x|c); the first R are log p(x|c). It runs within the module's forward.
+        inputs: fields of `MicroBatch` that `forward` takes, after codes and labels.
+        extra_forwards: forwards of each sequence that `forward` runs beside the one that has a gradient.
+        per_code: the loss is a mean over codes, not a sum.
+        method: name and arXiv number, for the model card.
+        logged: what is logged of the n parts that `forward` returns: names in `objective.SUMS`.
     """
 
     name: str
@@ -51,11 +63,26 @@ class LossSpec:
     initial_loss: Callable[[float, float], float] | None = None
     lambda_per_pair: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
+    conditioning: Conditioning | None = None
+    forward: Callable[..., Tensor] | None = None
+    inputs: tuple[str, ...] = ()
+    extra_forwards: int = 0
+    per_code: bool = False
+    logged: tuple[str, ...] = ("nll",)
+    method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347")
 
     @property
     def rows_per_pair(self) -> int:
         """Sequences through the policy for each pair: the chosen one, and the rejected one where there is one."""
         return 2 if self.negatives else 1
+
+    @property
+    def passes(self) -> int:
+        """Forwards of each sequence: three for the policy's forward and backward, one for the reference, and the extra.
+
+        CCA's pair costs 2 x 4 forwards, GFT's 1 x 4.
+        """
+        return 3 + self.needs_reference + self.extra_forwards
 
 
 LOSSES: Registry[LossSpec] = Registry("loss.name")
@@ -124,6 +151,64 @@ def mle_loss(policy_pos: Tensor, reduction: str = "mean") -> Tensor:
     return _reduce(-policy_pos, 1.0, reduction)
 
 
+def gft_loss(
+    model: CodeModel, codes_BL: Tensor, labels_B: Tensor, gft_beta: Tensor, label_mask: Tensor | None = None
+) -> Tensor:
+    """Guidance-free training (arXiv 2501.15420): the mean cross-entropy of mixed logits over codes and images.
+
+        l = t * l_policy(x | c, t) + (1 - t) * stopgrad(l_policy(x | null, t = 1, evaluation mode))
+
+    Args:
+        model: conditioned on GFT's beta; in training mode only the conditional half has dropout.
+        codes_BL: [B, L] integers.
+        labels_B: [B] int64, those of masked rows too.
+        gft_beta: [B] float in (0, 1), t of each row.
+        label_mask: [B] bool; a masked row takes the null class and the embedding of t = 1 in its conditional half, and
+            is mixed with its own t nonetheless. None masks none.
+    """
+    if label_mask is not None:
+        labels_B = torch.where(label_mask, model.null_class, labels_B)
+    _, _, mixed_B = _gft_logp(model, codes_BL, labels_B, gft_beta, label_mask, parts=False)
+    return -mixed_B.mean() / codes_BL.shape[1]
+
+
+def gft_forward(
+    model: CodeModel, codes_BL: Tensor, labels_B: Tensor, gft_beta_B: Tensor, label_mask_B: Tensor | None = None
+) -> Tensor:
+    """log p of codes [3 B] float32: [conditional, unconditional, mixed], of which the last has a gradient.
+
+    Arguments as in `gft_loss`, but `labels_B` is the null class already where masked. The logits follow
+    `LlamaGen/autoregressive/train/GFT_c2i.py` of thu-ml/GFT.
+    """
+    return torch.cat(_gft_logp(model, codes_BL, labels_B, gft_beta_B, label_mask_B, parts=True))
+
+
+def _gft_logp(
+    model: CodeModel, codes_BL: Tensor, labels_B: Tensor, beta_B: Tensor, mask_B: Tensor | None, parts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Conditional, unconditional and mixed log p, each [B]; the first two are empty without `parts`."""
+    codes_BL, one_B = codes_BL.long(), torch.ones_like(beta_B)
+    embedded_B = beta_B if mask_B is None else torch.where(mask_B, one_B, beta_B)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            uncond_BLD = model.hidden(codes_BL, torch.full_like(labels_B, model.null_class), one_B)
+    finally:
+        model.train(was_training)
+    cond_BLD = model.hidden(codes_BL, labels_B, embedded_B)
+    mixed_B = model.read_out(cond_BLD, codes_BL, uncond_BLD, beta_B)
+    if not parts:
+        return mixed_B.new_empty(0), mixed_B.new_empty(0), mixed_B
+    with torch.no_grad():  # for the log
+        return model.read_out(cond_BLD, codes_BL), model.read_out(uncond_BLD, codes_BL), mixed_B
+
+
+def _mixed_nll(policy_cond: Tensor, policy_uncond: Tensor, policy_mixed: Tensor, reduction: str = "mean") -> Tensor:
+    """-log p of the mixed distributions: what `gft_forward` returns, in its order."""
+    return _reduce(-policy_mixed, 1.0, reduction)
+
+
 def _second_term(positive_mask: Tensor, lambda_: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Sign and weight of the second term of each pair."""
     one = torch.ones_like(like)
@@ -154,3 +239,18 @@ LOSSES.register(
 LOSSES.register(LossSpec("dpo", dpo_loss, initial_loss=lambda contrasted, lambda_: math.log(2)))
 LOSSES.register(LossSpec("unlearning", unlearning_loss, initial_loss=lambda contrasted, lambda_: 0.0))
 LOSSES.register(LossSpec("mle", mle_loss, negatives=None, needs_reference=False))
+LOSSES.register(
+    LossSpec(
+        "gft",
+        _mixed_nll,
+        negatives=None,
+        needs_reference=False,
+        conditioning=GFT_BETA,
+        forward=gft_forward,
+        inputs=("gft_beta_B", "null_mask_B"),
+        extra_forwards=1,
+        per_code=True,
+        logged=("nll", "nll_unconditional", "nll_mixed"),
+        method=("Guidance-Free Training", "2501.15420"),
+    )
+)

@@ -5,6 +5,8 @@ Letters: B pairs of a micro-batch; L codes per image. Stacked tensors are [2B]: 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ SUMS = (
     "rejected_logps",
     "unconditional_rewards",
     "nll",
+    "nll_unconditional",
+    "nll_mixed",
 )
 
 
@@ -50,27 +54,34 @@ class Objective:
         """Whether chosen and rejected sequences are compared to the reference, which gives the reward tags."""
         return self.spec.needs_reference and bool(self.spec.negatives)
 
+    @property
+    def compute(self) -> Callable[..., Tensor] | None:
+        """What the policy computes of `stacked` instead of log-likelihoods (`CodeModel.forward`); None: those."""
+        return self.spec.forward
+
     def stacked(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Inputs of the forward: codes [R, L], labels [R] (and log lambda [R]).
+        """Inputs of the forward: codes [R, L], labels [R] (and log lambda [R], or the `inputs` of the loss).
 
         R is 2B, [chosen, rejected]; a loss without negatives has the B chosen rows only.
         """
         rows = self.spec.rows_per_pair
         labels = [batch.positive_labels_B, batch.negative_labels_B][:rows]  # [chosen, rejected]
-        extra = (batch.log_lambda_B.repeat(rows),) if self.lambda_conditioned else ()
+        extra = [getattr(batch, name).repeat(rows) for name in self.spec.inputs]
+        if self.lambda_conditioned:
+            extra.append(batch.log_lambda_B.repeat(rows))
         return (batch.codes_BL.repeat(rows, 1), torch.cat(labels), *extra)
 
     def __call__(self, policy_logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """
         Args:
-            policy_logp: [R] float32 with gradient, in the order of `stacked`.
+            policy_logp: [R] float32 with gradient, in the order of `stacked`, or what `compute` returns.
             reference_logp: [R] float32, or None where the loss needs none.
 
         Returns:
             The loss summed over the B pairs, and `SUMS` as a detached float64 vector.
         """
         spec = self.spec
-        policy = policy_logp.chunk(spec.rows_per_pair)  # [chosen, rejected]
+        policy = policy_logp.split(len(batch.codes_BL))  # [chosen, rejected], or the parts of `compute`
         inputs: list[Tensor] = [*policy]
         if spec.needs_reference:
             assert reference_logp is not None
@@ -79,12 +90,13 @@ class Objective:
         if spec.negatives:
             lambda_ = batch.log_lambda_B.exp() if self.lambda_conditioned else self.lambda_
             settings = {"positive_mask": batch.positive_mask_B, "beta": self.beta, "lambda_": lambda_}
-        loss = batch.weight * spec.fn(*inputs, **settings, **self.options, reduction="sum")
+        scale = batch.weight / batch.codes_BL.shape[1] if spec.per_code else batch.weight
+        loss = scale * spec.fn(*inputs, **settings, **self.options, reduction="sum")
         log_ratio = (policy_logp - reference_logp).detach() if self.compared else None
-        return loss, self._sums(loss, policy[0], log_ratio, batch)
+        return loss, self._sums(loss, policy, log_ratio, batch)
 
     @torch.no_grad()
-    def _sums(self, loss: Tensor, policy_pos: Tensor, log_ratio: Tensor | None, batch: MicroBatch) -> Tensor:
+    def _sums(self, loss: Tensor, policy: Sequence[Tensor], log_ratio: Tensor | None, batch: MicroBatch) -> Tensor:
         pairs = len(batch.codes_BL)
         chosen, rejected = (
             log_ratio.double().chunk(2) if log_ratio is not None else [loss.new_zeros(pairs).double()] * 2
@@ -102,9 +114,13 @@ class Objective:
             "chosen_logps": (chosen * contrasted).sum(),
             "rejected_logps": (rejected * contrasted).sum(),
             "unconditional_rewards": beta * (chosen * null).sum(),
-            "nll": -policy_pos.double().sum() / batch.codes_BL.shape[1],
         }
-        sums = torch.stack([values[name].double() for name in SUMS])
+        values |= {
+            name: -part.double().sum() / batch.codes_BL.shape[1]
+            for name, part in zip(self.spec.logged, policy, strict=False)  # of the rejected nothing is logged
+        }
+        none = loss.new_zeros(())
+        sums = torch.stack([values.get(name, none).double() for name in SUMS])
         return sums * batch.weight if batch.weight else torch.zeros_like(sums)
 
     def expected_initial_loss(self, contrasted: float) -> float | None:
@@ -122,6 +138,8 @@ def summarize(sums: Tensor, compared: bool = True) -> dict[str, float]:
     """
     s = dict(zip(SUMS, sums.tolist(), strict=True))
     means = {"loss": s["loss"] / s["pairs"], "nll_per_code": s["nll"] / s["pairs"]}
+    parts = {"nll_per_code/unconditional": s["nll_unconditional"], "nll_per_code/mixed": s["nll_mixed"]}
+    means |= {tag: value / s["pairs"] for tag, value in parts.items() if value}
     if compared and s["contrasted"]:
         n = s["contrasted"]
         means |= {

@@ -41,6 +41,7 @@ class Workload:
         precision: "bf16", "fp16" or "fp32".
         rows_per_pair: sequences of a pair through the policy (`LossSpec.rows_per_pair`).
         sharding: what the ds_config sets of memory.
+        compute: what the policy computes instead of log-likelihoods (`LossSpec.forward`).
         reference_bytes: what the reference keeps on each GPU (`Placement.held_bytes`); 0 without one.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     rows_per_pair: int
     sharding: Sharding
     reference_bytes: float = 0.0
+    compute: Callable[..., Tensor] | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -78,6 +80,7 @@ class MeasuredModel:
 
     def __init__(self, workload: Workload, device: str):
         self.device, self.rows_per_pair = torch.device(device), workload.rows_per_pair
+        self.compute = workload.compute
         self.layers = workload.model.layers
         with _own_randomness(self.device), self.device:
             module = workload.build()
@@ -143,7 +146,7 @@ class MeasuredModel:
         return float(torch.cuda.max_memory_allocated(self.device))
 
     def _step(self, pairs: int) -> None:
-        self.module(*self._inputs(pairs)).sum().backward()
+        self.module(*self._inputs(pairs), compute=self.compute).sum().backward()
         self.module.zero_grad(set_to_none=True)
 
     def _inputs(self, pairs: int) -> tuple[Tensor, ...]:
@@ -151,7 +154,7 @@ class MeasuredModel:
         shape = (rows, self.module.sequence_length)
         codes_BL = torch.randint(self.module.vocab_size, shape, device=self.device)
         labels_B = torch.randint(self.module.num_classes, (rows,), device=self.device)
-        conditioned = self.module.config.lambda_conditioning
+        conditioned = self.module.conditioning is not None
         return (codes_BL, labels_B, *([torch.zeros(rows, device=self.device)] if conditioned else []))
 
 

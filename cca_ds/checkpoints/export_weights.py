@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import cca_ds
+from cca_ds.alignment.losses import LOSSES
 from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
 from cca_ds.config.schema import Model, RunConfig
@@ -72,12 +73,13 @@ def export_weights(
     family, scores = family_of(run.model.preset), _read_metrics(metrics) if metrics else None
     _check_fit(layout, lambda_, run.model, family)
     found = run_weights(folder, checkpoint, average)
-    module = _empty_module(run.model, run.model.lambda_conditioning)
+    module = _empty_module(run.model)
     expected = expected_shapes(module)
     check_weights(expected, found.state, found.checkpoint)
     state = {name: found.state[name] for name in expected if name in found.state}
     if lambda_ is not None:
-        module, state = _empty_module(run.model, conditioned=False), fix_lambda(state, lambda_)
+        plain = run.model.model_copy(update={"lambda_conditioning": False})
+        module, state = _empty_module(plain), fix_lambda(state, lambda_)
     save_weights(
         module, output, layout, state=state, dtype=DTYPES[dtype],
         metadata=_metadata(run, found, dtype, average, lambda_),
@@ -129,10 +131,10 @@ def _check_fit(layout: str, lambda_: float | None, model: Model, family: Family)
         raise ConfigError(problems)
 
 
-def _empty_module(model: Model, conditioned: bool) -> CodeModel:
-    """The recipe's model on the meta device, with or without its embedding of lambda: names and shapes, no memory."""
+def _empty_module(model: Model) -> CodeModel:
+    """The recipe's model on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
-        return create_model(model.preset, **(model.shape if conditioned else model.overrides))
+        return create_model(model.preset, **model.shape)
 
 
 def _shared_recipe(run: RunConfig) -> str:
@@ -163,7 +165,7 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
 
 def _card(run: RunConfig, family: Family, metrics: dict[str, float] | None) -> str:
     base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
-    return model_card(run.name, family, base, _shared_recipe(run), metrics)
+    return model_card(run.name, family, base, _shared_recipe(run), metrics, LOSSES[run.loss.name].method)
 
 
 def _read_metrics(path: Path) -> dict[str, float]:

@@ -63,6 +63,9 @@ class Model(Section):
         "auto", "fuse the element-wise work of the blocks by torch.compile; auto does on a GPU"
     )
     lambda_conditioning: bool = key(False, "one model for every lambda, which it takes as an input (Table 5)")
+    gft_conditioning: bool | None = key(
+        None, "the model takes GFT's beta as an input; null: as loss.name needs, so true for gft alone"
+    )
     ema_decay: float | None = key(
         None, "decay a step of a moving average of the weights; null keeps none", gt=0.0, lt=1.0
     )
@@ -70,7 +73,8 @@ class Model(Section):
     @property
     def shape(self) -> dict[str, Any]:
         """What the recipe changes of the preset's config, as `create_model` takes it."""
-        return self.overrides | ({"lambda_conditioning": True} if self.lambda_conditioning else {})
+        on = [name for name in ("lambda_conditioning", "gft_conditioning") if getattr(self, name)]
+        return self.overrides | dict.fromkeys(on, True)
 
     @field_validator("preset")
     @classmethod
@@ -103,7 +107,7 @@ class Data(Section):
 class Loss(Section):
     """What is minimised."""
 
-    name: str = key("cca", "cca, dpo, unlearning, mle, or one that you registered")
+    name: str = key("cca", "cca, dpo, unlearning, mle, gft, or one that you registered")
     beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0, le=1000.0)
     lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda", le=1e9)
     condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
@@ -225,6 +229,12 @@ class Sampling(Section):
         "constant", "linear grows from 0 to s, as VAR does over its scales"
     )
     guidance_interval: tuple[int, int] | None = key(None, "guide only from this code to that one")
+    gft_beta: float | None = key(
+        None,
+        "of a model trained by GFT: its samples are like those of s = (1 - beta) / beta; null takes 1",
+        gt=0.0,
+        le=1.0,
+    )
     temperature: float = key(1.0, "divides the logits", gt=0.0, le=10000.0)
     top_k: int = key(0, "draw from this many likeliest codes; 0 from all", ge=0, le=10000000)
     top_p: float = key(1.0, "draw from the likeliest codes that hold this probability", gt=0.0, le=1.0)

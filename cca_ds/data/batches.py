@@ -42,6 +42,7 @@ class MicroBatch:
     null_mask_B: Tensor  # bool
     positive_mask_B: Tensor  # bool
     log_lambda_B: Tensor  # float32
+    gft_beta_B: Tensor  # float32
     sample_indices_B: Tensor  # int64
     positions_B: Tensor
     step: int = 0
@@ -148,6 +149,7 @@ class Steps(Dataset):
             null_mask_B=tensor(part.null_mask_K),
             positive_mask_B=tensor(part.positive_mask_K),
             log_lambda_B=tensor(part.log_lambda_K).float(),
+            gft_beta_B=tensor(part.gft_beta_K).float(),
             sample_indices_B=tensor(part.sample_indices_K),
             positions_B=torch.arange(rows.start, rows.stop),
             step=step,

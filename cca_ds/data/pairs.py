@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # One stream of random numbers per purpose: drawing more from one does not change another.
-MASK_STREAM, CROP_STREAM, LAMBDA_STREAM = 1, 2, 3
+MASK_STREAM, CROP_STREAM, LAMBDA_STREAM, GFT_STREAM = 1, 2, 3, 4
 LOG_LAMBDA_RANGE = (0.0, 9.0)  # lambda from 1 to e^9, log-uniformly (Table 5)
 
 
@@ -31,6 +31,7 @@ class PairBatch:
     null_mask_K: np.ndarray  # bool, both labels masked to the null class
     positive_mask_K: np.ndarray  # bool, null or c' == c
     log_lambda_K: np.ndarray  # float64, for lambda-conditioned models
+    gft_beta_K: np.ndarray  # float64, uniform in [0, 1), for GFT
 
     def __getitem__(self, rows: slice) -> PairBatch:
         """The pairs at these positions."""
@@ -107,4 +108,5 @@ def make_pairs(
         null_mask_K=null_mask_K,
         positive_mask_K=null_mask_K | (negatives_K == labels_K),
         log_lambda_K=low + (high - low) * draw(LAMBDA_STREAM),
+        gft_beta_K=draw(GFT_STREAM),
     )

@@ -18,10 +18,14 @@ class LikelihoodHead(nn.Linear):
     accumulate = "fp32"
     chunk_rows: int | None = None
 
-    def forward(self, hidden_BLD: Tensor, targets_BL: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] in the weight's dtype; given targets [B, L], log p [B] in float32 instead."""
+    def forward(self, hidden_BLD: Tensor, targets_BL: Tensor | None = None, *mixed: Tensor) -> Tensor:
+        """Logits [B, L, V] in the weight's dtype; given targets [B, L], log p [B] in float32 instead.
+
+        `mixed`: (other [B, L, D], share [B]) for the mixed log-likelihood of `linear_sequence_logp`.
+        """
         if targets_BL is None:
             return linear(hidden_BLD, self.weight, self.bias)
         return linear_sequence_logp(
-            hidden_BLD, self.weight, targets_BL, self.bias, accumulate=self.accumulate, chunk_rows=self.chunk_rows
-        )
+            hidden_BLD, self.weight, targets_BL, self.bias, mixed or None,
+            accumulate=self.accumulate, chunk_rows=self.chunk_rows,
+        )  # fmt: skip

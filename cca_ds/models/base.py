@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cca_ds.models.conditioning import CONDITIONINGS, conditioning_of
 from cca_ds.models.weight_files import WeightsKind
 
 
@@ -19,8 +20,8 @@ class CodeModel(nn.Module, ABC):
     """`model(codes_BL, labels_B)` gives the log-likelihoods [B] float32; `logits` the distributions behind
     them.
 
-    A subclass implements `embed_class`, `hidden` and `read_out`, and has a `lambda_embedding` where its config has
-    `lambda_conditioning`.
+    A subclass implements `embed_class`, `hidden` and `read_out`, and calls `add_conditioning` where its config can
+    switch a kind of conditioning on.
     """
 
     family: str  # the name of its `Family`, which weights files carry
@@ -28,6 +29,7 @@ class CodeModel(nn.Module, ABC):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.conditioning = conditioning_of(config)
         self.activation_checkpointing = False
 
     @abstractmethod
@@ -35,12 +37,15 @@ class CodeModel(nn.Module, ABC):
         """The labels' embeddings, [B] -> [B, D]."""
 
     @abstractmethod
-    def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """The output layer's input, [B, L, D]; arguments as in `forward`."""
+    def hidden(self, codes_BL: Tensor, labels_B: Tensor, conditioning_B: Tensor | None = None) -> Tensor:
+        """The output layer's input, [B, L, D]; `conditioning_B` is the number that the model is conditioned on."""
 
     @abstractmethod
-    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
-        """The output layer: logits [B, L, V], or with codes their log-likelihoods [B]."""
+    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None, *mixed: Tensor) -> Tensor:
+        """The output layer: logits [B, L, V], or with codes their log-likelihoods [B].
+
+        `mixed` is empty or (other_BLD, share_B), see `likelihood.linear_sequence_logp`; for models that are trained so.
+        """
 
     @property
     def num_classes(self) -> int:
@@ -66,16 +71,38 @@ class CodeModel(nn.Module, ABC):
         """Keep only what passes between blocks while training; the backward computes each block again."""
         self.activation_checkpointing = enabled
 
-    def condition(self, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """The class embedding [B, D], plus that of log lambda in a model conditioned on it."""
-        class_BD = self.embed_class(labels_B)
-        if not self.config.lambda_conditioning:
-            if log_lambda_B is not None:
-                raise ValueError("log_lambda given to a model without lambda conditioning: leave it out")
+    def add_conditioning(self) -> None:
+        """Create the embedding of the number that the config conditions the model on, if any."""
+        if self.conditioning is not None:
+            self.add_module(self.conditioning.module, self.conditioning.embedding(self.config.dim))
+
+    def condition(self, labels_B: Tensor, conditioning_B: Tensor | None = None) -> Tensor:
+        """The class embedding [B, D], plus that of the number that the model is conditioned on."""
+        class_BD, kind = self.embed_class(labels_B), self.conditioning
+        if kind is None:
+            assert conditioning_B is None, "a plain model"
             return class_BD
-        if log_lambda_B is None:
-            raise ValueError("this model is conditioned on lambda: log_lambda must be given")
-        return class_BD + self.lambda_embedding(log_lambda_B)
+        if conditioning_B is None:
+            raise ValueError(f"this model is conditioned on {kind.title}: {kind.argument} must be given")
+        return class_BD + getattr(self, kind.module)(conditioning_B)
+
+    def given_conditioning(self, labels_B: Tensor, **numbers: Tensor | float | None) -> Tensor | None:
+        """The number of each image [B] float32 among `numbers` by argument, on the labels' device.
+
+        Raises:
+            ValueError: a number that this model is not conditioned on.
+        """
+        given = {argument: number for argument, number in numbers.items() if number is not None}
+        for kind in CONDITIONINGS:
+            if kind.argument in given and kind is not self.conditioning:
+                raise ValueError(
+                    f"{kind.argument} given to a model without {kind.title} conditioning: leave it out, "
+                    f"or build the model with {kind.switch}=True"
+                )
+        if not given:
+            return None
+        (number,) = given.values()
+        return torch.as_tensor(number, dtype=torch.float32, device=labels_B.device).expand(labels_B.shape)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x_BLD: Tensor, shared: Tensor) -> Tensor:
         """`block(x_BLD, shared)` of one block after another, [B, L, D] -> [B, L, D]."""
@@ -88,19 +115,41 @@ class CodeModel(nn.Module, ABC):
                 x_BLD = block(x_BLD, shared)
         return x_BLD
 
-    def logits(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] in the weights' dtype; arguments as in `forward`."""
-        return self.read_out(self.hidden(codes_BL, labels_B, log_lambda_B))
+    def logits(
+        self,
+        codes_BL: Tensor,
+        labels_B: Tensor,
+        log_lambda_B: Tensor | None = None,
+        gft_beta: Tensor | float | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] in the weights' dtype; arguments as in `log_likelihoods`."""
+        conditioning_B = self.given_conditioning(labels_B, log_lambda=log_lambda_B, gft_beta=gft_beta)
+        return self.read_out(self.hidden(codes_BL, labels_B, conditioning_B))
 
-    def forward(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
+    def log_likelihoods(
+        self,
+        codes_BL: Tensor,
+        labels_B: Tensor,
+        log_lambda_B: Tensor | None = None,
+        gft_beta: Tensor | float | None = None,
+    ) -> Tensor:
         """log p(codes | label) in nats, [B] float32.
 
         `codes_BL` of any integer dtype, in [0, V), of several scales one after another; `labels_B` int64 in
         [0, num_classes], the last being the null class; `log_lambda_B` natural logarithms of lambda for a
-        model conditioned on it, and only for one.
+        model conditioned on it, and only for one; so `gft_beta`, [B] or one number in [0, 1].
         """
+        conditioning_B = self.given_conditioning(labels_B, log_lambda=log_lambda_B, gft_beta=gft_beta)
         codes_BL = codes_BL.long()
-        return self.read_out(self.hidden(codes_BL, labels_B, log_lambda_B), codes_BL)
+        return self.read_out(self.hidden(codes_BL, labels_B, conditioning_B), codes_BL)
+
+    def forward(self, *inputs: Tensor, compute: Callable[..., Tensor] | None = None, **named: Any) -> Tensor:
+        """`log_likelihoods(...)`, or `compute(model, ...)`.
+
+        What a loss computes of the model beyond log-likelihoods runs within `forward` too: only there ZeRO-3 and
+        DeepSpeed's engine see it.
+        """
+        return (compute or CodeModel.log_likelihoods)(self, *inputs, **named)
 
 
 def list_of_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -123,7 +172,7 @@ class Generate(Protocol):
         scales: Sequence[float],
         uniforms_BL: Tensor,
         draw: DrawCodes,
-        log_lambda_B: Tensor | None = None,
+        conditioning_B: Tensor | None = None,
         cuda_graphs: bool = False,
     ) -> Tensor:
         """Codes [B, L] int64 on the model's device.
@@ -134,7 +183,8 @@ class Generate(Protocol):
             scales: guidance s of each of the S sampling steps; the unconditional half need not run where it is 0.
             uniforms_BL: float64 in [0, 1); number l of an image draws its code l.
             draw: draws one code a row.
-            log_lambda_B: natural logarithms of lambda, for a model conditioned on it.
+            conditioning_B: of each image the number that the model is conditioned on; the unconditional half takes
+                the same.
             cuda_graphs: replay decoding steps as CUDA graphs where the family and the device can.
         """
         ...
@@ -148,7 +198,7 @@ class Family:
         name: in weights files, tables of codes and `CodeModel.family`.
         title: as its paper writes it; with `program` (URL), `paper` (arXiv number) and `licence` for the model card.
         config: the dataclass of a model's shape and dropouts; has `num_classes`, `vocab_size`, `sequence_length`,
-            `n_layer` and `lambda_conditioning`.
+            `n_layer`, and the switches of `conditioning.CONDITIONINGS` that the family has.
         presets: preset -> what differs from the config's defaults; names as `canonical_model` writes them.
         build: (config, tokenizer or None) -> model with random weights. Raises ValueError for impossible shapes.
         generate: see `Generate`.

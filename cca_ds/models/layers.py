@@ -13,6 +13,8 @@ from cca_ds.ops.linear import linear
 from cca_ds.ops.norms import rms_norm
 from cca_ds.ops.swiglu import swiglu_linear
 
+_GFT_FREQUENCIES, _LONGEST_PERIOD = 128, 10000.0  # GFT's `TimestepEmbedder`, LlamaGen/autoregressive/models/gpt.py
+
 
 class Linear(nn.Linear):
     """`nn.Linear` whose weight starts normal with `std` and whose bias starts at 0.
@@ -82,6 +84,12 @@ class DropPath(nn.Module):
         return branch * (kept_B / keep).to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
+def sinusoid(value_B: Tensor, frequency_F: Tensor) -> Tensor:
+    """Cosines, then sines, of value times frequency, [B, 2 F] float32: bf16 would round the angles by whole radians."""
+    angle_BF = value_B.float()[:, None] * frequency_F
+    return torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)
+
+
 class LambdaEmbedding(nn.Module):
     """log lambda -> a vector added to the class embedding (arXiv 2410.09347, Table 5): a sinusoid and an MLP.
 
@@ -99,9 +107,28 @@ class LambdaEmbedding(nn.Module):
         # periods from 63 (all of 0..9 is a seventh of a turn) down to 0.6
         octave_F = torch.arange(self.frequencies, device=log_lambda_B.device, dtype=torch.float32)
         frequency_F = torch.exp(octave_F * (math.log(100.0) / (self.frequencies - 1))) * 0.1
-        angle_BF = log_lambda_B.float()[:, None] * frequency_F
-        features_BF = torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)
+        features_BF = sinusoid(log_lambda_B, frequency_F)
         return self.fc2(F.silu(self.fc1(features_BF.to(self.fc1.weight.dtype))))
+
+
+class GFTBetaEmbedding(nn.Module):
+    """GFT's beta -> a vector added to the class embedding (arXiv 2501.15420): a sinusoid of 1000 beta and an MLP.
+
+    Parameter names are the published ones. The last layer starts at 0, so that the model starts as the base model.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            Linear(2 * _GFT_FREQUENCIES, dim, bias=True), nn.SiLU(), Linear(dim, dim, bias=True, std=0.0)
+        )
+
+    def forward(self, gft_beta_B: Tensor) -> Tensor:
+        """[B] beta in [0, 1] -> [B, D]."""
+        step_F = torch.arange(_GFT_FREQUENCIES, device=gft_beta_B.device, dtype=torch.float32)
+        frequency_F = torch.exp(step_F * (-math.log(_LONGEST_PERIOD) / _GFT_FREQUENCIES))
+        features_BF = sinusoid(1000.0 * gft_beta_B.float(), frequency_F)
+        return self.mlp(features_BF.to(self.mlp[0].weight.dtype))
 
 
 class SwiGLULinear(Linear):

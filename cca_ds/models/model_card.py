@@ -6,7 +6,12 @@ from cca_ds.models.base import Family
 
 
 def model_card(
-    name: str, family: Family, base_model: str, recipe: str, metrics: Mapping[str, float] | None = None
+    name: str,
+    family: Family,
+    base_model: str,
+    recipe: str,
+    metrics: Mapping[str, float] | None = None,
+    method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347"),
 ) -> str:
     """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.
 
@@ -16,13 +21,15 @@ def model_card(
         base_model: name of the checkpoint that was fine-tuned.
         recipe: the run's resolved recipe, YAML.
         metrics: name -> value, for a table.
+        method: name and arXiv number of what it was fine-tuned with.
     """
+    title, paper = method
     header = [
         "---",
         f"license: {family.licence}",
         f"base_model: {base_model}",
         "pipeline_tag: unconditional-image-generation",
-        "tags: [image-generation, autoregressive, condition-contrastive-alignment]",
+        f"tags: [image-generation, autoregressive, {title.lower().replace(' ', '-')}]",
         "---",
     ]
     body = [
@@ -30,7 +37,7 @@ def model_card(
         "",
         f"{base_model} ([{family.title}]({family.program}), "
         f"[arXiv {family.paper}](https://arxiv.org/abs/{family.paper})), fine-tuned with",
-        "Condition Contrastive Alignment ([arXiv 2410.09347](https://arxiv.org/abs/2410.09347)) to sample well",
+        f"{title} ([arXiv {paper}](https://arxiv.org/abs/{paper})) to sample well",
         "without guidance.",
         "",
         "## Recipe",

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from cca_ds.files import save_safetensors
 from cca_ds.models.base import Family
-from cca_ds.models.layers import LambdaEmbedding
+from cca_ds.models.conditioning import CONDITIONINGS, LAMBDA
 from cca_ds.models.registry import FAMILIES, family_of_model
 from cca_ds.models.weight_files import KINDS, WeightsError, WeightsKind, read_metadata, read_weights, replace_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as recipes name them
 SAFETENSORS = "safetensors"  # the layout that every module can be saved in
 _NAMED_KEYS = 5  # of each kind of problem in an error's one line
-_LAMBDA = "lambda_embedding."
 
 
 def layouts() -> list[str]:
@@ -54,20 +53,22 @@ def check_weights(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor
     """Raise WeightsError unless `state`, read from `path`, has the tensors of `expected`, in their shapes.
 
     Its one line counts the missing, unexpected and mis-shaped keys and names the first few of each.
-    Computed tensors (rotary table, masks, counts) may be there or not. A model conditioned on lambda takes a
-    base model's weights: its lambda embedding then stays as it starts, without effect.
+    Computed tensors (rotary table, masks, counts) may be there or not. A conditioned model takes a base model's
+    weights: its embedding of the number then stays as it starts, without effect.
     """
     kind, own_kind = _kind(state), _kind(expected)
     if kind and own_kind and kind is not own_kind:
         raise WeightsError(f"weights file {path} holds {kind.name}, but {own_kind.name} is needed: name the other file")
-    conditioned = any(key.startswith(_LAMBDA) for key in expected)
-    if not conditioned and any(key.startswith(_LAMBDA) for key in state):
-        raise WeightsError(
-            f"weights file {path} holds a model conditioned on lambda: set lambda_conditioning=true to load it"
-        )
-    base_model = conditioned and not any(key.startswith(_LAMBDA) for key in state)
+    absent: tuple[str, ...] = ()  # embeddings that a base model's file lacks
+    for number in CONDITIONINGS:
+        expects, holds = (any(key.startswith(number.prefix) for key in keys) for keys in (expected, state))
+        if holds and not expects:
+            raise WeightsError(
+                f"weights file {path} holds a model conditioned on {number.title}: set {number.switch}=true to load it"
+            )
+        absent += (number.prefix,) if expects and not holds else ()
     counted = {key for kind in KINDS.values() for key in kind.counted}
-    optional = counted | {key for key in expected if base_model and key.startswith(_LAMBDA)}
+    optional = counted | {key for key in expected if key.startswith(absent)}
     missing = [key for key in expected if key not in state and key not in optional]
     unexpected = [key for key in state if key not in expected and key not in _computed() | counted]
     shapes = {
@@ -197,10 +198,10 @@ def fix_lambda(state: Mapping[str, Tensor], lambda_: float) -> dict[str, Tensor]
         state: the model's full tensors by name, float32.
         lambda_: above 0.
     """
-    plain = {key: value for key, value in state.items() if not key.startswith(_LAMBDA)}
+    plain = {key: value for key, value in state.items() if not key.startswith(LAMBDA.prefix)}
     classes = next(family.class_embedding for family in FAMILIES.values() if family.class_embedding in plain)
-    embedding = LambdaEmbedding(plain[classes].shape[1])
-    embedding.load_state_dict({key.removeprefix(_LAMBDA): state[key] for key in state.keys() - plain.keys()})
+    embedding = LAMBDA.embedding(plain[classes].shape[1])
+    embedding.load_state_dict({key.removeprefix(LAMBDA.prefix): state[key] for key in state.keys() - plain.keys()})
     with torch.no_grad():
         plain[classes] = plain[classes] + embedding(torch.tensor([lambda_]).log())
     return plain

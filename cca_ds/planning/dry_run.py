@@ -16,7 +16,7 @@ from cca_ds.balance.memory import Sharding
 from cca_ds.balance.partition import partition_batch
 from cca_ds.cluster.devices import GIB
 from cca_ds.config.recipes import dump_recipe
-from cca_ds.config.schema import RunConfig
+from cca_ds.config.schema import Loss, RunConfig
 from cca_ds.data.batches import total_steps
 from cca_ds.data.manifest import expected_images
 from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
@@ -88,6 +88,7 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     sequences = batch.global_size * LOSSES[run.loss.name].rows_per_pair
     lines = [
         f"batch: {batch.global_size} pairs a step, {sequences} sequences through the policy",
+        f"cost: {cost_line(run.loss.name)}",
         f"on {ranks} equal ranks: at most {max(even.pairs)} pairs each, in {even.forwards} forwards of at most "
         f"{max(max(sizes) for sizes in even.micro_sizes)}",
         f"epoch: {images:,} images ({origin}), {an_epoch:,} steps",
@@ -98,6 +99,16 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     steps, whole = total_steps(batch, an_epoch), total_steps(batch.model_copy(update={"max_steps": None}), an_epoch)
     limited = f" (batch.max_steps; {whole:,} without)" if steps < whole else ""
     return [*lines, f"run: {batch.epochs:g} epoch(s), {steps:,} steps{limited}"]
+
+
+def cost_line(loss: str) -> str:
+    """Forwards of one pair, a backward being two, and their ratio to those of the default loss."""
+    spec, usual = LOSSES[loss], LOSSES[Loss().name]
+    own, other = (one.rows_per_pair * one.passes for one in (spec, usual))
+    parts = ["forward and backward (3)", *(["reference (1)"] if spec.needs_reference else [])]
+    parts += [f"without gradient ({spec.extra_forwards})"] if spec.extra_forwards else []
+    beside = "" if spec is usual else f", {own / other:.2f} times {usual.name}'s {other}"
+    return f"{own} forwards a pair: {spec.rows_per_pair} x {' + '.join(parts)}{beside}"
 
 
 def memory_lines(run: RunConfig, ds: dict[str, Any], model: ModelCost, ranks: int) -> list[str]:

@@ -17,8 +17,8 @@ MOST_IMAGES = 10**12
 class Job:
     """A model, how it is sharded, `pairs` a step and `images` an epoch.
 
-    `rows_per_pair` and `needs_reference` are the loss's (`LossSpec`), `reference_offload` is `reference.offload`,
-    `element_bytes` are those of a weight.
+    `rows_per_pair`, `needs_reference`, `passes` and `extra_forwards` are the loss's (`LossSpec`), `reference_offload`
+    is `reference.offload`, `element_bytes` are those of a weight.
     """
 
     model: ModelCost
@@ -27,6 +27,8 @@ class Job:
     images: int
     rows_per_pair: int = 2
     needs_reference: bool = True
+    passes: int = 4
+    extra_forwards: int = 0
     reference_offload: bool = False
     element_bytes: int = 2
 
@@ -34,13 +36,6 @@ class Job:
     def steps(self) -> int:
         """Steps of an epoch; the last, incomplete batch is left out."""
         return max(1, self.images // self.pairs)
-
-    @property
-    def passes(self) -> int:
-        """Forwards of every sequence that must be computed: three for policy forward and backward, one for the
-        reference.
-        """
-        return 3 + self.needs_reference
 
     @property
     def placements(self) -> list[Placement | None]:
@@ -81,6 +76,8 @@ def job_of(run: RunConfig, model: ModelCost, sharding: Sharding, images: int) ->
         images=images,
         rows_per_pair=loss.rows_per_pair,
         needs_reference=loss.needs_reference,
+        passes=loss.passes,
+        extra_forwards=loss.extra_forwards,
         reference_offload=run.reference.offload,
         element_bytes=4 if run.precision == "fp32" else 2,
     )

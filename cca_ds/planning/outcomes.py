@@ -114,7 +114,7 @@ def _trained(
     memory = job.memory(placement, ranks, checkpointing)
     memories = [memory] * len(trainers)
     caps = micro_caps(trainers, memories, job.pairs)
-    work = work_of(job.model, placement, checkpointing, job.rows_per_pair)
+    work = work_of(job.model, placement, checkpointing, job.rows_per_pair, job.extra_forwards)
     arguments = (trainers, caps, job.pairs, job.model, work, job.sharding, placement)
     balanced = step_time(*arguments)
     ideal = job.pairs * reference_seconds(job, trainers) * job.passes
@@ -149,7 +149,7 @@ def _streamed(job: Job, groups: list[NodeGroup], placement: Placement, checkpoin
             low = middle + 1
     best = min((split(k) for k in {max(1, low - 1), low}), key=lambda trial: trial.step_seconds)
     ranks = (best.trainers, best.caps, job.pairs, job.model)
-    work = work_of(job.model, placement, checkpointing, job.rows_per_pair)
+    work = work_of(job.model, placement, checkpointing, job.rows_per_pair, job.extra_forwards)
     return replace(best, even=step_time(*ranks, work, job.sharding, placement, even=True))
 
 

@@ -1,9 +1,10 @@
 """Seconds of one step on unequal GPUs, from a batch's partition, the model's operations and the links.
 
-A step is F forwards (see `cca_ds/balance/partition.py`), each a chain of passes over the layers: reference,
-policy forward, policy backward. In a pass, layer after layer is gathered on the link while the one before is
-computed; both queues are in order, so a pass of U layers with c seconds of computing and g of link a layer
-takes U max(c, g) + min(c, g). Ranks wait for one another at every gather, so c is the slowest rank's.
+A step is F forwards (see `cca_ds/balance/partition.py`), each a chain of passes over the layers: reference, forwards of
+the policy without gradient where the loss has any, its forward, its backward. In a pass, layer after layer is gathered
+on the link while the one before is computed; both queues are in order, so a pass of U layers with c seconds of
+computing and g of link a layer takes U max(c, g) + min(c, g). Ranks wait for one another at every gather, so c is the
+slowest rank's.
 """
 
 import math
@@ -27,13 +28,14 @@ class Work:
     """Operations of one pair, pass by pass; the passes of a forward run one after another."""
 
     reference: float
+    extra: float  # of the policy, without gradient
     forward: float
     backward: float
 
     @property
     def total(self) -> float:
         """Operations of one pair on the trainers."""
-        return self.reference + self.forward + self.backward
+        return self.reference + self.extra + self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class StepTime:
     efficiency: float
 
 
-def work_of(model: ModelCost, placement: Placement | None, checkpointing: bool, rows_per_pair: int = 2) -> Work:
+def work_of(
+    model: ModelCost, placement: Placement | None, checkpointing: bool, rows_per_pair: int = 2, extra_forwards: int = 0
+) -> Work:
     """A backward is two forwards, three with the recomputation; a reference on the trainers one forward more."""
     forward = model.forward_flops() * rows_per_pair
     reference = forward if placement and placement.on_trainers else 0.0
-    return Work(reference, forward, forward * (3 if checkpointing else 2))
+    return Work(reference, forward * extra_forwards, forward, forward * (3 if checkpointing else 2))
 
 
 def rank_devices(groups: Sequence[NodeGroup]) -> list[Device]:
@@ -94,12 +98,14 @@ def links_of(groups: Sequence[NodeGroup], model: ModelCost, sharding: Sharding) 
     return Links(far, near, size * (ranks - 1) / ranks)
 
 
-def pass_links(links: Links, sharding: Sharding, placement: Placement | None) -> tuple[float, float, float]:
-    """Link seconds of the reference pass, the policy's forward and its backward, in one forward of a step."""
+def pass_links(
+    links: Links, sharding: Sharding, placement: Placement | None, extra_forwards: float = 0.0
+) -> tuple[float, float, float, float]:
+    """Link seconds of the passes of one forward of a step, in the order of `Work`."""
     reference = links.far if placement and placement.sharded else 0.0
     if sharding.stage < 3:
-        return (reference, 0.0, links.far if sharding.stage == 2 else 0.0)
-    return (reference, links.far, links.near + links.far)
+        return (reference, 0.0, 0.0, links.far if sharding.stage == 2 else 0.0)
+    return (reference, links.far * extra_forwards, links.far, links.near + links.far)
 
 
 def pass_seconds(layers: int, compute: float, link: float) -> float:
@@ -135,7 +141,7 @@ def step_time(
     seconds = [speeds[device.name] for device in devices]
     limits = [cap for group, cap in zip(groups, caps, strict=True) for _ in range(group.ranks)]
     links = links_of(groups, model, sharding)
-    per_pass = pass_links(links, sharding, placement)
+    per_pass = pass_links(links, sharding, placement, work.extra / work.forward)
     candidates = []
     try:
         if even:
@@ -158,9 +164,9 @@ def _evaluate(
     work: Work,
     sharding: Sharding,
     links: Links,
-    per_pass: tuple[float, float, float],
+    per_pass: tuple[float, float, float, float],
 ) -> StepTime:
-    shares = [part / work.total for part in (work.reference, work.forward, work.backward)]
+    shares = [part / work.total for part in (work.reference, work.extra, work.forward, work.backward)]
     kinds = set(zip(batch.micro_sizes, seconds, strict=True))
     total = compute = 0.0
     for index in range(batch.forwards):

@@ -10,13 +10,14 @@ from cca_ds.cluster.zero import broadcast_weight
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
 from cca_ds.models import DTYPES
+from cca_ds.models.conditioning import CONDITIONINGS
 from cca_ds.models.from_recipe import build_module
 
 
 def reference_model(model: schema.Model, dropout: bool) -> schema.Model:
-    """The `model` section as the reference uses it: no embedding of lambda, no recomputation, dropout only if asked."""
-    changed = {"lambda_conditioning": False, "activation_checkpointing": False, "dropout": dropout and model.dropout}
-    return model.model_copy(update=changed)
+    """The `model` section as the reference uses it: not conditioned, no recomputation, dropout only if asked."""
+    changed = {"activation_checkpointing": False, "dropout": dropout and model.dropout}
+    return model.model_copy(update=changed | {kind.switch: False for kind in CONDITIONINGS})
 
 
 def freeze(module: nn.Module, dropout: bool) -> None:

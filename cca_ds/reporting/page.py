@@ -22,7 +22,7 @@ from cca_ds.reporting.recorded_run import RecordedRun, read_run
 
 CHARTS = (  # title, unit, tags
     ("Loss", "loss", ("loss",)),
-    ("Negative log-likelihood", "nats per code", ("nll_per_code",)),
+    ("Negative log-likelihood", "nats per code", ("nll_per_code", "nll_per_code/unconditional", "nll_per_code/mixed")),
     ("Rewards", "reward", ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/unconditional")),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies",)),
     ("Log-ratio to the reference", "nats per image", ("logps/chosen", "logps/rejected")),

@@ -24,6 +24,7 @@ def generate(
     guidance_schedule: str = "constant",
     guidance_interval: tuple[int, int] | None = None,
     log_lambda: float | None = None,
+    gft_beta: float | None = None,
     cuda_graphs: bool = False,
 ) -> torch.Tensor:
     """Codes [B, L] int64 of new images of the given labels [B], on the model's device.
@@ -36,6 +37,7 @@ def generate(
         image_indices_B: B numbers, by default 0 to B - 1.
         guidance_schedule, guidance_interval: of s over the sampling steps, see `guidance.guidance_scales`.
         log_lambda: natural logarithm of lambda, for a model conditioned on it.
+        gft_beta: in (0, 1], for a model trained by GFT: guidance-free samples like those of s = (1 - beta) / beta.
         cuda_graphs: replay the decoding step as CUDA graphs where the family and the device can.
 
     Raises:
@@ -48,6 +50,8 @@ def generate(
             f"label {int(wrong[0])} is outside the model's classes 0..{model.num_classes - 1} "
             f"({model.num_classes} is no condition)"
         )
+    if gft_beta is not None and not 0.0 < gft_beta <= 1.0:
+        raise ValueError(f"gft_beta={gft_beta:g} must be above 0 and at most 1")
     draw = Draw(temperature, top_k, top_p)
     family = family_of_model(model)
     steps = family.guidance_steps(model.config)
@@ -57,13 +61,12 @@ def generate(
     if len(indices) != len(labels_B):
         raise ValueError(f"{len(indices)} image indices for {len(labels_B)} labels: give one index per label")
     uniforms_BL = image_uniforms(seed, indices, model.sequence_length).to(device)
-    log_lambda_B = None if log_lambda is None else torch.full((len(labels_B),), log_lambda, device=device)
+    labels_B = labels_B.to(device)
+    conditioning_B = model.given_conditioning(labels_B, log_lambda=log_lambda, gft_beta=gft_beta)
     was_training = model.training
     model.eval()
     try:
         with decoding_attention_backends():
-            return family.generate(
-                model, labels_B.to(device), scales, uniforms_BL, draw, log_lambda_B, cuda_graphs=cuda_graphs
-            )
+            return family.generate(model, labels_B, scales, uniforms_BL, draw, conditioning_B, cuda_graphs=cuda_graphs)
     finally:
         model.train(was_training)

@@ -14,17 +14,27 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import cca_ds
+from cca_ds.config.recipes import ConfigError
 from cca_ds.config.schema import Sampling
 from cca_ds.console import progress
 from cca_ds.models.base import Family
 from cca_ds.models.registry import family_of_model
 from cca_ds.sampling import generate
-from cca_ds.sampling.guidance import describe_guidance, family_scale
+from cca_ds.sampling.guidance import describe_guidance, family_scale, gft_scale
 from cca_ds.sampling.image_folder import SampleFolder, to_pixels
 
+LARGEST_SIDE = 8192  # pixels
 DECODED = 32  # images that the tokenizer decodes at once
 # fields of a recipe's `sampling` that `generate` takes
-_OF_GENERATE = ("guidance_scale", "guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "seed")
+_OF_GENERATE = (
+    "guidance_scale", "guidance_schedule", "guidance_interval", "gft_beta", "temperature", "top_k", "top_p", "seed"
+)  # fmt: skip
+
+
+def check_side(side: int | None) -> None:
+    """Raise ConfigError for a side in pixels that images cannot be resized to; None keeps the tokenizer's."""
+    if side is not None and not 1 <= side <= LARGEST_SIDE:
+        raise ConfigError([f"--resize {side}: give the side in pixels, 1 to {LARGEST_SIDE}, e.g. 256"])
 
 
 def sampling_lambda(sampling: Sampling, loss_lambda: float, conditioned: bool) -> float | None:
@@ -53,6 +63,7 @@ def describe_settings(
         **settings,
         "lambda": lambda_,
         "guidance_of_family": family_scale(family, sampling.guidance_scale),
+        "guidance_of_gft_beta": None if sampling.gft_beta is None else gft_scale(sampling.gft_beta),
         "precision": precision,
         "resize": side and f"bicubic to {side}",
         "versions": {"cca_ds": cca_ds.__version__, "torch": torch.__version__},
@@ -61,9 +72,11 @@ def describe_settings(
 
 def describe_draw(sampling: Sampling, family: Family, folder: SampleFolder, indices: Sequence[int]) -> str:
     """One phrase for the log: images, those already in the folder, guidance by both numbers, how a code is drawn."""
+    beta = sampling.gft_beta
+    gft = "" if beta is None else f"GFT's beta {beta:g} (like s = {gft_scale(beta):.3g}), "
     return (
         f"{len(indices)} images, {len(indices) - len(folder.missing(indices))} of them there already; "
-        f"{describe_guidance(family, sampling.guidance_scale)}, {sampling.guidance_schedule}; "
+        f"{gft}{describe_guidance(family, sampling.guidance_scale)}, {sampling.guidance_schedule}; "
         f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
         f"seed {sampling.seed}"
     )

@@ -42,6 +42,25 @@ def chosen_scale(family: Family, scale: float | None, own_scale: float | None, d
     return default if scale is None else scale
 
 
+def chosen_gft_beta(given: float | None, default: float | None, conditioned: bool) -> float | None:
+    """GFT's beta that a command line sets; `default` where it does not.
+
+    Raises ConfigError for a model that is not conditioned on it, and for a beta outside (0, 1].
+    """
+    if given is None:
+        return default
+    if not conditioned:
+        raise ConfigError([f"--gft_beta {given:g}: the model is not trained by GFT; leave it out, or name its recipe"])
+    if not 0.0 < given <= 1.0:
+        raise ConfigError([f"--gft_beta {given:g}: must be above 0 and at most 1 (1 is the plain model)"])
+    return given
+
+
+def gft_scale(gft_beta: float) -> float:
+    """The guidance s whose samples GFT's beta is meant to give without guidance: (1 - beta) / beta."""
+    return (1.0 - gft_beta) / gft_beta
+
+
 def describe_guidance(family: Family, scale: float) -> str:
     """One phrase for the log with both numbers, as in "guidance s = 0.5 (LlamaGen's cfg-scale = 1.5)"."""
     return f"guidance s = {scale:g} ({family.guidance_name} = {family_scale(family, scale):g})"

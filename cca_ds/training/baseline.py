@@ -42,7 +42,8 @@ def check_baseline(
     for batch in own_steps[step]:
         batch = batch.to(engines.device)
         inputs = objective.stacked(batch)
-        policy_logp, reference_logp = policy(*inputs), engines.reference_logp(batch, inputs)
+        policy_logp = policy(*inputs, compute=objective.compute)
+        reference_logp = engines.reference_logp(batch, inputs)
         sums += objective(policy_logp, reference_logp, batch)[1]
         if reference_logp is not None:
             differences.append((policy_logp - reference_logp).abs().max())

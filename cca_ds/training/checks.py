@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 
-from cca_ds.alignment.losses import LOSSES
+from cca_ds.alignment.losses import LOSSES, LossSpec
 from cca_ds.config.schema import RunConfig
+from cca_ds.models.conditioning import CONDITIONINGS, GFT_BETA, LAMBDA, Conditioning
 from cca_ds.models.registry import preset_problem
 from cca_ds.reference.placements import PLACEMENTS
 from cca_ds.vq import TOKENIZERS
 
 
 def recipe_problems(run: RunConfig) -> list[str]:
-    """Every problem in one line each, with the key, the value and the remedy; empty for a recipe that can run."""
+    """Every problem in one line each, with the key, the value and the remedy; empty for a recipe that can run.
+
+    A null `model.gft_conditioning` becomes what the loss needs, and then a null `sampling.gft_beta` 1.
+    """
     unknown = [
         LOSSES.problem(run.loss.name),
         PLACEMENTS.problem(run.reference.placement),
@@ -46,10 +50,24 @@ def _loss_problems(run: RunConfig) -> list[str]:
         found.append(f"loss.options.{name}: loss.name={spec.name} has no such option; {known}")
     if run.model.reset_classes and run.model.weights is None:
         found.append("model.reset_classes=true needs model.weights: without them every class is drawn anyway")
-    if run.model.lambda_conditioning and not spec.lambda_per_pair:
-        able = ", ".join(name for name, other in LOSSES.items() if other.lambda_per_pair)
-        found.append(f"model.lambda_conditioning=true needs loss.name={able}, not {spec.name}")
+    if run.model.gft_conditioning is None and spec.conditioning is GFT_BETA:
+        run.model.gft_conditioning = True
+    if run.model.gft_conditioning and run.sampling.gft_beta is None:
+        run.sampling.gft_beta = 1.0
+    elif not run.model.gft_conditioning and run.sampling.gft_beta is not None:
+        found.append(f"sampling.gft_beta={run.sampling.gft_beta:g} needs a model trained by GFT: leave it out")
+    for kind in CONDITIONINGS:
+        able = [name for name, other in LOSSES.items() if _takes(other, kind)]
+        if getattr(run.model, kind.switch) and not _takes(spec, kind):
+            found.append(f"model.{kind.switch}=true needs loss.name={', '.join(able)}, not {spec.name}")
+        elif spec.conditioning is kind and not getattr(run.model, kind.switch):
+            found.append(f"loss.name={spec.name} needs model.{kind.switch}=true, not false")
     return found
+
+
+def _takes(spec: LossSpec, kind: Conditioning) -> bool:
+    """Whether a loss can train a model that is conditioned so."""
+    return spec.conditioning is kind or (kind is LAMBDA and spec.lambda_per_pair)
 
 
 def _reference_problems(run: RunConfig) -> list[str]:

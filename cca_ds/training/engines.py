@@ -49,7 +49,7 @@ class Engines:
         """The loss summed over B pairs, `SUMS` of the micro-batch, and log p_policy [R] without gradient."""
         inputs = self.objective.stacked(batch)  # [chosen, rejected]
         reference_logp = self.reference_logp(batch, inputs)
-        policy_logp = self.policy(*inputs)
+        policy_logp = self.policy(*inputs, compute=self.objective.compute)
         loss, sums = self.objective(policy_logp, reference_logp, batch)
         return loss, sums, policy_logp.detach()
 

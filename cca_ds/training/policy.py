@@ -5,7 +5,7 @@ Letters: B rows of a forward, L codes per image, W ranks, K pairs of a global ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -74,9 +74,9 @@ class Policy:
                 local = safe_get_local_fp32_param(parameter)
                 safe_set_local_fp32_param(parameter, padded_shard(full, local, rank))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """log p [B] float32 of codes [B, L] under labels [B], with gradient."""
-        return self.engine(*inputs)
+    def __call__(self, *inputs: Tensor, compute: Callable[..., Tensor] | None = None) -> Tensor:
+        """log p [B] float32 of codes [B, L] under labels [B], or what `compute` does of them, with gradient."""
+        return self.engine(*inputs, compute=compute)
 
     def backward(self, loss_sum: Tensor) -> None:
         """Add the gradient of a micro-batch, given its loss summed over pairs.

@@ -35,6 +35,7 @@ from cca_ds.data.batches import MicroBatch, Steps
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
+from cca_ds.models.conditioning import CONDITIONINGS
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
 from cca_ds.reference.placements import PLACEMENTS
@@ -294,15 +295,16 @@ def reference_weights(
     """The reference's full float32 state dict: that of `reference.weights`, else the policy's own start.
 
     Args:
-        policy_weights: the policy's start where it is in memory already; without the embedding of lambda it is the
-            reference.
+        policy_weights: the policy's start where it is in memory already; without the embedding of the number that it is
+            conditioned on it is the reference.
     """
     model = reference_model(run.model, run.reference.dropout).model_copy(update={"reset_classes": False})
     if run.reference.weights is not None:
         return starting_weights(model, run.reference.weights, run.seed, tokenizer)
     if policy_weights is None:
         policy_weights = starting_weights(run.model, run.model.weights, run.seed, tokenizer)
-    return {name: tensor for name, tensor in policy_weights.items() if not name.startswith("lambda_embedding.")}
+    embeddings = tuple(kind.prefix for kind in CONDITIONINGS)
+    return {name: tensor for name, tensor in policy_weights.items() if not name.startswith(embeddings)}
 
 
 def _check_start(run: RunConfig, parts: Run) -> bool:

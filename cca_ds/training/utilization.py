@@ -8,11 +8,12 @@ from cca_ds.cluster.devices import peak_flops
 from cca_ds.models.cost import ModelCost
 
 
-def pair_flops(model: ModelCost, rows_per_pair: int, reference_on_trainers: bool) -> float:
-    """Operations that one pair costs the trainers: forward and backward of the policy, which are three forwards, and
-    the reference's forward where the trainers compute it. Activations that are computed again do not count.
+def pair_flops(model: ModelCost, rows_per_pair: int, reference_on_trainers: bool, extra_forwards: int = 0) -> float:
+    """Operations that one pair costs the trainers: forward and backward of the policy, which are three forwards, the
+    reference's forward where the trainers compute it, and the forwards that the loss adds (`LossSpec.extra_forwards`).
+    Activations that are computed again do not count.
     """
-    return rows_per_pair * (3 + reference_on_trainers) * model.forward_flops()
+    return rows_per_pair * (3 + reference_on_trainers + extra_forwards) * model.forward_flops()
 
 
 class Utilization:

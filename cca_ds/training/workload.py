@@ -35,6 +35,7 @@ def workload_of(
         precision=precision,
         rows_per_pair=loss.rows_per_pair,
         sharding=sharding,
+        compute=loss.forward,
     )
     if not loss.needs_reference:
         return workload
@@ -46,5 +47,6 @@ def workload_of(
 
 def trained_flops(run: RunConfig, workload: Workload) -> float:
     """Operations that one pair costs the trainers, for `Utilization`."""
-    reference = LOSSES[run.loss.name].needs_reference and PLACEMENTS[run.reference.placement].on_trainers
-    return pair_flops(workload.model, workload.rows_per_pair, reference)
+    loss = LOSSES[run.loss.name]
+    reference = loss.needs_reference and PLACEMENTS[run.reference.placement].on_trainers
+    return pair_flops(workload.model, workload.rows_per_pair, reference, loss.extra_forwards)

@@ -5,15 +5,17 @@
 
 TORCH_LIBRARY(cca_ds, m) {
   // The two entry points, differentiable in Python (likelihood/sequence_logp.py). `residual` is onehot - softmax [N, V],
-  // empty unless kept.
+  // empty unless kept. With `other` and `share` the logits are share * head(hidden) + (1 - share) * head(other), the latter
+  // without gradient.
   m.def("sequence_logp(Tensor logits, Tensor targets) -> (Tensor logp, Tensor stats)");
   m.def("sequence_logp_backward(Tensor grad, Tensor logits, Tensor targets, Tensor stats) -> Tensor");
   m.def(
       "linear_sequence_logp(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, bool fp32, int chunk_rows, "
-      "bool keep) -> (Tensor logp, Tensor residual)");
+      "bool keep, Tensor? other=None, Tensor? share=None) -> (Tensor logp, Tensor residual)");
   m.def(
       "linear_sequence_logp_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-      "Tensor residual, bool fp32, int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
+      "Tensor residual, bool fp32, int chunk_rows, bool[3] needed, Tensor? other=None, Tensor? share=None) -> (Tensor, "
+      "Tensor, Tensor)");
   // The row kernels. stats [N, 2]: a row's maximum, and the log of its sum of exp(x - maximum).
   m.def("row_stats(Tensor logits, Tensor? bias, Tensor targets) -> (Tensor logp, Tensor stats)");
   m.def("row_gradient(Tensor grad, Tensor logits, Tensor targets, Tensor stats) -> Tensor");

@@ -5,6 +5,10 @@
 //
 // With G = onehot - softmax [N, V] and g the gradient of the loss by log p, one scalar a sequence:
 //     d hidden = g * (G W)        d weight = G^T (g * hidden)        d bias = G^T g
+//
+// Given `other` [N, D] and `share`, one t a sequence, the logits are t * head(hidden) + (1 - t) * head(other), the second
+// term being a constant. The head is linear: these are its logits of t * hidden + (1 - t) * other, so that one matmul
+// makes them, and the gradients are the three above with g * t for g.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -157,11 +161,43 @@ Tensor chunk_buffer(const Head& head, int64_t rows) {
   return on_huge_pages(at::empty({rows, vocabulary + apart}, head.logits_options())).narrow(1, 0, vocabulary);
 }
 
+// A scalar of each sequence repeated for its rows, [N, 1] in the accumulation dtype.
+Tensor of_rows(const Tensor& scalar_B, const Tensor& targets_BL, at::ScalarType type) {
+  return scalar_B.to(type).unsqueeze(-1).expand(targets_BL.sizes()).reshape({-1, 1});
+}
+
+// What the head is applied to: hidden, or hidden mixed with `other`, a chunk of rows at a time. The mix is made in the
+// accumulation dtype and rounded once.
+struct Operand {
+  Tensor hidden_ND, other_ND{}, share_N1{};
+
+  Operand(const Tensor& hidden_BLD, const Tensor& targets_BL, const OptionalTensor& other_BLD, const OptionalTensor& share_B)
+      : hidden_ND(flat(hidden_BLD, targets_BL)) {
+    if (!other_BLD) return;
+    TORCH_CHECK(share_B.has_value(), "other is given without the share of hidden in the mix");
+    other_ND = flat(*other_BLD, targets_BL);
+    share_N1 = of_rows(*share_B, targets_BL, accumulate_type(hidden_ND));
+  }
+
+  static Tensor flat(const Tensor& x_BLD, const Tensor& targets_BL) {
+    return x_BLD.reshape({targets_BL.numel(), x_BLD.size(-1)}).contiguous();
+  }
+
+  Tensor rows(int64_t first, int64_t count) const {
+    const Tensor hidden = hidden_ND.narrow(0, first, count);
+    if (!other_ND.defined()) return hidden;
+    const auto type = share_N1.scalar_type();
+    const Tensor other = other_ND.narrow(0, first, count).to(type);
+    return at::lerp(other, hidden.to(type), share_N1.narrow(0, first, count)).to(hidden.scalar_type());
+  }
+};
+
 std::tuple<Tensor, Tensor> linear_sequence_logp(const Tensor& hidden_BLD, const Tensor& weight, const Tensor& targets_BL,
-                                                const OptionalTensor& bias, bool fp32, int64_t chunk_rows, bool keep) {
-  const Tensor hidden_ND = hidden_BLD.reshape({targets_BL.numel(), hidden_BLD.size(-1)}).contiguous();
+                                                const OptionalTensor& bias, bool fp32, int64_t chunk_rows, bool keep,
+                                                const OptionalTensor& other, const OptionalTensor& share) {
+  const Operand operand(hidden_BLD, targets_BL, other, share);
   const Tensor targets_N = flat_targets(targets_BL);
-  const int64_t rows = hidden_ND.size(0), vocabulary = weight.size(0);
+  const int64_t rows = operand.hidden_ND.size(0), vocabulary = weight.size(0);
   // What stays is asked for before what goes (the packed weight): the other way round would leave a hole in the heap.
   Tensor residual_NV = on_huge_pages(at::empty({keep ? rows : 0, keep ? vocabulary : 0}, weight.options()));
   const Head head(weight, bias, fp32, !keep && chunk_rows == 0);
@@ -174,17 +210,12 @@ std::tuple<Tensor, Tensor> linear_sequence_logp(const Tensor& hidden_BLD, const 
     const Tensor targets = targets_N.narrow(0, first, count);
     Tensor residual = keep ? residual_NV.narrow(0, first, count) : Tensor();
     Tensor logits = in_place ? residual : buffer_CV.narrow(0, 0, count);
-    head.logits(hidden_ND.narrow(0, first, count), logits);
+    head.logits(operand.rows(first, count), logits);
     logp_N.narrow(0, first, count)
         .copy_(keep ? row_residual(logits, head.late_bias(), targets, residual)
                     : std::get<0>(row_stats(logits, head.late_bias(), targets)));
   }
   return {sum_tokens(logp_N, targets_BL), residual_NV};
-}
-
-// g repeated for each row of its sequence, [N, 1] in the accumulation dtype.
-Tensor grad_of_rows(const Tensor& grad_B, const Tensor& targets_BL, at::ScalarType type) {
-  return grad_B.to(type).unsqueeze(-1).expand(targets_BL.sizes()).reshape({-1, 1});
 }
 
 // sum over rows of g * G. In 16 bits g is split in a high and a low half, so that the product loses none of it.
@@ -233,8 +264,9 @@ Gradients from_kept(const Tensor& hidden_ND, const Tensor& weight_VD, const Tens
 }
 
 // Lean: the logits are made again, a chunk at a time; d weight and d bias gather in float32.
-Gradients from_recomputed(const Tensor& hidden_ND, const Head& head, const Tensor& targets_N, const Tensor& grad_N1,
+Gradients from_recomputed(const Operand& operand, const Head& head, const Tensor& targets_N, const Tensor& grad_N1,
                           int64_t chunk, std::array<bool, 3> needed) {
+  const Tensor& hidden_ND = operand.hidden_ND;
   const int64_t rows = hidden_ND.size(0), vocabulary = head.weight_VD.size(0);
   const auto sums = head.weight_VD.options().dtype(grad_N1.scalar_type());
   Tensor logits_CV = chunk_buffer(head, std::min(chunk, rows));
@@ -246,7 +278,7 @@ Gradients from_recomputed(const Tensor& hidden_ND, const Head& head, const Tenso
     const int64_t count = std::min(chunk, rows - first);
     const Tensor hidden = hidden_ND.narrow(0, first, count), grad = grad_N1.narrow(0, first, count);
     Tensor logits = logits_CV.narrow(0, 0, count), residual = residual_CV.narrow(0, 0, count);
-    head.logits(hidden, logits);
+    head.logits(operand.rows(first, count), logits);
     row_residual(logits, head.late_bias(), targets_N.narrow(0, first, count), residual);
     if (needed[0]) {
       Tensor out = gradients.hidden_ND.narrow(0, first, count);
@@ -260,9 +292,12 @@ Gradients from_recomputed(const Tensor& hidden_ND, const Head& head, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> linear_sequence_logp_backward(
     const Tensor& grad_B, const Tensor& hidden_BLD, const Tensor& weight, const Tensor& targets_BL,
-    const OptionalTensor& bias, const Tensor& residual, bool fp32, int64_t chunk_rows, std::array<bool, 3> needed) {
-  const Tensor hidden_ND = hidden_BLD.reshape({targets_BL.numel(), hidden_BLD.size(-1)}).contiguous();
-  const Tensor grad_N1 = grad_of_rows(grad_B, targets_BL, accumulate_type(weight));
+    const OptionalTensor& bias, const Tensor& residual, bool fp32, int64_t chunk_rows, std::array<bool, 3> needed,
+    const OptionalTensor& other, const OptionalTensor& share) {
+  const Operand operand(hidden_BLD, targets_BL, other, share);
+  const Tensor& hidden_ND = operand.hidden_ND;
+  Tensor grad_N1 = of_rows(grad_B, targets_BL, accumulate_type(weight));
+  if (operand.share_N1.defined()) grad_N1 = grad_N1 * operand.share_N1;
   const bool kept = residual.size(1) == weight.size(0) && residual.size(0) == hidden_ND.size(0);
   Gradients gradients;
   if (kept) {
@@ -270,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_sequence_logp_backward(
   } else {
     const Head head(weight, bias, fp32, /*chunked=*/false);
     const int64_t chunk = rows_of_chunk(chunk_rows, head, hidden_ND.size(0), false);
-    gradients = from_recomputed(hidden_ND, head, flat_targets(targets_BL), grad_N1, chunk, needed);
+    gradients = from_recomputed(operand, head, flat_targets(targets_BL), grad_N1, chunk, needed);
   }
   const auto given = [&](const Tensor& gradient, bool is_needed) {
     return is_needed ? gradient.to(weight.scalar_type()) : at::empty({0}, weight.options());

@@ -15,7 +15,7 @@ from cca_ds.models import LlamaGenConfig, create_model
 from cca_ds.models.weights import load_weights
 
 
-def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0):
+def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0, gft_beta_B=None):
     size = len(codes_BL)
     return MicroBatch(
         codes_BL=codes_BL,
@@ -24,6 +24,7 @@ def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0):
         null_mask_B=null_B,
         positive_mask_B=null_B | (positive_B == negative_B),
         log_lambda_B=torch.linspace(0, 9, size),
+        gft_beta_B=torch.full((size,), 0.5) if gft_beta_B is None else gft_beta_B,
         sample_indices_B=torch.arange(size),
         positions_B=torch.arange(size),
         weight=weight,

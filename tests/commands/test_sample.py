@@ -318,6 +318,40 @@ def test_lambda_of_a_conditioned_model():
     assert log_lambda("model.lambda_conditioning=true", "sampling.lambda=300") == pytest.approx(np.log(300))
 
 
+def test_gft_beta_and_its_guidance(tmp_path, capsys):
+    """The flag beats the recipe's value; the log and sampling.json show s = (1 - beta) / beta."""
+    torch.manual_seed(0)
+    model = create_model("digits", **SMALL, gft_conditioning=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_weights(model, tmp_path / "w.safetensors")
+    usual = ("--weights", str(tmp_path / "w.safetensors"), "--set", f"model.overrides={json.dumps(SMALL)}",
+             "precision=fp32", "sampling.images_per_class=2")  # fmt: skip
+    gft = (*usual, "loss.name=gft", "sampling.gft_beta=0.5")
+    assert sample(tmp_path / "recipe", *gft) == 0
+    assert "GFT's beta 0.5 (like s = 1)" in capsys.readouterr().err
+    assert sample(tmp_path / "flag", *gft, "--gft_beta", "0.8") == 0
+    settings = json.loads((tmp_path / "flag" / "sampling.json").read_text())
+    assert settings["gft_beta"] == 0.8 and settings["guidance_of_gft_beta"] == pytest.approx(0.25)
+    codes_BL = generate(model, torch.arange(20) % 10, image_indices_B=range(20), gft_beta=0.8)
+    levels = np.rint(codes_BL.numpy().reshape(20, 8, 8) * 255 / 16).astype(np.uint8)
+    first = np.asarray(Image.open(tmp_path / "flag" / "images" / "0003" / "000003.png"))
+    assert np.array_equal(first, levels[3])
+    assert hashes(tmp_path / "flag") != hashes(tmp_path / "recipe")
+    capsys.readouterr()
+    for flags, message in (
+        ((*gft, "--gft_beta", "0"), "--gft_beta 0: must be above 0 and at most 1"),
+        ((*gft, "--gft_beta", "1.5"), "--gft_beta 1.5: must be above 0 and at most 1"),
+        ((*gft, "--gft_beta", "nan"), "--gft_beta nan: must be above 0 and at most 1"),
+        ((*usual[2:], "--gft_beta", "0.7"), "--gft_beta 0.7: the model is not trained by GFT; leave it out"),
+        ((*usual,), "conditioned on GFT's beta: set gft_conditioning=true"),
+    ):
+        assert sample(tmp_path / "refused", *flags) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and message in error, error
+        assert not (tmp_path / "refused").exists()
+
+
 def test_a_second_process_that_draws_into_the_folder_is_refused(tmp_path):
     """With other settings too: before the first has drawn an image, only its lock tells of it."""
     first, second = SampleFolder(tmp_path / "s", classes=2), SampleFolder(tmp_path / "s", classes=2)

@@ -173,7 +173,19 @@ def test_contradictions_name_both_values():
     assert "reference.cache=FOLDER" in found[2]
     assert "placement=zero3" in problems("reference.offload=true")[0]
     assert "loss.name=cca" in problems("model.lambda_conditioning=true", "loss.name=dpo")[0]
+    assert "loss.name=gft, not cca" in problems("model.gft_conditioning=true")[0]
+    off = problems("loss.name=gft", "model.gft_conditioning=false")[0]
+    assert "needs model.gft_conditioning=true, not false" in off
+    assert "not gft" in problems("loss.name=gft", "model.lambda_conditioning=true")[0]
+    assert "sampling.gft_beta=0.7 needs a model trained by GFT" in problems("sampling.gft_beta=0.7")[0]
     assert "balance.speeds" in problems("balance.mode=given")[0]
+
+
+def test_the_loss_decides_what_the_model_is_conditioned_on():
+    run = load_recipe("digits", ["loss.name=gft"], recipe_problems)
+    assert run.model.gft_conditioning and run.model.shape["gft_conditioning"] and run.sampling.gft_beta == 1.0
+    plain = load_recipe("digits", check=recipe_problems)
+    assert not plain.model.gft_conditioning and not plain.model.shape and plain.sampling.gft_beta is None
 
 
 @pytest.mark.parametrize(

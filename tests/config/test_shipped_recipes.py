@@ -7,6 +7,7 @@ import yaml
 
 from cca_ds.config.recipes import RECIPES, dump_recipe, load_recipe, recipe_names
 from cca_ds.models import model_config
+from cca_ds.training.checks import recipe_problems
 
 PAPER = yaml.safe_load((Path(__file__).parents[1] / "golden" / "paper.yaml").read_text())
 HYPER = PAPER["hyperparameters"]
@@ -25,9 +26,12 @@ WITHOUT_FIGURES = [name for name, *_ in WITHOUT_FIGURES_SHAPES]
 
 
 def test_the_nine_models_and_the_digits_are_shipped():
-    assert set(recipe_names()) == {
-        *PLAIN, *(f"{name}-cfg" for name in GUIDED), *WITHOUT_FIGURES, "digits", "digits_pretrain"
-    }  # fmt: skip
+    others = (
+        {f"{name}-cfg" for name in GUIDED}
+        | {f"{name}-gft" for name in PLAIN}
+        | {"digits", "digits_pretrain", *WITHOUT_FIGURES}
+    )
+    assert set(recipe_names()) == {*PLAIN, *others, "digits", "digits_pretrain"}
     assert len(PLAIN) == 9 and len(GUIDED) == 5
 
 
@@ -81,6 +85,28 @@ def test_cca_with_guidance_differs_in_beta_and_lambda_alone(name):
         tree["loss"] = {k: v for k, v in tree["loss"].items() if k not in ("beta", "lambda_")}
         del tree["name"], tree["paper"]  # the paper's results are of the plain runs
     assert plain == guided
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_guidance_free_training(name):
+    """The public command's epochs, batch, rate and cosine; model, data and the rest are those of CCA's recipe."""
+    plain, run = load_recipe(name), load_recipe(f"{name}-gft", check=recipe_problems)
+    facts = PAPER["successors"]["gft"]
+    assert run.loss.name == "gft" and run.model.gft_conditioning
+    assert run.batch.epochs == facts["llamagen-3b"]["epochs"] and run.batch.max_steps is None
+    assert run.batch.global_size == facts["llamagen-3b"]["batch"]
+    assert run.optimizer.learning_rate == facts["llamagen-3b"]["learning_rate"]
+    assert run.schedule.name == "cosine" and run.schedule.warmup_epochs == run.schedule.hold == 0
+    assert run.optimizer.learning_rate * run.schedule.final_fraction == pytest.approx(1e-5)
+    assert run.loss.condition_mask_probability == 0.1
+    assert run.sampling.gft_beta == facts["llamagen-3b"]["sampled_at_gft_beta"]
+    assert run.paper.get("fid") == facts.get(name, {}).get("fid")
+    for section in ("tokenizer", "data", "reference", "baseline"):
+        assert getattr(run, section) == getattr(plain, section)
+    switched = {"gft_conditioning": True}
+    assert run.model == plain.model.model_copy(update=switched)
+    own = ("learning_rate", "final_weight_decay")
+    assert run.optimizer.model_dump(exclude=own) == plain.optimizer.model_dump(exclude=own)
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if family(name) == "llamagen"])

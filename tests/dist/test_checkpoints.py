@@ -95,33 +95,37 @@ def average(folder: Path) -> dict[str, torch.Tensor]:
     return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 
-def test_the_same_ranks_continue_bit_for_bit(tmp_path):
-    whole = whole_run("dropout", 2, SETTINGS)
+@pytest.mark.parametrize("loss", ["cca", "gft"])
+def test_the_same_ranks_continue_bit_for_bit(loss, tmp_path):
+    settings = (*SETTINGS, f"loss.name={loss}")
+    whole = whole_run(f"dropout_{loss}", 2, settings)
     folder = cut_short(whole, tmp_path / "run", 4)
-    train(2, folder, *SETTINGS)
+    train(2, folder, *settings)
     assert losses(folder) == losses(whole)
     assert_equal_trees(states(folder), states(whole))
     assert (folder / "COMPLETED").is_file()
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "loss"),
     [
-        ((1, 3), (2, 3)),
-        ((2, 3), (1, 3)),
-        ((2, 2), (1, 2)),
-        pytest.param((1, 2), (2, 2), marks=pytest.mark.slow),
-        pytest.param((2, 0), (1, 0), marks=pytest.mark.slow),
+        ((1, 3), (2, 3), "cca"),
+        ((2, 3), (1, 3), "cca"),
+        ((2, 2), (1, 2), "cca"),
+        pytest.param((1, 2), (2, 2), "cca", marks=pytest.mark.slow),
+        pytest.param((2, 0), (1, 0), "cca", marks=pytest.mark.slow),
+        ((2, 3), (1, 3), "gft"),
+        pytest.param((1, 2), (2, 2), "gft", marks=pytest.mark.slow),
     ],
-    ids=lambda place: f"{place[0]} ranks stage {place[1]}",
+    ids=lambda place: place if isinstance(place, str) else f"{place[0]} ranks stage {place[1]}",
 )
-def test_another_number_of_ranks_continues_the_trajectory(before, after, tmp_path):
+def test_another_number_of_ranks_continues_the_trajectory(before, after, loss, tmp_path):
     files = {3: None, 2: REPOSITORY / "ds_configs/zero2.json", 0: plain_ddp()}
-    whole = whole_run(
-        f"plain_{before[0]}" + f"_stage_{before[1]}" * (before[1] != 3), before[0], PLAIN, files[before[1]]
-    )
+    settings = (*PLAIN, f"loss.name={loss}")
+    name = f"plain_{before[0]}" + f"_stage_{before[1]}" * (before[1] != 3) + f"_{loss}" * (loss != "cca")
+    whole = whole_run(name, before[0], settings, files[before[1]])
     folder = cut_short(whole, tmp_path / "run", 2)
-    train(after[0], folder, *PLAIN, ds=files[after[1]])
+    train(after[0], folder, *settings, ds=files[after[1]])
     assert_same_trajectory(losses(folder), losses(whole))
     assert metrics(folder)[1] == metrics(whole)[1] and metrics(folder)[2] != metrics(whole)[2]  # 3 on are new
     found, expected = average(folder), average(whole)

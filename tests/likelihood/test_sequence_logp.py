@@ -105,6 +105,72 @@ def test_linear(device, dtype, with_bias, options):
         torch.testing.assert_close(linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], **options), logp)
 
 
+def two_heads(hidden, other, weight, bias, share, targets):
+    """A mixed log-likelihood in float64 from its definition: two heads, the second one without gradient."""
+    t = share.double().view(-1, 1, 1)
+    constant = [None if x is None else x.detach() for x in (weight, bias)]
+    logits = t * F.linear(hidden, weight, bias) + (1 - t) * F.linear(other.double(), *constant)
+    return sequence_logp_eager(logits, targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"chunk_rows": 5}, {"chunk_rows": 100}, {"accumulate": "native"}])
+def test_mixed(device, dtype, with_bias, options):
+    """One head on mixed hidden states is the mix of two heads, and its gradients take the first operand alone."""
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("CPU only")
+    hidden, weight, bias, targets = sample(device, dtype, sequences=3, vocabulary=1001)
+    other = sample(device, dtype, sequences=3, seed=1)[0]
+    share = torch.tensor([0.0, 0.37, 0.9], device=device)
+    inputs = leaves(hidden, weight, bias if with_bias else None)
+    exact64 = leaves(*(None if t is None else t.double() for t in inputs))
+    other.requires_grad_()
+    logp = linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], (other, share), **options)
+    expected = two_heads(exact64[0], other.detach(), exact64[1], exact64[2], share, targets)
+    # the mix is rounded to the inputs' dtype once
+    rounding = {torch.bfloat16: 0.15, torch.float16: 0.02}.get(dtype, 1e-5)
+    assert logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(logp.double(), expected, atol=rounding, rtol=1e-6)
+    scale = torch.tensor([0.3, -2.0, 1.5], device=device)
+    (logp * scale).sum().backward()
+    (expected * scale).sum().backward()
+    assert other.grad is None and not inputs[0].grad[0].any()
+    for found, exact in zip(inputs, exact64, strict=True):
+        if found is not None:
+            assert found.grad.dtype == dtype
+            limit = GRADIENT[dtype] * (1.5 if dtype in (torch.bfloat16, torch.float16) else 1)
+            assert relative(found.grad, exact.grad) < limit
+    with torch.no_grad():
+        again = linear_sequence_logp(inputs[0], inputs[1], targets, inputs[2], (other, share), **options)
+        torch.testing.assert_close(again, logp)
+
+
+def test_mixed_eager_gives_the_same_numbers(device):
+    hidden, weight, bias, targets = sample(device, torch.float32)
+    mixed = (sample(device, torch.float32, seed=1)[0], torch.tensor([0.2, 0.8], device=device))
+    found, eager = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    a = linear_sequence_logp(found[0], found[1], targets, found[2], mixed)
+    b = linear_sequence_logp_eager(eager[0], eager[1], targets, eager[2], mixed)
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    a.sum().backward()
+    b.sum().backward()
+    for x, y in zip(found, eager, strict=True):
+        assert relative(x.grad, y.grad.double()) < 1e-5
+    with pytest.raises(ValueError, match=r"mixed hidden states of shape \[2, 7, 64\] with shares \[3\] do not match"):
+        linear_sequence_logp(hidden, weight, targets, bias, (mixed[0], torch.ones(3)))
+
+
+def test_a_mixed_log_likelihood_keeps_no_second_operand(device):
+    """Where onehot - softmax is kept, the backward needs neither the other hidden states nor the mix."""
+    hidden, weight, _, targets = sample(device, torch.float32)
+    other, share = sample(device, torch.float32, seed=1)[0], torch.tensor([0.2, 0.8], device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        linear_sequence_logp(*leaves(hidden, weight), targets, None, (other, share))
+    assert other.data_ptr() not in kept or backend() == "torch"
+
+
 @pytest.mark.parametrize("accumulate", ["fp32", "native"])
 def test_eager_gives_the_same_numbers(device, accumulate):
     hidden, weight, bias, targets = sample(device, torch.bfloat16)
@@ -241,6 +307,11 @@ def test_opcheck(device):
         torch.library.opcheck(
             torch.ops.cca_ds.linear_sequence_logp_backward.default, (grad, *detached, residual, True, rows, needed)
         )
+        mixed = (args[0].detach() * 2, torch.tensor([0.2, 0.8], device=device))
+        torch.library.opcheck(torch.ops.cca_ds.linear_sequence_logp.default, (*args, *mixed))
+        residual = torch.ops.cca_ds.linear_sequence_logp(*args, *mixed)[1].detach()
+        back = (grad, *detached, residual, True, rows, needed, *mixed)
+        torch.library.opcheck(torch.ops.cca_ds.linear_sequence_logp_backward.default, back)
     out = torch.empty(14, 33, device=device)
     rows = (logits.detach().view(14, 33), bias.detach(), targets.view(-1), out)
     utilities = ("test_schema",)  # the declared mutation; it is called from C++ only, and has no fake kernel

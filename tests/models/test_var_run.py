@@ -12,16 +12,19 @@ from torch import nn
 
 from cca_ds import export as export_entry
 from cca_ds import sample as sample_entry
+from cca_ds.alignment.losses import gft_loss
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
 from cca_ds.checkpoints.load_model import starting_weights
 from cca_ds.checkpoints.run_weights import recipe_of_run
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.config.recipes import load_recipe
+from cca_ds.data.batches import BatchPlan, Steps
+from cca_ds.data.codes import CodeTable
 from cca_ds.models import create_model, load_weights
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import metrics
 from tests.support.golden_tokenizers import vqvae
-from tests.support.var_run import BASE, DECAY, SHAPE, var_run
+from tests.support.var_run import BASE, DECAY, SHAPE, codes, var_run
 
 pytestmark = pytest.mark.dist
 
@@ -128,6 +131,33 @@ def test_a_lambda_conditioned_policy_and_its_average(tmp_path):
         load_weights(module, exported(run_folder, tmp_path / "m.safetensors", *flags))
         for key, value in module.state_dict().items():
             assert torch.allclose(value.double(), expected[key].double(), atol=1e-6 if flags else 0.0), key
+
+
+def test_guidance_free_training_from_codes_to_pictures(tmp_path):
+    """Under ZeRO-3 with recomputed blocks: the first loss by definition, export, samples at two betas."""
+    run_folder = var_run(loss="gft")
+    first, second = metrics(run_folder)
+    table = CodeTable.open(codes())
+    (batch,) = Steps(table, BatchPlan(8, 0, 0.1, 10), 0, [8])[0]
+    base = create_model("var-d16", vqvae(), **SHAPE, gft_conditioning=True).eval()
+    load_weights(base, BASE)
+    labels_K, beta_K = batch.positive_labels_B, batch.gft_beta_B
+    expected = gft_loss(base, batch.codes_BL, labels_K, beta_K, batch.null_mask_B)
+    assert first["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert first["loss"] == pytest.approx(first["nll_per_code/mixed"]) and second["loss"] < first["loss"]
+    assert first["nll_per_code/unconditional"] > 0 and "rewards/chosen" not in first
+    flat = exported(run_folder, tmp_path / "gft.pth", "--layout", "var")
+    trained = create_model("var-d16", **SHAPE, gft_conditioning=True)
+    load_weights(trained, flat)
+    shown = shards(run_folder)
+    assert all(torch.equal(p, shown[name]) for name, p in trained.named_parameters())
+    assert trained.t_embedder.mlp[2].weight.abs().max() > 1e-4
+    exported(run_folder, tmp_path / "card" / "m.safetensors", "--ema", "--model_card")
+    assert "Guidance-Free Training ([arXiv 2501.15420]" in (tmp_path / "card" / "README.md").read_text()
+    found = [
+        pixels(sample(tmp_path / beta, "--weights", str(run_folder), "--gft_beta", beta)) for beta in ("0.9", "0.1")
+    ]
+    assert not np.array_equal(*found)
 
 
 @torch.no_grad()

@@ -163,6 +163,36 @@ def test_lambda_embedding_is_saved_and_a_base_model_fits_under_it(golden, tmp_pa
         check_weights(expected_shapes(again), state, "a file")
 
 
+def test_the_published_layout_of_guidance_free_training(golden, tmp_path):
+    """`{"model": state}` with the embedding's keys, and flat as of 3B; a base model fits under it."""
+    state = torch.load(golden / "gft_weights.pt", weights_only=True)["model"]
+    conditioned = create_model(TINY, gft_conditioning=True)
+    torch.save({key: value for key, value in state.items()}, tmp_path / "flat.pt")
+    for path in (golden / "gft_weights.pt", tmp_path / "flat.pt"):
+        load_weights(conditioned, path)
+        assert_bit_equal(conditioned, {key: value.float() for key, value in state.items()})
+    save_weights(conditioned, tmp_path / "again.pt", layout="llamagen")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)["model"]
+    assert again.keys() - {"freqs_cis"} == state.keys() - {"freqs_cis"}
+    assert {key for key in again if key.startswith("t_embedder")} == {
+        f"t_embedder.mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")
+    }
+    assert all(torch.equal(again[key], value.float()) for key, value in state.items() if key in again)
+    load_weights(create_model(TINY, gft_conditioning=True), golden / "llamagen_ddp.pt")
+    with pytest.raises(WeightsError, match="conditioned on GFT's beta: set gft_conditioning=true"):
+        load_weights(create_model(TINY), golden / "gft_weights.pt")
+
+
+@pytest.mark.parametrize("preset", ["llamagen-3b", "llamagen-l"])
+def test_a_guidance_free_model_is_laid_out_as_its_size_is_published(preset):
+    with torch.device("meta"):
+        module = create_model(preset, gft_conditioning=True)
+    content = FAMILIES["llamagen"].layouts["llamagen"](module.config, dict(module.state_dict()))
+    tensors = content if preset == "llamagen-3b" else content["model"]
+    width = module.config.dim
+    assert tensors["t_embedder.mlp.0.weight"].shape == (width, 256) and "output.weight" in tensors
+
+
 @torch.no_grad()
 def test_one_lambda_of_many_is_an_ordinary_model():
     conditioned, plain = random_model(lambda_conditioning=True).eval(), create_model(TINY).eval()

@@ -49,6 +49,18 @@ def test_parameters_are_the_originals(name, golden):
     assert parameters and all(parameter.is_meta for parameter in parameters)
 
 
+@pytest.mark.parametrize("name", ["llamagen-3b", "var-d30"])
+def test_guidance_free_training_costs_half_of_cca(name):
+    """One sequence a pair, no reference, one forward without gradient; and the embedding of beta's parameters."""
+    usual, text = (describe(load_recipe(recipe), {}) for recipe in (name, f"{name}-gft"))
+    assert "cost: 8 forwards a pair: 2 x forward and backward (3) + reference (1)\n" in usual
+    one = "cost: 4 forwards a pair: 1 x forward and backward (3) + without gradient (1), 0.50 times cca's 8\n"
+    assert one in text and "256 sequences through the policy" in text and ", reference none" in text
+    plain, ours = (int(re.search(r"([\d,]+) parameters", shown)[1].replace(",", "")) for shown in (usual, text))
+    width = model_cost(name).width
+    assert ours - plain == (256 + 1) * width + (width + 1) * width
+
+
 def test_a_dry_run_imports_no_deepspeed():
     program = "import sys; from cca_ds.train import main; main(sys.argv[1:]); assert 'deepspeed' not in sys.modules"
     arguments = ["--ds_config", str(ZERO3), "--dry_run"]

@@ -4,10 +4,15 @@ import pytest
 
 from cca_ds.balance.memory import Sharding
 from cca_ds.cluster.devices import DEVICES
+from cca_ds.config.recipes import load_recipe
+from cca_ds.models.cost import model_cost
+from cca_ds.planning.job import job_of as job_of_recipe
+from cca_ds.planning.job import placement_of
 from cca_ds.planning.nodes import parse_nodes
 from cca_ds.planning.outcomes import _first_nodes, _trained, leaner_outcome, outcome, reference_seconds
 from cca_ds.planning.step_time import links_of, micro_caps, pass_seconds, rank_devices, step_time, work_of
 from cca_ds.reference.placements import PLACEMENTS
+from cca_ds.training.workload import trained_flops, workload_of
 from tests.support.planning import ZERO3, job_of
 
 MIXED = "4xh100:8,2xa100:8,4xa40:8"
@@ -35,20 +40,21 @@ def test_a_pass_takes_what_its_simulated_schedule_takes(layers, ratio):
     assert pass_seconds(layers, layers * max(computes), layers * gather) == pytest.approx(simulated, rel=0.02)
 
 
-@pytest.mark.parametrize("placement", ["inference", "zero3", "cached"])
+@pytest.mark.parametrize(("placement", "extra"), [("inference", 0), ("zero3", 0), ("cached", 0), (None, 1)])
 @pytest.mark.parametrize("nodes", ["1xh100:4", "2xh100:2,1xa40:2", "1xa100:2,2xa40:4"])
-def test_a_step_takes_what_its_simulated_schedule_takes(nodes, placement):
+def test_a_step_takes_what_its_simulated_schedule_takes(nodes, placement, extra):
     """All forwards of all ranks, pass after pass, beside the planner's sum; 2% is allowed for the
     optimizer."""
     job, groups = job_of("llamagen-xl", pairs=48), parse_nodes(nodes)
     devices = rank_devices(groups)
-    record = PLACEMENTS[placement]
+    record = PLACEMENTS[placement] if placement else None
     memory = job.memory(record, len(devices), True)
     caps = [min(cap, 5) for cap in micro_caps(groups, [memory] * len(groups), job.pairs)]  # several forwards
-    work = work_of(job.model, record, True)
+    work = work_of(job.model, record, True, extra_forwards=extra)
     step = step_time(groups, caps, job.pairs, job.model, work, ZERO3, record)
     gather = links_of(groups, job.model, ZERO3).far / job.model.layers
-    gathers = {"reference": gather * (placement == "zero3"), "forward": gather, "backward": 2 * gather}
+    gathers = {"reference": gather * (placement == "zero3"), "extra": gather * extra}
+    gathers |= {"forward": gather, "backward": 2 * gather}
     total = 0.0
     for forward in range(step.partition.forwards):
         for name, seconds in gathers.items():
@@ -75,6 +81,21 @@ def test_one_gpu_by_hand():
     assert found.epoch_seconds == pytest.approx(5004 * found.balanced.seconds + ahead, rel=1e-9)
     assert found.gpu_hours == pytest.approx(found.epoch_seconds / 3600)
     assert found.efficiency == pytest.approx(1.0, abs=0.01)
+
+
+def test_guidance_free_training_takes_half_the_operations_of_cca():
+    """Recipe beside recipe: 4 forwards of one sequence against 8 of two, one of the 4 without gradient."""
+    seconds, operations = [], []
+    for name in ("llamagen-b", "llamagen-b-gft"):
+        run = load_recipe(name)
+        job = job_of_recipe(run, model_cost(run.model.preset, run.model.shape), ZERO3, 1_281_167)
+        found = outcome(job, parse_nodes("1xh100:1"), placement_of(run), False)
+        h100 = DEVICES["h100"]
+        seconds.append(found.balanced.seconds - 28 * job.model.parameters / h100.memory_bandwidth)
+        operations.append(trained_flops(run, workload_of(run, {}, 1, "bf16")))
+        assert job.rows_per_pair * job.passes * job.model.forward_flops() == pytest.approx(operations[-1])
+    assert seconds[1] / seconds[0] == pytest.approx(0.5, abs=1e-3)  # the embedding of beta is the rest
+    assert operations[1] / operations[0] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_links_by_hand():

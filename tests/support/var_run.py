@@ -47,11 +47,12 @@ def codes() -> Path:
 
 
 @functools.cache
-def var_run(conditioned: bool = False) -> Path:
+def var_run(conditioned: bool = False, loss: str = "cca") -> Path:
     """The folder of a run of two steps in float32, with a checkpoint after each; of a model conditioned on lambda."""
-    folder = scratch() / ("var_run_conditioned" if conditioned else "var_run")
+    folder = scratch() / f"var_run_{loss}{'_conditioned' if conditioned else ''}"
     arguments = ["--ds_config", sharded_zero3(), "--recipe", "var-d16", "--output", folder]
     arguments += ["--set", *SETTINGS, f"data.codes={codes()}", f"model.lambda_conditioning={conditioned}"]
+    arguments += [f"loss.name={loss}"]
     with ForkedRanks(python_command("cca_ds/train.py", list(map(str, arguments))), 2, None, None) as ranks:
         if any(output.returncode for output in ranks.wait(PATIENCE)):
             raise RanksFailed(f"a rank failed\n{ranks.tails()}")

@@ -3,7 +3,7 @@
 from cca_ds.models.llamagen.model import LlamaGenConfig
 
 # name parts of parameters that each image uses once, not each code
-PER_IMAGE_MODULES = ("lambda_embedding",)
+PER_IMAGE_MODULES = ("lambda_embedding", "t_embedder")
 
 
 def activation_elements(config: LlamaGenConfig) -> int:

@@ -25,7 +25,7 @@ def sample_raster(
     scales: Sequence[float],
     uniforms_BL: Tensor,
     draw: DrawCodes,
-    log_lambda_B: Tensor | None = None,
+    conditioning_B: Tensor | None = None,
     cuda_graphs: bool = False,
 ) -> Tensor:
     """Codes [B, L] int64, one sampling step a code; arguments as in `models.base.Generate`.
@@ -36,8 +36,8 @@ def sample_raster(
     guided_until = max((step + 1 for step, scale in enumerate(scales) if scale), default=0)
     if guided_until:
         labels_B = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)])
-        log_lambda_B = None if log_lambda_B is None else log_lambda_B.repeat(2)
-    x_RD = model.condition(labels_B, log_lambda_B)
+        conditioning_B = None if conditioning_B is None else conditioning_B.repeat(2)
+    x_RD = model.condition(labels_B, conditioning_B)
     cache = new_cache(model, len(labels_B), x_RD.device, x_RD.dtype)
     decode = _GraphedStep(model, cache) if cuda_graphs and has_graphs(x_RD) else _EagerStep(model, cache)
     codes_BL = torch.empty(batch, length, dtype=torch.int64, device=x_RD.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cca_ds.likelihood import LikelihoodHead
 from cca_ds.models.base import CodeModel
-from cca_ds.models.layers import DropPath, Embedding, LambdaEmbedding, Linear, RMSNorm, SwiGLULinear
+from cca_ds.models.layers import DropPath, Embedding, Linear, RMSNorm, SwiGLULinear
 from cca_ds.ops.attention import causal_attention, rope_qkv
 from cca_ds.ops.rope import rotary_table
 
@@ -38,6 +38,7 @@ class LlamaGenConfig:
     ffn_dropout: float = 0.1
     drop_path: float = 0.0  # of the last layer, growing linearly from 0 at the first
     lambda_conditioning: bool = False
+    gft_conditioning: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "dim", "vocab_size", "sequence_length", "num_classes", "multiple_of"):
@@ -154,8 +155,7 @@ class LlamaGen(CodeModel):
         std = config.initializer_range
         self.cls_embedding = _ClassEmbedding(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, std)
-        if config.lambda_conditioning:
-            self.lambda_embedding = LambdaEmbedding(config.dim)
+        self.add_conditioning()
         self.tok_dropout = nn.Dropout(config.token_dropout)
         rates = [config.drop_path * layer / max(config.n_layer - 1, 1) for layer in range(config.n_layer)]
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
@@ -167,9 +167,9 @@ class LlamaGen(CodeModel):
         """The class token, [B] -> [B, D]."""
         return self.cls_embedding(labels_B)
 
-    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
+    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None, *mixed: Tensor) -> Tensor:
         """Logits [B, L, V], or with codes their log-likelihoods [B]."""
-        return self.output(hidden_BLD, codes_BL)
+        return self.output(hidden_BLD, codes_BL, *mixed)
 
     def _table(self) -> Tensor:
         return rotary_table(self.config.grid_size, self.config.head_dim, self.config.rope_base)
@@ -186,9 +186,9 @@ class LlamaGen(CodeModel):
         self.freqs_cis = self._table().to(self.freqs_cis.device)  # the cast or `to_empty` changed it
         return self
 
-    def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
+    def hidden(self, codes_BL: Tensor, labels_B: Tensor, conditioning_B: Tensor | None = None) -> Tensor:
         """The output layer's input, [B, L, D]: position n has seen the label and the codes before n."""
-        class_B1D = self.condition(labels_B, log_lambda_B).unsqueeze(1)
+        class_B1D = self.condition(labels_B, conditioning_B).unsqueeze(1)
         x_BLD = torch.cat([class_B1D, self.tok_embeddings(codes_BL[:, :-1].long())], dim=1)
         x_BLD = self.tok_dropout(x_BLD)
         table_LP2 = self.rotary(x_BLD.device)[: x_BLD.shape[1]]

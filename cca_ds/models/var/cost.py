@@ -3,7 +3,7 @@
 from cca_ds.models.var.model import VARConfig
 
 # name parts of parameters that each image uses once, not each code: the adaptive layer norms'
-PER_IMAGE_MODULES = ("ada_lin", "ada_gss", "lambda_embedding")
+PER_IMAGE_MODULES = ("ada_lin", "ada_gss", "lambda_embedding", "t_embedder")
 
 
 def activation_elements(config: VARConfig) -> int:

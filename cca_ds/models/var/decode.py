@@ -23,7 +23,7 @@ def sample_next_scale(
     scales: Sequence[float],
     uniforms_BL: Tensor,
     draw: DrawCodes,
-    log_lambda_B: Tensor | None = None,
+    conditioning_B: Tensor | None = None,
     cuda_graphs: bool = False,
 ) -> Tensor:
     """Codes of all scales, [B, L] int64, one sampling step a scale; arguments as in `models.base.Generate`.
@@ -36,8 +36,8 @@ def sample_next_scale(
     guided_until = max((index + 1 for index, strength in enumerate(scales) if strength), default=0)
     if guided_until:
         labels_B = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)])
-        log_lambda_B = None if log_lambda_B is None else log_lambda_B.repeat(2)
-    transformer = _Transformer(model, labels_B, log_lambda_B)
+        conditioning_B = None if conditioning_B is None else conditioning_B.repeat(2)
+    transformer = _Transformer(model, labels_B, conditioning_B)
     sum_BZhh, codes = pyramid.empty(batch), []
     for scale, (start, end) in enumerate(model.scale_slices()):
         if scale == guided_until:
@@ -57,9 +57,9 @@ def sample_next_scale(
 class _Transformer:
     """The model with the keys and values of the scales so far; the rows may become fewer on the way."""
 
-    def __init__(self, model: VAR, labels_R: Tensor, log_lambda_R: Tensor | None) -> None:
+    def __init__(self, model: VAR, labels_R: Tensor, conditioning_R: Tensor | None) -> None:
         self.model, self.slices = model, model.scale_slices()
-        self.class_RD = model.condition(labels_R, log_lambda_R)
+        self.class_RD = model.condition(labels_R, conditioning_R)
         shared = model.shared_ada_lin(self.class_RD)
         self.adalns = [block.adaln(shared) for block in model.blocks]
         self.positions_1LD = model.positions()

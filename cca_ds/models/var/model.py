@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cca_ds.models.base import CodeModel
-from cca_ds.models.layers import Embedding, LambdaEmbedding, Linear
+from cca_ds.models.layers import Embedding, Linear
 from cca_ds.models.var.blocks import Block, Head, HeadNorm, SharedAdaLN
 from cca_ds.ops.library import autocast_dtype
 
@@ -41,6 +41,7 @@ class VARConfig:
     shared_aln: bool = False
     drop_path: float | None = None  # stochastic depth of the last block, growing from 0; 0.1 * depth / 24
     lambda_conditioning: bool = False
+    gft_conditioning: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(int(scale) for scale in self.scales))
@@ -101,8 +102,7 @@ class VAR(CodeModel):
         self.word_embed = Linear(config.code_channels, config.dim, bias=True, std=std)
         self.class_emb = Embedding(config.num_classes + 1, config.dim, std)
         self.lvl_embed = Embedding(len(scales), config.dim, std)
-        if config.lambda_conditioning:
-            self.lambda_embedding = LambdaEmbedding(config.dim)
+        self.add_conditioning()
         self.shared_ada_lin = nn.Identity()
         if config.shared_aln:
             shared = SharedAdaLN(config.dim, 6 * config.dim, bias=True, std=std)
@@ -125,9 +125,9 @@ class VAR(CodeModel):
         """The class embedding, [B] -> [B, D]."""
         return self.class_emb(labels_B)
 
-    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None) -> Tensor:
+    def read_out(self, hidden_BLD: Tensor, codes_BL: Tensor | None = None, *mixed: Tensor) -> Tensor:
         """Logits [B, L, V], or with codes their log-likelihoods [B]."""
-        return self.head(hidden_BLD, codes_BL)
+        return self.head(hidden_BLD, codes_BL, *mixed)
 
     def attach_tokenizer(self, tokenizer: nn.Module) -> None:
         """Copy the frozen codebook and residual convolutions of `tokenizer`; ValueError where shapes differ."""
@@ -162,12 +162,12 @@ class VAR(CodeModel):
         ends = list(accumulate(scale**2 for scale in self.config.scales))
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def hidden(self, codes_BL: Tensor, labels_B: Tensor, log_lambda_B: Tensor | None = None) -> Tensor:
+    def hidden(self, codes_BL: Tensor, labels_B: Tensor, conditioning_B: Tensor | None = None) -> Tensor:
         """The output layer's input, [B, L, D]: a code's position has seen the label and the coarser scales."""
         pyramid = self.require_pyramid()
         if codes_BL.shape[1] != self.sequence_length:
             raise ValueError(f"VAR takes {self.sequence_length} codes an image, not {codes_BL.shape[1]}")
-        class_BD = self.condition(labels_B, log_lambda_B)
+        class_BD = self.condition(labels_B, conditioning_B)
         positions_1LD = self.positions()
         x_BLD = self.first_input(class_BD, positions_1LD)
         if len(self.config.scales) > 1:
