@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weight
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
 from cca_ds.config.schema import Model, RunConfig
 from cca_ds.data.manifest import class_names_of
+from cca_ds.files import write_atomic
 from cca_ds.models import (
     DTYPES,
     CodeModel,
@@ -29,6 +31,8 @@ from cca_ds.models.model_card import model_card
 from cca_ds.models.weights import SAFETENSORS, layouts
 from cca_ds.untrusted import read_json
 
+# of a sampler's settings, those that a card states
+_SHOWN = ("guidance_scale", "top_k", "top_p", "temperature", "resize", "seed")
 # keys of a recipe that hold paths
 _PATHS = (
     "model.weights", "tokenizer.weights", "data.codes", "data.source", "reference.weights", "reference.cache",
@@ -70,7 +74,7 @@ def export_weights(
     """
     _check_settings(folder, output, layout, lambda_, with_card, metrics)
     run = recipe_of_run(folder)
-    family, scores = family_of(run.model.preset), _read_metrics(metrics) if metrics else None
+    family, (scores, settings) = family_of(run.model.preset), _read_metrics(metrics) if metrics else (None, "")
     _check_fit(layout, lambda_, run.model, family)
     found = run_weights(folder, checkpoint, average)
     module = _empty_module(run.model)
@@ -83,8 +87,10 @@ def export_weights(
     save_weights(
         module, output, layout, state=state, dtype=DTYPES[dtype],
         metadata=_metadata(run, found, dtype, average, lambda_),
-        model_card=_card(run, family, scores) if with_card else None,
+        model_card=_card(run, family, output.name, scores, settings) if with_card else None,
     )  # fmt: skip
+    if with_card:
+        write_atomic(output.with_name("config.json"), _config_json(run, module))
     parameters = sum(tensor.numel() for tensor in state.values())
     return (
         f"{output}: {parameters / 1e6:.1f} M weights of {run.model.preset} after step {found.step} "
@@ -163,15 +169,31 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
     }
 
 
-def _card(run: RunConfig, family: Family, metrics: dict[str, float] | None) -> str:
+def _card(run: RunConfig, family: Family, file: str, metrics: dict[str, float] | None, settings: str) -> str:
     base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
-    return model_card(run.name, family, base, _shared_recipe(run), metrics, LOSSES[run.loss.name].method)
+    method = LOSSES[run.loss.name].method
+    return model_card(run.name, family, base, _shared_recipe(run), file, metrics, settings, method)
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    """Numbers of evaluate's JSON report. Raises ConfigError."""
+def _config_json(run: RunConfig, module: CodeModel) -> str:
+    """The model's shape as JSON, for readers that look for a config.json beside the weights."""
+    described = {
+        "library_name": "cca_ds", "model_type": module.family, "preset": run.model.preset,
+        **asdict(module.config), "tokenizer": run.tokenizer.name, "class_names": class_names_of(run.data.codes),
+    }  # fmt: skip
+    return json.dumps(described, indent=1) + "\n"
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, float], str]:
+    """Numbers of evaluate's JSON report, and how they came about in a sentence. Raises ConfigError."""
     try:
-        values = read_json(path)["metrics"]
-        return {name: float(value) for name, value in values.items() if value is not None}
+        report = read_json(path)
+        found = {name: float(value) for name, value in report["metrics"].items() if value is not None}
+        sampler, samples = report.get("sampler", {}), report.get("samples", {})
+        shown = {key: sampler[key] for key in _SHOWN if key in sampler}
+        drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
+        reference = Path(str(report.get("reference", "?"))).name
+        network = report.get("protocol", {}).get("network", "?")
+        return found, f"{samples.get('images', '?')} images ({drawn}) against {reference}, by {network}."
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"--metrics {path}: not a report that evaluate --output wrote ({error})"]) from None

@@ -10,7 +10,9 @@ def model_card(
     family: Family,
     base_model: str,
     recipe: str,
+    file: str,
     metrics: Mapping[str, float] | None = None,
+    settings: str = "",
     method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347"),
 ) -> str:
     """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.
@@ -20,7 +22,9 @@ def model_card(
         family: whose program, paper and licence the card names.
         base_model: name of the checkpoint that was fine-tuned.
         recipe: the run's resolved recipe, YAML.
+        file: name of the weights file beside the card.
         metrics: name -> value, for a table.
+        settings: how the samples behind the metrics were drawn and scored, one sentence.
         method: name and arXiv number of what it was fine-tuned with.
     """
     title, paper = method
@@ -40,6 +44,20 @@ def model_card(
         f"{title} ([arXiv {paper}](https://arxiv.org/abs/{paper})) to sample well",
         "without guidance.",
         "",
+        "## Use",
+        "",
+        "```python",
+        "import torch",
+        "",
+        "import cca_ds  # https://arxiv.org/abs/2410.09347 on DeepSpeed",
+        "from cca_ds.sampling import generate",
+        "",
+        f'model, tokenizer, recipe = cca_ds.load("{file}", tokenizer="TOKENIZER_WEIGHTS")',
+        "images = tokenizer.decode(generate(model, torch.arange(4), seed=0))  # [4, C, H, W] in [-1, 1]",
+        "```",
+        "",
+        f"or `cca-sample --weights {file} --output samples --grid`.",
+        "",
         "## Recipe",
         "",
         "```yaml",
@@ -48,5 +66,5 @@ def model_card(
     ]
     if metrics:
         rows = [f"| {key} | {value:g} |" for key, value in metrics.items()]
-        body += ["", "## Metrics", "", "| metric | value |", "| --- | --- |", *rows]
+        body += ["", "## Metrics", "", "| metric | value |", "| --- | --- |", *rows, "", settings]
     return "\n".join([*header, "", *body, ""])

@@ -66,7 +66,7 @@ def step_parts(
     codes = pairs * job.rows_per_pair * model.codes
     moved = model.compiled_bytes if compiled else model.eager_bytes
     again = int(checkpointing)
-    referenced = int(placement is not None and placement.on_trainers)
+    referenced, extra = int(placement is not None and placement.on_trainers), job.extra_forwards
     block_flops = _block_flops(model) * codes
     attention = 4 * model.codes * model.width * model.layers * codes
     head_flops = 2 * model.vocabulary * model.width * codes
@@ -88,22 +88,25 @@ def step_parts(
             "reference", referenced * (block_flops + attention + head_flops), MATMUL_SHARE,
             referenced * (layers_moved[0] + 8 * logit_bytes),
         ),
+        timed(
+            "forwards without gradient", extra * (block_flops + attention + head_flops), MATMUL_SHARE,
+            extra * (layers_moved[0] + 8 * logit_bytes),
+        ),
         timed("optimizer", 0.0, 1.0, OPTIMIZER_BYTES * model.parameters / (ranks if job.sharding.stage else 1)),
     ]  # fmt: skip
     links = links_of(groups, model, job.sharding)
     link = forwards * sum(pass_links(links, job.sharding, placement)) + links.far * gathers_a_step(job.sharding)
     exchanges = link / links.far if links.far else 0.0
-    passes = forwards * (1 + referenced + 2 + again)  # in forwards; a backward has two forwards' kernels
+    passes = forwards * (1 + referenced + extra + 2 + again)  # in forwards; a backward has two forwards' kernels
     kernels = KERNELS["compiled" if compiled else "eager"] * model.layers * passes
-    gathers = (
-        model.layers * forwards * (2 + int(bool(placement and placement.sharded))) if job.sharding.stage == 3 else 0
-    )
+    gathered = 2 + extra + int(bool(placement and placement.sharded))  # times a forward that a block's weights are
+    gathers = model.layers * forwards * gathered if job.sharding.stage == 3 else 0
     beside = [
         Part("gathers and scatters", 0.0, exchanges * links.far_bytes, link, beside=True),
         Part("host", 0.0, 0.0, kernels * LAUNCH_SECONDS + gathers * GATHER_SECONDS, beside=True),
     ]
     seconds = max(sum(part.seconds for part in own), *(part.seconds for part in beside))
-    useful = pairs * job.rows_per_pair * (3 + referenced) * model.forward_flops()
+    useful = pairs * job.rows_per_pair * (3 + referenced + extra) * model.forward_flops()
     return StepParts(device.name, pairs, own + beside, seconds, useful / (seconds * device.peak_flops))
 
 

@@ -43,6 +43,7 @@ def test_on_one_gpu_by_hand(compiled, moved):
         "head": (3 * HEAD * CODES, 0.73, 10 * 16384 * CODES),
         "recomputation": (0.0, 1.0, 0.0),
         "reference": ((BLOCKS + ATTENTION + HEAD) * CODES, 0.73, (24 * moved[0] + 8 * 16384) * CODES),
+        "forwards without gradient": (0.0, 1.0, 0.0),
         "optimizer": (0.0, 1.0, 28 * SIZE),
     }
     total = 0.0
@@ -79,6 +80,17 @@ def test_without_a_reference_on_the_gpu(placement):
     assert by_name(step)["reference"].seconds == 0.0
     useful = 3 * (BLOCKS + ATTENTION + HEAD) * CODES
     assert step.mfu == pytest.approx(useful / (step.seconds * PEAK), rel=1e-9)
+
+
+def test_a_forward_without_gradient_by_hand():
+    """As GFT has one, and no reference."""
+    step = parts_of(placement=None, needs_reference=False, extra_forwards=1, rows_per_pair=2)
+    part = by_name(step)["forwards without gradient"]
+    assert part.flops == pytest.approx((BLOCKS + ATTENTION + HEAD) * CODES, rel=1e-9)
+    assert part.bytes == (24 * COMPILED[0] + 8 * 16384) * CODES
+    useful = 4 * (BLOCKS + ATTENTION + HEAD) * CODES
+    assert step.mfu == pytest.approx(useful / (step.seconds * PEAK), rel=1e-9)
+    assert by_name(step)["host"].seconds == pytest.approx(3 * 24 * 16 * 4 * 5e-6 + 3 * 24 * 3 * 3e-4, rel=1e-9)
 
 
 def test_links_of_two_nodes_by_hand():

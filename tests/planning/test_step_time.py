@@ -218,7 +218,7 @@ def test_unequal_gpus_by_hand():
     job, groups = job_of("llamagen-b", pairs=4, sharding=sharded(0)), parse_nodes("1xh100:1,1xa40:1")
     record = PLACEMENTS["cached"]
     work = work_of(job.model, record, False)
-    assert work.total == work.reference + work.forward + work.backward == 6 * job.model.forward_flops()
+    assert work.total == work.reference + work.extra + work.forward + work.backward == 6 * job.model.forward_flops()
     fast, slow = (work.total / (d.peak_flops * d.efficiency) for d in (DEVICES["h100"], DEVICES["a40"]))
     even = step_time(groups, [4, 1], 4, job.model, work, sharded(0), record, even=True)
     assert even.partition.micro_sizes == ((1, 1), (1, 1))  # one pair at a time, as on the A40
