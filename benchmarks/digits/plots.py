@@ -28,15 +28,14 @@ def draw(found: dict[str, Rows], folder: Path) -> None:
 
 
 def draw_successors(found: dict[str, Rows], folder: Path) -> None:
-    """digits_successors.png: guidance, CCA and GFT on one frontier of FID and class accuracy, by their compute."""
+    """digits_successors.png: guidance, CCA and GFT on one frontier of FID and class accuracy, at equal compute."""
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    runs = {row["name"]: row["compute"] for row in found["gft"]}
-    for axis, cca, compute in ((axes[0], found["CCA, one epoch"], 8.0), (axes[1], found["cca"], 24.0)):
+    for axis, cca in zip(axes, ("CCA, one epoch", "CCA, three epochs"), strict=True):
+        compute = found[cca][0]["compute"]
         _path(axis, found["guidance"], "guidance over s (2x time)", "s", "o-", "accuracy")
-        _path(axis, cca, f"{cca[0]['name']}, over lambda", "lambda", "s-", "accuracy")
-        for name in [name for name, cost in runs.items() if cost == compute or (cost > 24 and compute == 24)]:
-            rows = [row for row in found["gft"] if row["name"] == name]
-            _path(axis, rows, f"{name}, over beta ({rows[0]['compute']:g} forwards an image)", "beta", "^-", "accuracy")
+        _path(axis, found[cca], f"{cca}, over lambda", "lambda", "s-", "accuracy")
+        gft = [row for row in found["gft"] if row["compute"] == compute]
+        _path(axis, gft, f"{gft[0]['name']}, over beta", "beta", "^-", "accuracy")
         _label(axis, f"{compute:g} forwards an image", "class accuracy", "FID")
     _save(figure, folder / "digits_successors.png")
 
