@@ -87,8 +87,13 @@ def known_rows(folder: Path) -> dict[str, Rows]:
 
 
 def fid_at(rows: Rows, accuracy: float) -> float | None:
-    """FID of a method at an accuracy, between its two measured points around it; None beyond them."""
-    points = sorted((row["accuracy"]["mean"], row["fid"]["mean"]) for row in rows)
+    """FID of a method at an accuracy, between its two measured points around it; None beyond them.
+
+    `rows` go from the weakest setting to the strongest; those beyond the most accurate one, which lose accuracy, are
+    left out.
+    """
+    points = [(row["accuracy"]["mean"], row["fid"]["mean"]) for row in rows]
+    points = points[: points.index(max(points)) + 1]
     for (low, fid_low), (high, fid_high) in itertools.pairwise(points):
         if low <= accuracy <= high:
             return fid_low + (accuracy - low) / max(high - low, 1e-9) * (fid_high - fid_low)
