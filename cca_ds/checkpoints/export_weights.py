@@ -172,7 +172,7 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
 def _card(run: RunConfig, family: Family, file: str, metrics: dict[str, float] | None, settings: str) -> str:
     base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
     method = LOSSES[run.loss.name].method
-    return model_card(run.name, family, base, _shared_recipe(run), file, metrics, settings, method)
+    return model_card(run.name, family, base, _shared_recipe(run), metrics, settings, file, method)
 
 
 def _config_json(run: RunConfig, module: CodeModel) -> str:

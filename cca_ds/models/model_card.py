@@ -10,9 +10,9 @@ def model_card(
     family: Family,
     base_model: str,
     recipe: str,
-    file: str,
     metrics: Mapping[str, float] | None = None,
     settings: str = "",
+    file: str = "model.safetensors",
     method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347"),
 ) -> str:
     """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.

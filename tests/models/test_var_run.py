@@ -116,7 +116,11 @@ def test_card_and_metadata_name_the_run(tmp_path):
     with safe_open(output, framework="pt") as file:
         metadata = file.metadata()
     (tmp_path / "recipe.yaml").write_text(metadata["recipe"])
-    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe(str(var_run() / "config.yaml"))
+    shared, own = (load_recipe(str(path)) for path in (tmp_path / "recipe.yaml", var_run() / "config.yaml"))
+    assert (shared.model.weights, shared.data.codes) == ("var_depth2.pth", "var_codes")  # of paths the last name
+    same = {"model", "tokenizer", "data"}
+    assert shared.model_dump(exclude=same) == own.model_dump(exclude=same)
+    assert shared.model.overrides == own.model.overrides and shared.tokenizer.options == own.tokenizer.options
     assert (metadata["family"], metadata["sequence_length"], metadata["step"]) == ("var", "30", "2")
     card = (tmp_path / "README.md").read_text()
     assert "base_model: var_depth2.pth" in card and "[VAR](" in card and "arxiv.org/abs/2404.02905" in card
