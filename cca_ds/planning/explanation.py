@@ -5,7 +5,8 @@ from cca_ds.planning.nodes import LINK_SHARE
 COST_MODEL = f"""\
 How this is computed
   FLOPs    2 a weight and code, attention over all pairs of codes; backward = 2 forwards, 3 with checkpointing;
-           positives and negatives; the reference one forward more. Time = FLOPs / (peak x efficiency), both stated.
+           positives and negatives; the reference one forward more, and so each forward without gradient that a loss
+           adds. Time = FLOPs / (peak x efficiency), both stated.
   memory   2 bytes a weight in bf16, 2 or 4 of gradient, 12 of float32 master weight and Adam's moments, sharded by the
            ZeRO stage; gathered weights at most stage3_max_live_parameters; what each block keeps for its backward; one
            chunk of logits; 1.5 GiB and 6% of the GPU stay free.

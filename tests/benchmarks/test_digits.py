@@ -73,15 +73,23 @@ def successors():
 
 
 def test_the_successors_claims_follow_from_their_numbers(successors):
-    """Guidance and CCA of one epoch are those of digits_paper.json; compute is counted from the losses' records."""
+    """Guidance and CCA are those of digits_paper.json; compute is counted from the losses' records."""
     body = json.loads((RESULTS / "digits_successors.json").read_text())
-    found = successors.known_rows(RESULTS) | {"gft": body["gft"], "cca": body["cca"]}
+    found = successors.known_rows(RESULTS) | {"gft": body["gft"]}
     assert successors.check(found) == body["claims"] and all(body["claims"].values())
     assert successors.comparison(found) == body["comparison"]
     assert (RESULTS / "digits_successors.md").read_text() == successors.markdown(body)
-    by_compute = {row["name"]: row["compute"] for row in [*found["gft"], *found["cca"], *found["CCA, one epoch"]]}
+    rows = [*found["gft"], *found["CCA, one epoch"], *found["CCA, three epochs"]]
+    by_compute = {row["name"]: row["compute"] for row in rows}
     assert by_compute["GFT, two epochs"] == by_compute["CCA, one epoch"] == 8
     assert by_compute["GFT, six epochs"] == by_compute["CCA, three epochs"] == 24
+
+
+def test_a_fid_at_an_accuracy_is_on_the_branch_up_to_the_most_accurate_setting(successors):
+    points = ((0.8, 1.0), (0.9, 3.0), (0.85, 9.0))
+    rows = [{"accuracy": {"mean": accuracy}, "fid": {"mean": fid}} for accuracy, fid in points]
+    assert successors.fid_at(rows, 0.85) == pytest.approx(2.0)
+    assert successors.fid_at(rows, 0.7) is None and successors.fid_at(rows, 0.95) is None
 
 
 def test_a_mixed_log_likelihood_costs_at_most_1_15_of_one_head():

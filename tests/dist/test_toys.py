@@ -33,7 +33,7 @@ def test_train_export_sample_with_a_loss_a_tokenizer_and_a_family_of_the_test(tm
         family=TOY_FAMILY.name, tokenizer=TOY_TOKENIZER.name, tokenizer_hash=tokenizer.hash(),
     )  # fmt: skip
     recipe = {
-        "name": "toy", "model": {"preset": "toy-l"},
+        "name": "toy", "model": {"preset": "toy-l", "from_scratch": True},
         "tokenizer": {"name": "toy-levels", "weights": str(tmp_path / "toy.safetensors")},
         "data": {"codes": str(tmp_path / "codes"), "workers": 0},
         "loss": {"name": "margin", "beta": 0.5, "options": {"margin": 3.0}},
