@@ -4,11 +4,11 @@
     python -m cca_ds.export --run runs/llamagen-3b --output c2i_3B_cca.pt --layout llamagen --dtype bf16
     python -m cca_ds.export --run runs/var-d30 --output var_d30_cca.pth --layout var --ema
     python -m cca_ds.export --run runs/llamagen-3b --output hub/model.safetensors --model_card --metrics scores.json
-    python -m cca_ds.export --run runs/llamagen-3b --output hub/model.safetensors --push_to_hub me/llamagen-3b-cca
+    python -m cca_ds.export --run runs/llamagen-3b --output hub/model.safetensors --push_to_hub llamagen-3b-cca
     python -m cca_ds.export --run runs/every-lambda --output c2i_L_cca.pt --layout llamagen --lambda 300
 
 Needs no ranks and no GPU. The run's recipe goes into the safetensors file's metadata; the model card becomes README.md
-beside it, with a config.json.
+beside it, and the model's shape config.json. Nothing leaves this machine without --push_to_hub.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of a lambda-conditioned model: fix it, for the programs that have no such models")  # fmt: skip
     add("--ema", action="store_true", help="the policy's moving average instead of its last weights")
     add("--model_card", action="store_true",
-        help="with safetensors: a Hugging Face model card beside the file")  # fmt: skip
-    add("--push_to_hub", metavar="OWNER/NAME",
-        help="also upload the file with its card into this repository, private if new; needs a token")  # fmt: skip
-    add("--metrics", type=path, help="evaluate's JSON report, whose numbers go into the model card")
+        help="with safetensors: a Hugging Face model card and config.json beside the file")  # fmt: skip
+    add("--metrics", type=path, help="evaluate's JSON report, whose numbers and settings go into the model card")
+    add("--push_to_hub", metavar="NAME", help="send the file, its model card and config.json to this repository of the "
+        "Hugging Face Hub, USER/NAME or NAME, with the token of `hf auth login` or HF_TOKEN; made private")  # fmt: skip
+    add("--public", action="store_true", help="with --push_to_hub: make the repository public")
     return parser.parse_args(argv)
 
 
@@ -52,11 +53,6 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the file and print a line that describes it."""
     from cca_ds.checkpoints.export_weights import export_weights  # imports torch, which --help does not need
 
-    if arguments.push_to_hub:
-        from cca_ds.checkpoints.hub import push, require_token
-
-        arguments.model_card = True
-        require_token(arguments.push_to_hub)
     line = export_weights(
         arguments.run,
         arguments.output,
@@ -67,11 +63,10 @@ def export(arguments: argparse.Namespace) -> None:
         lambda_=arguments.lambda_,
         with_card=arguments.model_card,
         metrics=arguments.metrics,
+        repository=arguments.push_to_hub,
+        public=arguments.public,
     )
     print(line)
-    if arguments.push_to_hub:
-        output = arguments.output
-        print(push(arguments.push_to_hub, [output, output.with_name("README.md"), output.with_name("config.json")]))
 
 
 if __name__ == "__main__":

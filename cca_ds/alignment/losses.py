@@ -52,7 +52,7 @@ class LossSpec:
         inputs: fields of `MicroBatch` that `forward` takes, after codes and labels.
         extra_forwards: forwards of each sequence that `forward` runs beside the one that has a gradient.
         per_code: the loss is a mean over codes, not a sum.
-        method: name and arXiv number, for the model card.
+        method: name, and arXiv number where there is one, for the model card.
         logged: what is logged of the n parts that `forward` returns: names in `objective.SUMS`.
     """
 
@@ -69,7 +69,7 @@ class LossSpec:
     extra_forwards: int = 0
     per_code: bool = False
     logged: tuple[str, ...] = ("nll",)
-    method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347")
+    method: tuple[str, str | None] = ("Condition Contrastive Alignment", "2410.09347")
 
     @property
     def rows_per_pair(self) -> int:
@@ -236,9 +236,20 @@ LOSSES.register(
         lambda_per_pair=True,
     )
 )
-LOSSES.register(LossSpec("dpo", dpo_loss, initial_loss=lambda contrasted, lambda_: math.log(2)))
-LOSSES.register(LossSpec("unlearning", unlearning_loss, initial_loss=lambda contrasted, lambda_: 0.0))
-LOSSES.register(LossSpec("mle", mle_loss, negatives=None, needs_reference=False))
+LOSSES.register(
+    LossSpec(
+        "dpo",
+        dpo_loss,
+        initial_loss=lambda contrasted, lambda_: math.log(2),
+        method=("Direct Preference Optimization", "2305.18290"),
+    )
+)
+LOSSES.register(
+    LossSpec(
+        "unlearning", unlearning_loss, initial_loss=lambda contrasted, lambda_: 0.0, method=("Unlearning", "2410.09347")
+    )
+)
+LOSSES.register(LossSpec("mle", mle_loss, negatives=None, needs_reference=False, method=("Maximum Likelihood", None)))
 LOSSES.register(
     LossSpec(
         "gft",

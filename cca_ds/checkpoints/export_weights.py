@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,11 +11,11 @@ import yaml
 
 import cca_ds
 from cca_ds.alignment.losses import LOSSES
+from cca_ds.checkpoints.hub import open_repository
 from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
 from cca_ds.config.schema import Model, RunConfig
 from cca_ds.data.manifest import class_names_of
-from cca_ds.files import write_atomic
 from cca_ds.models import (
     DTYPES,
     CodeModel,
@@ -27,12 +27,14 @@ from cca_ds.models import (
     fix_lambda,
     save_weights,
 )
-from cca_ds.models.model_card import model_card
+from cca_ds.models.model_card import CARD, CONFIG, LIBRARY, hub_config, model_card
 from cca_ds.models.weights import SAFETENSORS, layouts
-from cca_ds.untrusted import read_json
+from cca_ds.reporting.evaluation_report import card_scores, read_report
+from cca_ds.sampling import generate
+from cca_ds.sampling.drawing import draw_settings, sampling_lambda
+from cca_ds.untrusted import regular_file
+from cca_ds.vq import TOKENIZERS
 
-# of a sampler's settings, those that a card states
-_SHOWN = ("guidance_scale", "top_k", "top_p", "temperature", "resize", "seed")
 # keys of a recipe that hold paths
 _PATHS = (
     "model.weights", "tokenizer.weights", "data.codes", "data.source", "reference.weights", "reference.cache",
@@ -51,6 +53,8 @@ def export_weights(
     lambda_: float | None = None,
     with_card: bool = False,
     metrics: Path | None = None,
+    repository: str | None = None,
+    public: bool = False,
 ) -> str:
     """Write the weights of a run's checkpoint to a file, whole or not at all. Needs no ranks and no GPU.
 
@@ -62,20 +66,24 @@ def export_weights(
         dtype: of the tensors in the file: "fp32", "bf16" or "fp16".
         average: the policy's moving average instead of its last weights.
         lambda_: fixes a lambda-conditioned model at this lambda, as an ordinary model.
-        with_card: write a model card, README.md, beside a safetensors file.
-        metrics: JSON report of `evaluate`, whose numbers go into the card.
+        with_card: write a model card, README.md, and config.json beside a safetensors file.
+        metrics: JSON report of `evaluate`, whose numbers and settings go into the card.
+        repository: name on the Hugging Face Hub to push the file, the card and config.json to.
+        public: the repository may be one that everybody can read.
 
     Returns:
-        One line that describes what was written.
+        Lines that describe what was written, and where it was pushed to.
 
     Raises:
         ConfigError, before anything is read: settings that contradict each other or the run. CheckpointError,
-            WeightsError: weights that cannot be read or written.
+            WeightsError: weights that cannot be read or written. HubError: the Hub cannot be written to.
     """
-    _check_settings(folder, output, layout, lambda_, with_card, metrics)
+    with_card = with_card or repository is not None
+    _check_settings(folder, output, layout, lambda_, with_card, metrics, public and repository is None)
     run = recipe_of_run(folder)
-    family, (scores, settings) = family_of(run.model.preset), _read_metrics(metrics) if metrics else (None, "")
+    family, scores = family_of(run.model.preset), card_scores(read_report(metrics)) if metrics else None
     _check_fit(layout, lambda_, run.model, family)
+    hub = open_repository(repository, public) if repository else None
     found = run_weights(folder, checkpoint, average)
     module = _empty_module(run.model)
     expected = expected_shapes(module)
@@ -87,27 +95,38 @@ def export_weights(
     save_weights(
         module, output, layout, state=state, dtype=DTYPES[dtype],
         metadata=_metadata(run, found, dtype, average, lambda_),
-        model_card=_card(run, family, output.name, scores, settings) if with_card else None,
+        beside=_beside(run, module, family, output.name, hub and hub.name, lambda_, scores) if with_card else None,
     )  # fmt: skip
-    if with_card:
-        write_atomic(output.with_name("config.json"), _config_json(run, module))
     parameters = sum(tensor.numel() for tensor in state.values())
-    return (
+    line = (
         f"{output}: {parameters / 1e6:.1f} M weights of {run.model.preset} after step {found.step} "
         f"({layout}, {dtype}{', moving average' if average else ''}"
         f"{f', lambda fixed at {lambda_:g}' if lambda_ is not None else ''})"
     )
+    if hub is None:
+        return line
+    print(line, flush=True)  # the upload may take an hour, and may fail
+    return hub.push([output, *map(output.with_name, (CARD, CONFIG))], f"{run.name}, step {found.step}")
 
 
 def _check_settings(
-    folder: Path, output: Path, layout: str, lambda_: float | None, with_card: bool, metrics: Path | None
-) -> None:
+    folder: Path, output: Path, layout: str, lambda_: float | None, with_card: bool, metrics: Path | None,
+    public_alone: bool,
+) -> None:  # fmt: skip
     """Raise ConfigError with all that the settings alone contradict."""
     problems = []
     if layout not in layouts():
         problems.append(f"--layout {layout}: unknown; choose one of {', '.join(layouts())}")
     if with_card and layout != SAFETENSORS:
-        problems.append(f"--model_card goes with --layout safetensors, not {layout}")
+        problems.append(f"--model_card and --push_to_hub go with --layout safetensors, not {layout}")
+    if public_alone:
+        problems.append("--public goes with --push_to_hub NAME")
+    if with_card:
+        problems += [
+            f"--model_card: {path} is there and not of an export; name an --output in a folder of its own"
+            for path in map(output.with_name, (CARD, CONFIG))
+            if path.exists() and LIBRARY not in _beginning(path)
+        ]
     if metrics and not with_card:
         problems.append("--metrics goes into the model card; give --model_card as well")
     if lambda_ is not None and not 0.0 < lambda_ < float("inf"):
@@ -169,31 +188,31 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
     }
 
 
-def _card(run: RunConfig, family: Family, file: str, metrics: dict[str, float] | None, settings: str) -> str:
-    base = resolve_path(run.model.weights).name if run.model.weights else run.model.preset
-    method = LOSSES[run.loss.name].method
-    return model_card(run.name, family, base, _shared_recipe(run), metrics, settings, file, method)
-
-
-def _config_json(run: RunConfig, module: CodeModel) -> str:
-    """The model's shape as JSON, for readers that look for a config.json beside the weights."""
-    described = {
-        "library_name": "cca_ds", "model_type": module.family, "preset": run.model.preset,
-        **asdict(module.config), "tokenizer": run.tokenizer.name, "class_names": class_names_of(run.data.codes),
-    }  # fmt: skip
-    return json.dumps(described, indent=1) + "\n"
-
-
-def _read_metrics(path: Path) -> tuple[dict[str, float], str]:
-    """Numbers of evaluate's JSON report, and how they came about in a sentence. Raises ConfigError."""
+def _beginning(path: Path) -> str:
+    """The first characters of a file, where it can be read."""
     try:
-        report = read_json(path)
-        found = {name: float(value) for name, value in report["metrics"].items() if value is not None}
-        sampler, samples = report.get("sampler", {}), report.get("samples", {})
-        shown = {key: sampler[key] for key in _SHOWN if key in sampler}
-        drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
-        reference = Path(str(report.get("reference", "?"))).name
-        network = report.get("protocol", {}).get("network", "?")
-        return found, f"{samples.get('images', '?')} images ({drawn}) against {reference}, by {network}."
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError([f"--metrics {path}: not a report that evaluate --output wrote ({error})"]) from None
+        with regular_file(path).open(errors="replace") as file:
+            return file.read(1000)
+    except (OSError, ValueError):
+        return ""
+
+
+def _beside(
+    run: RunConfig, module: CodeModel, family: Family, file: str, repository: str | None, lambda_: float | None,
+    scores: str | None,
+) -> dict[str, str]:  # fmt: skip
+    """The model card and config.json of an exported file: name -> text."""
+    names, spec = class_names_of(run.data.codes), TOKENIZERS[run.tokenizer.name]
+    given = run.tokenizer.weights and resolve_path(run.tokenizer.weights).name
+    tokenizer = (given or family.tokenizer_hint) if spec.needs_weights else None
+    fixed = sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning and lambda_ is None)
+    plain = inspect.signature(generate).parameters
+    settings = draw_settings(run.sampling, fixed)
+    card = model_card(
+        run.name, family, _shared_recipe(run), method=LOSSES[run.loss.name].method, file=file, repository=repository,
+        base=resolve_path(run.model.weights).name if run.model.weights else None, tokenizer=tokenizer,
+        settings={key: value for key, value in settings.items() if value != plain[key].default},
+        classes=module.num_classes, class_names=names, metrics=scores,
+    )  # fmt: skip
+    described = {"name": spec.name, "weights": tokenizer, "options": run.tokenizer.options}
+    return {CARD: card, CONFIG: hub_config(module, run.model.preset, described, names)}

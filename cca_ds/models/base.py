@@ -5,7 +5,7 @@ Legend: B images, L codes per image, N rows of a draw, S sampling steps, V vocab
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +152,12 @@ class CodeModel(nn.Module, ABC):
         return (compute or CodeModel.log_likelihoods)(self, *inputs, **named)
 
 
+def shape_of(module: CodeModel) -> dict[str, Any]:
+    """What describes a model's weights: the fields of its config but for the dropouts, which are of training."""
+    fields = asdict(module.config)
+    return {name: value for name, value in fields.items() if not name.endswith(("dropout", "drop_path"))}
+
+
 def list_of_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     """The attribute that holds a model's transformer blocks, and the blocks."""
     return next((name, part) for name, part in module.named_children() if isinstance(part, nn.ModuleList))
@@ -218,7 +224,9 @@ class Family:
         per_image_modules: name parts of parameters that each image uses once, not each code.
         pixel_shift: pixels are 127.5 x + pixel_shift of an image x in [-1, 1], cut off to uint8.
         needs_tokenizer: whether a model runs only with a tokenizer's codebook.
-        tokenizer_hint: the usual file of that tokenizer, for the message when it is missing.
+        tokenizer_hint: the usual file of that tokenizer, for messages and model cards.
+        hub: the Hub's repository of the published weights, for the model card.
+        hub_files: pattern of the files of weights in it.
     """
 
     name: str
@@ -244,4 +252,6 @@ class Family:
     pixel_shift: float = 127.5
     needs_tokenizer: bool = False
     tokenizer_hint: str | None = None
+    hub: str | None = None
+    hub_files: str = ""
     licence: str = "mit"

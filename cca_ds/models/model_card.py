@@ -1,70 +1,133 @@
-"""The Hugging Face model card that goes beside exported weights."""
+"""What goes beside exported weights: the Hugging Face model card, README.md, and config.json."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from cca_ds.models.base import Family
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cca_ds
+from cca_ds.models.base import CodeModel, Family, shape_of
+
+CARD, CONFIG = "README.md", "config.json"
+LIBRARY = "cca_ds"
+_NAMED_CLASSES = 10  # in the card's example
 
 
 def model_card(
     name: str,
     family: Family,
-    base_model: str,
     recipe: str,
-    metrics: Mapping[str, float] | None = None,
-    settings: str = "",
+    *,
+    base: str | None = None,
+    method: tuple[str, str | None] = ("Condition Contrastive Alignment", "2410.09347"),
     file: str = "model.safetensors",
-    method: tuple[str, str] = ("Condition Contrastive Alignment", "2410.09347"),
+    repository: str | None = None,
+    tokenizer: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    classes: int = 1000,
+    class_names: Sequence[str] = (),
+    metrics: str | None = None,
 ) -> str:
-    """Text of a README.md with the card's YAML header: base model, licence, papers, recipe, metrics when known.
+    """Text of a README.md with the Hub's YAML header: licence, base model, papers, an example, metrics, recipe.
 
     Args:
         name: of the model, the card's title.
-        family: whose program, paper and licence the card names.
-        base_model: name of the checkpoint that was fine-tuned.
+        family: whose program, paper, licence and published weights the card names.
         recipe: the run's resolved recipe, YAML.
-        file: name of the weights file beside the card.
-        metrics: name -> value, for a table.
-        settings: how the samples behind the metrics were drawn and scored, one sentence.
-        method: name and arXiv number of what it was fine-tuned with.
+        base: file name of the weights that training started from; None: from random ones. It is the header's
+            `base_model` where it is one of the family's published files, since the Hub takes its own models alone.
+        method: name of what the model was trained with, and its paper's arXiv number.
+        file: name of the weights' file, beside the card.
+        repository: on the Hub, USER/NAME, where the weights are pushed to one.
+        tokenizer: file name of the tokenizer's weights, which `load` needs; None: it needs none.
+        settings: keyword arguments of `generate` that the model is to be sampled with.
+        classes: of the model.
+        class_names: in their order; none where they are not known.
+        metrics: Markdown of the scores and the settings that they were reached with.
     """
     title, paper = method
+    published = base is not None and family.hub and re.fullmatch(family.hub_files, base)
     header = [
         "---",
         f"license: {family.licence}",
-        f"base_model: {base_model}",
+        f"library_name: {LIBRARY}",
+        *([f"base_model: {family.hub}"] if published else []),
         "pipeline_tag: unconditional-image-generation",
         f"tags: [image-generation, autoregressive, {title.lower().replace(' ', '-')}]",
         "---",
     ]
-    body = [
-        f"# {name}",
-        "",
-        f"{base_model} ([{family.title}]({family.program}), "
-        f"[arXiv {family.paper}](https://arxiv.org/abs/{family.paper})), fine-tuned with",
-        f"{title} ([arXiv {paper}](https://arxiv.org/abs/{paper})) to sample well",
-        "without guidance.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import torch",
-        "",
-        "import cca_ds  # https://arxiv.org/abs/2410.09347 on DeepSpeed",
-        "from cca_ds.sampling import generate",
-        "",
-        f'model, tokenizer, recipe = cca_ds.load("{file}", tokenizer="TOKENIZER_WEIGHTS")',
-        "images = tokenizer.decode(generate(model, torch.arange(4), seed=0))  # [4, C, H, W] in [-1, 1]",
-        "```",
-        "",
-        f"or `cca-sample --weights {file} --output samples --grid`.",
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        recipe.rstrip(),
-        "```",
-    ]
-    if metrics:
-        rows = [f"| {key} | {value:g} |" for key, value in metrics.items()]
-        body += ["", "## Metrics", "", "| metric | value |", "| --- | --- |", *rows, "", settings]
-    return "\n".join([*header, "", *body, ""])
+    model = f"[{family.title}]({family.program}) ({_arxiv(family.paper)})"
+    start = f"`{base}`, a {model} model, fine-tuned" if base else f"A {model} model, trained from random weights"
+    of_paper = f" ({_arxiv(paper)})" if paper else ""
+    sections = {
+        "Use": _example(file, repository, tokenizer, settings or {}, classes, class_names),
+        "Metrics": metrics,
+        "Recipe": f"```yaml\n{recipe.rstrip()}\n```",
+    }
+    body = [f"# {name}", f"{start} with {title}{of_paper}."]
+    body += [f"## {heading}\n\n{text.strip()}" for heading, text in sections.items() if text]
+    return "\n".join(header) + "\n\n" + "\n\n".join(body) + "\n"
+
+
+def _arxiv(number: str) -> str:
+    return f"[arXiv {number}](https://arxiv.org/abs/{number})"
+
+
+def _example(file: str, repository: str | None, tokenizer: str | None, settings: Mapping[str, Any], classes: int,
+             class_names: Sequence[str]) -> str:  # fmt: skip
+    """Lines that load the weights and draw an image of each of the first classes, in Python and on a command line."""
+    drawn = min(classes, _NAMED_CLASSES)
+    names = f"  # {', '.join(class_names[:drawn])}" if class_names else ""
+    weights = f'hf_hub_download("{repository}", "{file}")' if repository else f'"{file}"'
+    argument = f', tokenizer="{tokenizer}"' if tokenizer else ""
+    keywords = "".join(f", {key}={value!r}" for key, value in settings.items())
+    download = ["from huggingface_hub import hf_hub_download"] if repository else []
+    flag = f" --set tokenizer.weights={tokenizer}" if tokenizer else ""
+    return "\n".join(
+        [
+            "```python",
+            "import torch",
+            *download,
+            "from PIL import Image",
+            "",
+            "import cca_ds",
+            "from cca_ds.data.image_grid import image_grid",
+            "from cca_ds.sampling import generate",
+            "",
+            f"model, tokenizer, recipe = cca_ds.load({weights}{argument})",
+            f"labels = torch.arange({drawn}){names}",
+            f"codes = generate(model, labels{keywords})",
+            "with torch.no_grad():",
+            "    images = tokenizer.decode(codes)  # [B, C, H, W] in [-1, 1]",
+            f'Image.fromarray(image_grid(images, columns={drawn}).squeeze()).save("samples.png")',
+            "```",
+            "",
+            "```bash",
+            f"cca-sample --weights {file} --output samples --grid{flag}",
+            "```",
+        ]
+    )
+
+
+def hub_config(module: CodeModel, preset: str, tokenizer: Mapping[str, Any], class_names: Sequence[str] = ()) -> str:
+    """Text of a config.json: the model's shape, its tokenizer, and the names of its classes where they are known.
+
+    Args:
+        module: the model; on the meta device, too.
+        preset: its name in recipes.
+        tokenizer: name, file name and options.
+        class_names: in their order.
+    """
+    config = {
+        "library_name": LIBRARY,
+        "model_type": module.family,
+        "preset": preset,
+        **shape_of(module),
+        "sequence_length": module.sequence_length,
+        "tokenizer": dict(tokenizer),
+        **({"id2label": {str(label): name for label, name in enumerate(class_names)}} if class_names else {}),
+        "cca_ds_version": cca_ds.__version__,
+    }
+    return json.dumps(config, indent=2) + "\n"

@@ -6,14 +6,13 @@ LlamaGen, DeepSpeed  {"module": state}                   CCA's VAR       {"train
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cca_ds.files import save_safetensors
-from cca_ds.models.base import Family
+from cca_ds.models.base import Family, shape_of
 from cca_ds.models.conditioning import CONDITIONINGS, LAMBDA
 from cca_ds.models.registry import FAMILIES, family_of_model
 from cca_ds.models.weight_files import KINDS, WeightsError, WeightsKind, read_metadata, read_weights, replace_file
@@ -153,7 +152,7 @@ def save_weights(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-    model_card: str | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a module's weights to a file, whole or not at all.
 
@@ -164,7 +163,7 @@ def save_weights(
         state: the full tensors, where the module's own are sharded or on the meta device.
         dtype: to cast floating-point tensors to; None keeps theirs.
         metadata: further entries of the safetensors header.
-        model_card: text of a README.md to write beside a safetensors file.
+        beside: name -> text of files to write beside a safetensors file, such as its model card.
 
     Raises:
         WeightsError: an unknown layout, another family's, or a place that cannot be written.
@@ -180,8 +179,8 @@ def save_weights(
     if layout == SAFETENSORS:
         header = {"format": "pt", **_described(module), **(metadata or {})}
         replace_file(path, lambda draft: save_safetensors(tensors, draft, metadata=header))
-        if model_card is not None:
-            replace_file(path.with_name("README.md"), lambda draft: draft.write_text(model_card) and None)
+        for name, text in (beside or {}).items():
+            replace_file(path.with_name(name), lambda draft, text=text: draft.write_text(text) and None)
         return
     content = family.layouts[layout](module.config, tensors)
     replace_file(path, lambda draft: torch.save(content, draft))
@@ -222,7 +221,5 @@ def _described(module: nn.Module) -> dict[str, str]:
     """Header entries that describe the weights: family, codes an image, and the config's shape."""
     if _family(module) is None:
         return {}
-    entries = {
-        key: str(value) for key, value in asdict(module.config).items() if not key.endswith(("dropout", "drop_path"))
-    }
+    entries = {key: str(value) for key, value in shape_of(module).items()}
     return {**entries, "family": module.family, "sequence_length": str(module.sequence_length)}

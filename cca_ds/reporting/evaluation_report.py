@@ -185,6 +185,49 @@ def write_report_files(report: dict[str, Any], path: Path) -> None:
     write_atomic(path.with_suffix(".md"), as_markdown(report) + "\n")
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `write_report_files` wrote. Raises ValueError."""
+    try:
+        report = read_json(path)
+        numbers = report["metrics"].items()
+        report["metrics"] = {name: float(value) for name, value in numbers if value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a report that evaluate --output wrote ({error})") from None
+    return report
+
+
+def settings_phrase(sampler: Any) -> str:
+    """`s = 0, top-k 900, top-p 0.96, temperature 1`: how codes were drawn, as far as a record says."""
+    if not isinstance(sampler, dict):
+        return ""
+    titles = {"guidance_scale": "s =", "gft_beta": "GFT's beta", "top_k": "top-k", "top_p": "top-p",
+              "temperature": "temperature", "lambda": "lambda", "resize": "resized:"}  # fmt: skip
+    given = ((title, sampler.get(key)) for key, title in titles.items())
+    return ", ".join(f"{title} {_plain(value)}" for title, value in given if value is not None)
+
+
+def card_scores(report: dict[str, Any]) -> str:
+    """Markdown for a model card: the scores, and the settings without which they mean nothing; no paths.
+
+    Args:
+        report: of `read_report`; what it lacks is left out.
+    """
+    numbers, notes = _numbers(report), report.get("notes")
+    table = ["| metric | value |", "| --- | --: |", *(f"| {TITLES[name]} | {text} |" for name, text in numbers.items())]
+    samples, protocol = (part if isinstance(part, dict) else {} for part in map(report.get, ("samples", "protocol")))
+    size = f" of {samples.get('width')} x {samples.get('height')} px" if "width" in samples else ""
+    published = {True: "published", False: "other than the published"}.get(protocol.get("published_weights"))
+    facts = {
+        "Samples": f"{samples['images']:,} images{size}" if isinstance(samples.get("images"), int) else "",
+        "Sampled with": settings_phrase(report.get("sampler")),
+        "Reference": f"`{Path(str(report['reference'])).name}`" if report.get("reference") else "",
+        "Scored by": ", ".join(str(protocol[key]) for key in ("evaluator", "network") if protocol.get(key)),
+        "Network's weights": published or "",
+        "Notes": "; ".join(map(str, notes)) if isinstance(notes, list) else "",
+    }
+    return "\n".join([*table, "", *(f"- {name}: {_cell(text)}" for name, text in facts.items() if text)])
+
+
 def paper_rows(paper: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """The paper's results of a recipe: its nested ones by name, else the one for the model itself."""
     nested = [(name, values) for name, values in paper.items() if isinstance(values, dict)]
@@ -198,6 +241,10 @@ def _numbers(report: dict[str, Any]) -> dict[str, str]:
 
 def _number(name: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.{DECIMALS[name]}f}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flat(value: Any) -> str:

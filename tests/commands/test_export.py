@@ -1,6 +1,7 @@
 """Out of the shards of two ranks: bit-equal, in the original's keys, the moving average too; and what is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,31 @@ def test_recipe_in_the_metadata_and_card_beside_the_file(run_folder, tmp_path):
     assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe(str(run_folder / "config.yaml"))
     assert metadata["step"] == "2"
     card = (output.parent / "README.md").read_text()
-    assert "base_model: digits_base.safetensors" in card and "| fid | 1.5 |" in card and "recall" not in card
+    assert "`digits_base.safetensors`" in card and "| FID | 1.500 |" in card and "recall |" not in card
+    assert 'cca_ds.load("model.safetensors")' in card and str(tmp_path) not in card
+    config = json.loads((output.parent / "config.json").read_text())
+    assert (config["num_classes"], config["tokenizer"]["name"]) == (10, "digits") and "id2label" not in config
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_have_the_umasks_mode(run_folder, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        assert export(run_folder, tmp_path / "w.safetensors", "--model_card") == 0
+        assert export(run_folder, tmp_path / "w.pt", "--layout", "llamagen") == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("w.safetensors", "w.pt", "README.md", "config.json"), mode)
+
+
+def test_a_card_replaces_its_own_kind_alone(run_folder, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# My project\n")
+    message = refused(capsys, "--run", run_folder, "--output", tmp_path / "w.safetensors", "--model_card")
+    assert "README.md is there and not of an export" in message
+    assert (tmp_path / "README.md").read_text() == "# My project\n" and len(list(tmp_path.iterdir())) == 1
+    for _ in range(2):
+        assert export(run_folder, tmp_path / "out" / "w.safetensors", "--model_card") == 0
 
 
 def refused(capsys, *flags: object) -> str:

@@ -96,8 +96,8 @@ def test_its_layout_is_its_own(model, tmp_path):
 
 
 def test_header_and_card_name_it(model, tmp_path):
-    card = model_card("toy-cca", TOY_FAMILY, "toy_base", "name: toy\n")
-    save_weights(model, tmp_path / "w.safetensors", model_card=card)
+    card = model_card("toy-cca", TOY_FAMILY, "name: toy\n", base="toy_base")
+    save_weights(model, tmp_path / "w.safetensors", beside={"README.md": card})
     with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
         assert (file.metadata()["family"], file.metadata()["n_layer"]) == ("toy", "1")
     text = (tmp_path / "README.md").read_text()

@@ -123,7 +123,7 @@ def test_card_and_metadata_name_the_run(tmp_path):
     assert shared.model.overrides == own.model.overrides and shared.tokenizer.options == own.tokenizer.options
     assert (metadata["family"], metadata["sequence_length"], metadata["step"]) == ("var", "30", "2")
     card = (tmp_path / "README.md").read_text()
-    assert "base_model: var_depth2.pth" in card and "[VAR](" in card and "arxiv.org/abs/2404.02905" in card
+    assert "`var_depth2.pth`" in card and "[VAR](" in card and "arxiv.org/abs/2404.02905" in card
 
 
 def test_a_lambda_conditioned_policy_and_its_average(tmp_path):

@@ -136,16 +136,20 @@ def test_a_view_is_saved_without_what_is_behind_it(tmp_path):
 
 def test_safetensors_carry_metadata_and_a_model_card(tmp_path):
     model = random_model()
-    card = model_card("digits-cca", FAMILIES["llamagen"], "digits_base", "name: digits\n", {"fid": 1.25})
-    save_weights(model, tmp_path / "a.safetensors", metadata={"recipe": "name: digits", "step": "56"}, model_card=card)
+    card = model_card(
+        "digits-cca", FAMILIES["llamagen"], "name: digits\n", base="c2i_B_384.pt", metrics="| FID | 1.25 |"
+    )
+    metadata = {"recipe": "name: digits", "step": "56"}
+    save_weights(model, tmp_path / "a.safetensors", metadata=metadata, beside={"README.md": card})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = file.metadata()
     assert header["recipe"] == "name: digits" and header["step"] == "56"
     assert (header["family"], header["sequence_length"], header["dim"]) == ("llamagen", "16", "64")
     text = (tmp_path / "README.md").read_text()
-    for part in ("license: mit", "base_model: digits_base", "2410.09347", "name: digits", "| fid | 1.25 |"):
+    for part in ("license: mit", "base_model: FoundationVision/LlamaGen", "`c2i_B_384.pt`", "2410.09347",
+                 "name: digits", "| FID | 1.25 |"):  # fmt: skip
         assert part in text
-    assert "Metrics" not in model_card("x", FAMILIES["var"], "var_d16", "name: x")
+    assert "Metrics" not in model_card("x", FAMILIES["var"], "name: x")
 
 
 def test_lambda_embedding_is_saved_and_a_base_model_fits_under_it(golden, tmp_path):

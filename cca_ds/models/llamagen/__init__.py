@@ -80,6 +80,9 @@ FAMILY = FAMILIES.register(
                 sequence_length=_sequence_length,
             )
         ),
+        tokenizer_hint="vq_ds16_c2i.pt",
+        hub="FoundationVision/LlamaGen",
+        hub_files=r"c2i_(B|L|XL|XXL|3B)_(256|384)\.pt",
         pixel_shift=128.0,  # rounded: 127.5 x + 128, cut off
     )
 )

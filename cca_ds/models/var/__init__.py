@@ -81,5 +81,7 @@ FAMILY = FAMILIES.register(
         pixel_shift=127.5,  # cut off: 255 (x + 1) / 2
         needs_tokenizer=True,
         tokenizer_hint="vae_ch160v4096z32.pth",
+        hub="FoundationVision/var",
+        hub_files=r"var_d(16|20|24|30|36)\.pth",
     )
 )
