@@ -138,20 +138,23 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_line(report: dict[str, Any]) -> str:
-    """`FID 2.690  IS 276.80 ... (50000 images of samples.npz against reference.npz)`, and one line per note."""
+    """`FID 2.690  IS 276.80 ... (50000 images of samples.npz, s = 0, top-k 0, ..., against reference.npz)`; notes."""
     numbers = "  ".join(f"{TITLES[name]} {text}" for name, text in _numbers(report).items())
     samples, reference = report["samples"], Path(report["reference"]).name
-    line = f"{numbers}  ({samples['images']} images of {Path(samples['path']).name} against {reference})"
+    drawn = settings_phrase(report["sampler"])
+    of = ", ".join([f"{samples['images']} images of {Path(samples['path']).name}", *([drawn] if drawn else [])])
+    line = f"{numbers}  ({of}, against {reference})"
     return "\n".join([line, *(f"note: {note}" for note in report["notes"])])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """A table of the metrics with the paper's below, if the recipe has them, then the protocol and settings."""
     numbers = _numbers(report)
-    rows = [["", *(TITLES[name] for name in numbers)], ["---"] * (len(numbers) + 1)]
-    rows.append([report["recipe"], *numbers.values()])
+    rows = [["", *(TITLES[name] for name in numbers), "sampled with"], ["---"] * (len(numbers) + 2)]
+    rows.append([report["recipe"], *numbers.values(), settings_phrase(report["sampler"]) or "-"])
     for name, values in paper_rows(report["paper"]):
-        rows.append([f"paper, {name}", *(_number(key, values.get(key)) for key in numbers)])
+        cells = (_number(key, values.get(key)) for key in numbers)
+        rows.append([f"paper, {name}", *cells, str(values.get("sampled", "-"))])
     table = "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
     facts = {"samples": report["samples"], "reference": report["reference"], "sampler": report["sampler"],
              "sampler's settings": report["sampler_origin"], "protocol": report["protocol"],
@@ -228,8 +231,11 @@ def card_scores(report: dict[str, Any]) -> str:
     return "\n".join([*table, "", *(f"- {name}: {_cell(text)}" for name, text in facts.items() if text)])
 
 
-def paper_rows(paper: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """The paper's results of a recipe: its nested ones by name, else the one for the model itself."""
+def paper_rows(paper: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The paper's results of a recipe: its nested ones by name, else the one for the model itself.
+
+    `sampled` among the values says in words with which settings they were reached.
+    """
     nested = [(name, values) for name, values in paper.items() if isinstance(values, dict)]
     flat = {name: value for name, value in paper.items() if name in TITLES}
     return nested or ([("CCA", flat)] if flat else [])

@@ -10,6 +10,7 @@ import base64
 import io
 import re
 import statistics
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from cca_ds.files import write_atomic
 from cca_ds.models import model_config
 from cca_ds.reporting.charts import line_chart
-from cca_ds.reporting.evaluation_report import DECIMALS, TITLES, paper_rows, versions
+from cca_ds.reporting.evaluation_report import DECIMALS, TITLES, paper_rows, settings_phrase, versions
 from cca_ds.reporting.recorded_run import RecordedRun, read_run
 
 CHARTS = (  # title, unit, tags
@@ -81,20 +82,33 @@ def subtitle(run: RecordedRun) -> str:
 
 
 def results(run: RecordedRun) -> str:
-    """Scores of the run's evaluations, above the paper's numbers from the recipe."""
+    """Scores of the run's evaluations and their sampling settings, above the paper's from the recipe; notes."""
     paper = _section(run.config, "paper")
     rows = [(name, report["metrics"]) for name, report in run.evaluations]
     references = [(f"paper, {name}", values) for name, values in paper_rows(paper)]
     shown = [key for key in COLUMNS if any(key in values for _, values in rows + references)]
     if not shown:
         return ""
-    cells = [[name, *(_score(key, values.get(key)) for key in shown)] for name, values in rows + references]
+    drawn = [settings_phrase(report.get("sampler")) for _, report in run.evaluations]
+    drawn += [str(values.get("sampled", "")) for _, values in references]
+    settings = [[text] for text in drawn] if any(drawn) else [[] for _ in drawn]
+    cells = [
+        [name, *(_score(key, values.get(key)) for key in shown), *text]
+        for (name, values), text in zip(rows + references, settings, strict=True)
+    ]
+    head = ["", *(COLUMNS[key] for key in shown), *(["sampled with"] if any(drawn) else [])]
     notes = [f"{name}: {note}" for name, report in run.evaluations for note in _list(report.get("notes"))]
+    scored = ""
     for name, report in run.evaluations:
-        protocol = flattened({key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")})
-        notes += [f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol)] if protocol else []
-    small = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return table(["", *(COLUMNS[key] for key in shown)], cells, of_paper=len(references)) + small
+        facts = flattened({key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")})
+        if facts:
+            scored += f'<div class="card"><h3>How {escape(name)} was scored</h3>{table([], facts)}</div>'
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return (
+        f'<div class="wide">{table(head, cells, of_paper=len(references))}</div>'
+        + (f'<ul class="note">{listed}</ul>' if notes else "")
+        + (f'<div class="cards">{scored}</div>' if scored else "")
+    )
 
 
 def samples(run: RecordedRun) -> str:
@@ -111,7 +125,7 @@ def samples(run: RecordedRun) -> str:
         return f'<div class="pairs">{"".join(figures)}</div>'
     figures = [
         _figure(
-            f"class {column * (classes // columns)}",
+            escape(class_title(column * (classes // columns), run.class_names)),
             f"{_image(before)}{_image(after)}<span>before</span><span>after</span>",
             "pair",
         )
@@ -122,6 +136,12 @@ def samples(run: RecordedRun) -> str:
     guidance = f"guidance s = {scale:g}" if isinstance(scale, int | float) and scale else "without guidance"
     note = f"Before ({names[0]}, left) and after ({names[1]}, right), {guidance}."
     return f'<p class="note">{note}</p><div class="pairs{size}">{"".join(figures)}</div>'
+
+
+def class_title(label: int, names: Sequence[str]) -> str:
+    """`class 3: beagle`; without the name where it is not known, or is the number."""
+    known = names[label] if label < len(names) else str(label)
+    return f"class {label}" if known == str(label) else f"class {label}: {known}"
 
 
 def columns_of(png: bytes, columns: int) -> list[bytes]:

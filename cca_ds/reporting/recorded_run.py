@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cca_ds.data.manifest import class_names_of
 from cca_ds.untrusted import PlainYaml, decoding, parse_json, read_json, reason_of, regular_file
 
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json")
@@ -32,6 +33,7 @@ class RecordedRun:
     grids: list[tuple[str, bytes]] = field(default_factory=list)  # (name, PNG), first and last
     comparison: bytes | None = None  # samples.png of `make demo`: models side by side
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (name, cca_ds.evaluate's report)
+    class_names: tuple[str, ...] = ()  # of the table of codes, where it is still there
     problems: list[str] = field(default_factory=list)
 
 
@@ -44,6 +46,7 @@ def read_run(path: Path) -> RecordedRun:
     run = RecordedRun(path)
     run.config_text = _text(run, "config.yaml")
     run.config = _config(run)
+    run.class_names = _class_names(run.config)
     run.summary = _json(run, path / "summary.json") or {}
     run.series = _series(run)
     run.grids = _pictures(run, sorted((path / "samples").glob("*.png")))
@@ -55,6 +58,17 @@ def read_run(path: Path) -> RecordedRun:
         elif report and isinstance(report.get("rows"), list):
             run.evaluations += _rows(report["rows"])
     return run
+
+
+def _class_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the classes, from the table of codes that the configuration names; none where it cannot be read."""
+    data = config.get("data")
+    codes = data.get("codes") if isinstance(data, dict) else None
+    try:
+        names = class_names_of(codes) if isinstance(codes, str) else ()
+    except (OSError, ValueError):
+        return ()
+    return tuple(str(name) for name in names)
 
 
 def _rows(rows: list[Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cca_ds import evaluate
 from cca_ds.config.recipes import dump_recipe, load_recipe
+from cca_ds.data.table_files import write_codes
 from cca_ds.reporting.charts import COLOURS, line_chart, value_range
 from cca_ds.reporting.page import columns_of, write_report
 from cca_ds.reporting.recorded_run import read_run
@@ -84,10 +85,11 @@ def test_page_holds_every_part_of_the_run(run_folder):
     html, page = report_of(run_folder)
     assert [alt for _, name, alt in page.attributes if name == "alt" and alt] == CHARTS_OF_RUN
     assert page.tags.count("img") == 25  # also ten columns, before and after
-    for text in ("llamagen-l", "lambda: 300.0", "3.510", "271.25", "one note", "sampler.seed 9", "2.13.0"):
+    for text in ("llamagen-l", "lambda: 300.0", "3.510", "271.25", "one note", "2.13.0"):
         assert text in page.text, text
-    for of_paper in ("paper, base", "19.000", "paper, cca", "3.430"):  # Table 3
+    for of_paper in ("paper, base", "19.000", "paper, cca", "3.430", "s = 0, top-k 0, top-p 1"):  # Table 3
         assert of_paper in page.text, of_paper
+    assert "<td>sampler.seed</td><td>9</td>" in html and "<li>after: one note</li>" in html
     assert "Missing or unreadable" not in page.text
     assert re.search(r"median images per second</td><td>131", html)  # of steps 6 to 56
     assert "56 steps" in page.text
@@ -101,7 +103,7 @@ def test_page_is_self_contained(run_folder):
     """No script, no address but data URIs, and a policy that forbids both."""
     html, page = report_of(run_folder)
     allowed = """html head meta title style body header section h1 h2 h3 p table thead tbody tr th td pre div figure
-        figcaption span img"""
+        figcaption span img ul li"""
     assert set(page.tags) <= set(allowed.split())
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), (tag, name)
@@ -189,6 +191,31 @@ def test_page_states_the_guidance_of_the_grids(run_folder):
     guided = dump_recipe(load_recipe("llamagen-l-cfg", ["sampling.guidance_scale=0.5"]))
     (run_folder / "config.yaml").write_text(guided)
     assert "(step 56, right), guidance s = 0.5." in report_of(run_folder)[1].text
+
+
+def test_scores_stand_beside_the_settings_they_were_sampled_with(run_folder):
+    scores = {"metrics": {"fid": 5.2}, "sampler": {"guidance_scale": 0.25, "top_k": 900, "top_p": 0.96, "seed": 3}}
+    (run_folder / "after.json").write_text(json.dumps(scores))
+    html, _ = report_of(run_folder)
+    assert "<th>sampled with</th>" in html and "<td>s = 0.25, top-k 900, top-p 0.96</td>" in html
+    (run_folder / "after.json").write_text(json.dumps({"metrics": {"fid": 5.2}, "sampler": HOSTILE}))
+    (run_folder / "config.yaml").write_text("name: mine\n")
+    assert "sampled with" not in report_of(run_folder)[0]  # nothing says with which
+
+
+def test_classes_have_their_names_where_the_table_of_codes_is_there(run_folder, tmp_path):
+    names = [f"breed {label}" for label in range(8)] + ["<b>Alsatian</b>", "9"]
+    codes = tmp_path / "codes"
+    write_codes(codes, np.zeros((10, 1, 4), np.uint16), np.arange(10), vocab_size=8, classes=10, family="llamagen",
+                tokenizer="llamagen-vq16", tokenizer_hash="0", class_names=tuple(names))  # fmt: skip
+    config = load_recipe("llamagen-l", [f"data.codes={codes}", "model.overrides={num_classes: 10}"])
+    (run_folder / "config.yaml").write_text(dump_recipe(config))
+    html, page = report_of(run_folder)
+    for text in ("class 0: breed 0", "class 7: breed 7", "class 8: <b>Alsatian</b>"):
+        assert text in page.text, text
+    assert "<b>" not in html and ">class 9<" in html  # a name that is the number is not said twice
+    (codes / "manifest.json").write_text("{")
+    assert ">class 8<" in report_of(run_folder)[0]
 
 
 def test_grids_are_cut_into_columns():
