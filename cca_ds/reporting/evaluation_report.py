@@ -159,7 +159,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     facts = {"samples": report["samples"], "reference": report["reference"], "sampler": report["sampler"],
              "sampler's settings": report["sampler_origin"], "protocol": report["protocol"],
              "versions": report["versions"]}  # fmt: skip
-    lines = [f"- {name}: {_cell(_flat(value))}" for name, value in facts.items()]
+    lines = [f"- {name}: {_cell(flat(value))}" for name, value in facts.items()]
     lines += [f"- note: {_cell(note)}" for note in report["notes"]]
     return "\n".join([table, "", *lines])
 
@@ -253,10 +253,11 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _flat(value: Any) -> str:
+def flat(value: Any) -> str:
+    """`a 1, b (c 2)` of {"a": 1, "b": {"c": 2}}; None is left out."""
     if not isinstance(value, dict):
         return str(value)
-    parts = ((name, f"({_flat(item)})" if isinstance(item, dict) else item) for name, item in value.items())
+    parts = ((name, f"({flat(item)})" if isinstance(item, dict) else item) for name, item in value.items())
     return ", ".join(f"{name} {item}" for name, item in parts if item is not None)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from cca_ds.files import write_atomic
 from cca_ds.models import model_config
 from cca_ds.reporting.charts import line_chart
-from cca_ds.reporting.evaluation_report import DECIMALS, TITLES, paper_rows, settings_phrase, versions
+from cca_ds.reporting.evaluation_report import DECIMALS, TITLES, flat, paper_rows, settings_phrase, versions
 from cca_ds.reporting.recorded_run import RecordedRun, read_run
 
 CHARTS = (  # title, unit, tags
@@ -91,24 +91,22 @@ def results(run: RecordedRun) -> str:
         return ""
     drawn = [settings_phrase(report.get("sampler")) for _, report in run.evaluations]
     drawn += [str(values.get("sampled", "")) for _, values in references]
-    settings = [[text] for text in drawn] if any(drawn) else [[] for _ in drawn]
+    last = [[text] if any(drawn) else [] for text in drawn]
     cells = [
         [name, *(_score(key, values.get(key)) for key in shown), *text]
-        for (name, values), text in zip(rows + references, settings, strict=True)
+        for (name, values), text in zip(rows + references, last, strict=True)
     ]
     head = ["", *(COLUMNS[key] for key in shown), *(["sampled with"] if any(drawn) else [])]
-    notes = [f"{name}: {note}" for name, report in run.evaluations for note in _list(report.get("notes"))]
-    scored = ""
+    of_notes: dict[str, list[str]] = {}  # note -> the evaluations that it is of
     for name, report in run.evaluations:
-        facts = flattened({key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")})
-        if facts:
-            scored += f'<div class="card"><h3>How {escape(name)} was scored</h3>{table([], facts)}</div>'
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<div class="wide">{table(head, cells, of_paper=len(references))}</div>'
-        + (f'<ul class="note">{listed}</ul>' if notes else "")
-        + (f'<div class="cards">{scored}</div>' if scored else "")
-    )
+        settings = {key: report.get(key) for key in ("protocol", "sampler", "sampler_origin", "samples")}
+        own = [str(note) for note in _list(report.get("notes"))]
+        own += [f"{key} {flat(value)}" for key, value in settings.items() if value is not None]
+        for note in own:
+            of_notes.setdefault(note, []).append(name)
+    listed = "".join(f"<li>{escape(', '.join(names))}: {escape(note)}</li>" for note, names in of_notes.items())
+    scores = table(head, cells, of_paper=len(references))
+    return f'<div class="wide">{scores}</div>' + (f'<ul class="note">{listed}</ul>' if listed else "")
 
 
 def samples(run: RecordedRun) -> str:

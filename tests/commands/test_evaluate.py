@@ -94,9 +94,10 @@ def test_line_markdown_and_files(samples, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert f"FID {report['metrics']['fid']:.3f}" in line
     table = (tmp_path / "out" / "scores.md").read_text().splitlines()
-    assert table[0] == "|  | FID | IS | precision | recall | class accuracy |"
+    assert table[0] == "|  | FID | IS | precision | recall | class accuracy | sampled with |"
     assert table[2].startswith(f"| digits | {report['metrics']['fid']:.3f} |")
-    assert {row.count("|") for row in table[:3]} == {7}
+    assert {row.count("|") for row in table[:3]} == {8}
+    assert table[2].endswith("| s = 0, top-k 0, top-p 1, temperature 1 |") and "top-p 1, temperature 1, against" in line
     assert not [name for name in os.listdir(tmp_path / "out") if "partial" in name]
 
 
