@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,9 @@ from cca_ds.training.workload import trained_flops, workload_of
 
 # sections whose values TensorBoard's table of runs shows
 _COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
+# of those, what changes speed and memory and not the trajectory
+_NEUTRAL = ("model.activation_checkpointing", "model.compile", "batch.micro_size")
+_NAMED_CLASSES = 5  # in the run's first lines; TensorBoard has them all
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,8 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
     """The run's first lines: what runs where, on what, with which kernels; its text and row in TensorBoard."""
     policy, log = engines.policy, progress.log
     log.text("config", dump_recipe(run))
+    if names := inputs.table.manifest.class_names:
+        log.text("classes", "\n".join(f"{label} {name}" for label, name in enumerate(names)))
     log.hparams(hyperparameters(run))
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.module.parameters())
     log.say(
@@ -337,8 +342,8 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
         f"log-likelihoods by {backend(engines.device.type)}"
     )
     log.say(
-        f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes, {inputs.steps} steps of "
-        f"{run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
+        f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes{class_list(names)}, {inputs.steps} steps "
+        f"of {run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
     )
     traced = run.logging.profile_steps
     if traced and not progress.step < traced[0] <= traced[1] <= inputs.steps:
@@ -355,11 +360,19 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
 
 
 def hyperparameters(run: RunConfig) -> dict[str, bool | str | float]:
-    """What runs are compared by, under the keys that `--set` takes: every single value of these sections."""
+    """What runs are compared by, under the keys that `--set` takes: what the trajectory depends on."""
     tree = run.model_dump(mode="json", by_alias=True)
     leaves = {f"{name}.{key}": value for name in _COMPARED for key, value in tree[name].items()}
+    leaves |= {f"loss.options.{name}": value for name, value in run.loss.options.items()}
     leaves |= {"seed": run.seed, "reference.dropout": run.reference.dropout}
-    return {key: value for key, value in leaves.items() if isinstance(value, bool | str | int | float)}
+    plain = {key: value for key, value in leaves.items() if isinstance(value, bool | str | int | float)}
+    return {key: value for key, value in plain.items() if key not in _NEUTRAL}
+
+
+def class_list(names: Sequence[str]) -> str:
+    """` (beagle, poodle, ...)` for the run's first lines; nothing where names are not known."""
+    more = ", ..." if len(names) > _NAMED_CLASSES else ""
+    return f" ({', '.join(names[:_NAMED_CLASSES])}{more})" if names else ""
 
 
 def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:

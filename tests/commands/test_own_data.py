@@ -1,5 +1,6 @@
 """docs/own_data.md as it stands there: five classes of generated photos, all the way to a report."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,6 +56,8 @@ def test_the_documented_path_from_photos_to_a_report(tmp_path):
     assert sorted(path.name for path in (tmp_path / "poodles" / "images").iterdir()) == ["0002"]
     assert len(list((tmp_path / "runs" / "cca" / "drawn" / "images").rglob("*.png"))) == 20
     cca = next(text for text in shown if "mine: llamagen-b" in text and "reference inference" in text)
+    assert f"5 classes ({', '.join(CLASSES)})" in cca
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"]["2"] == "poodle"
     assert "paper" not in cca and "nll" not in cca  # no published figure of another model
     reference = np.load(tmp_path / "real.npz")
     assert reference["arr_0"].shape == (20, 64, 64, 3) and reference["mu"].shape == (2048,)

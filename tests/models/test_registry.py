@@ -1,9 +1,13 @@
 """The families' records: presets and their names, and what the rest of the package asks of them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from cca_ds.config.recipes import recipe_names
 from cca_ds.models import FAMILIES, create_model, family_of, family_of_model, model_config, preset_name, state_hash
 from cca_ds.models.registry import preset_problem, presets
 from cca_ds.vq import TOKENIZERS
@@ -62,3 +66,16 @@ def test_state_hash_is_of_names_shapes_and_float32_values():
     assert state_hash(state) == state_hash({name: tensor.half() for name, tensor in state.items()}) == digest
     assert state_hash(state | {"a": state["a"].view(3, 2)}) != digest
     assert state_hash({"a": state["a"], "c": state["b"]}) != digest
+
+
+def test_the_page_of_published_weights_has_every_file_with_a_recipe_that_is_there():
+    """Rows `| file | pixels | ... | recipe |` of docs/weights.md, against the families' patterns of published files."""
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    rows = dict(re.findall(r"^\| `((?:c2i|var)_\w+\.pth?)` \| \d+ \|.* `([\w-]+)` \|$", page, re.M))
+    assert len(rows) == 12
+    for file, recipe in rows.items():
+        family = family_of(re.sub(r"-256$", "", recipe))
+        assert re.fullmatch(family.hub_files, file) and f"huggingface.co/{family.hub}>" in page, file
+        assert recipe in recipe_names()
+    depths = {f"var_d{depth}.pth" for depth in (16, 20, 24, 30, 36)}
+    assert {file for file in rows if file.startswith("var")} == depths
