@@ -7,6 +7,7 @@ read; every refusal is one line.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,10 @@ def _clear_errors(name: str, endpoint: str, kept: str = "") -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise HubError(f"{begin}HF_HUB_OFFLINE is set; unset it to push{kept}") from None
     except (*network, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
+        cause = error
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload, within its progress bar
+            cause = error.__cause__
+            print(file=sys.stderr)
         status = getattr(getattr(cause, "response", None), "status_code", None)
         text = " ".join((getattr(cause, "server_message", None) or str(cause)).split())[:300]
         if status is None and isinstance(cause, ValueError):
