@@ -373,7 +373,6 @@ def main() -> None:
             "deepspeed>=0.19.5,<0.20",
             "mpi4py>=4",
             "datasets>=3",
-            "huggingface_hub>=0.24",
             "pyyaml>=6",
             "tensorboard>=2.16",
             "ninja>=1.11",

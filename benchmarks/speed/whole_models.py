@@ -100,7 +100,9 @@ def train(
     codes = random_codes(folder, recipe, arguments.set, arguments.pairs * arguments.steps)
     settings = [*QUIET, f"data.codes={codes}", f"batch.global_size={arguments.pairs}", *arguments.set]
     run = load_recipe(recipe, arguments.set)
-    settings += [f"batch.max_steps={arguments.steps}", f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}"]
+    settings.append(f"batch.max_steps={arguments.steps}")
+    if run.batch.micro_size != "auto":
+        settings.append(f"batch.micro_size={min(run.batch.micro_size, arguments.pairs)}")
     options = None
     if recipe.startswith("var"):
         config = model_config(run.model.preset, **run.model.overrides)

@@ -52,7 +52,8 @@ def test_the_package_is_imported_at_once():
 
 def test_a_dry_run_takes_three_seconds():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "cca_ds", "train", "--recipe", "llamagen-3b", "--dry_run"]
+    command = [sys.executable, "-m", "cca_ds", "train", "--recipe", "llamagen-3b", "--dry_run", "--set"]
+    command.append("model.from_scratch=true")
     done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "3,096,659,200 parameters" in done.stdout and "stage 3 *" in done.stdout  # zero3.json is the default

@@ -137,15 +137,13 @@ def test_what_is_compiled_follows_the_recipe():
     assert resolve_compile(True, CPU) == (True, None)
 
 
-def test_a_compiler_that_does_not_work(monkeypatch):
+def test_a_compiler_that_does_not_work():
     """No C++ compiler: an error where compiling was asked for."""
     torch._dynamo.reset()
     compiler_problem.cache_clear()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    said = r"model.compile=true: torch.compile does not work here \(.+set it to false"
     try:
-        with pytest.raises(
-            ValueError, match=r"model.compile=true: torch.compile does not work here \(.+set it to false"
-        ):
+        with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), pytest.raises(ValueError, match=said):
             resolve_compile(True, CPU)
     finally:
         compiler_problem.cache_clear()
