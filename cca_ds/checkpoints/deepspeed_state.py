@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import random
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,15 +102,17 @@ class Checkpoints:
         partial = store.begin(self.root, step, self.ranks.rank, deepspeed.comm.barrier, needed)
         if previous >= 0:  # every rank has written it: `begin` waits for all
             self._require_visible(previous)
-        contents = _collect(trained, partial)
-        contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.safetensors"))
-        if trained.ema is not None:
-            contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.safetensors"))
+        with _deleted_on_failure(partial):
+            contents = _collect(trained, partial)
+            contents.append((_random_state(), partial / f"random_rank_{self.ranks.rank:05d}.safetensors"))
+            if trained.ema is not None:
+                contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.safetensors"))
+            if self.settings.asynchronous:
+                contents = [(_to_host(state), path) for state, path in contents]
         metadata = self.metadata | trained.scaling()
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
-            on_host = [(_to_host(state), path) for state, path in contents]
-            self._writer.submit(self._write, on_host, partial, metadata)
+            self._writer.submit(self._write, contents, partial, metadata)
         else:
             self._write(contents, partial, metadata)
         self._newest, self._saved_at = step, time.monotonic()
@@ -150,14 +153,11 @@ class Checkpoints:
         on_first(self.ranks, lambda: store.require_room(self.root, expected_bytes(trained), self.settings, steps))
 
     def _write(self, contents: list[tuple[Any, Path]], partial: Path, metadata: dict[str, Any]) -> None:
-        try:
+        with _deleted_on_failure(partial):
             for state, path in contents:
                 with clear_errors(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_own(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-        except CheckpointError:
-            shutil.rmtree(partial, ignore_errors=True)  # gives back its space
-            raise
         self.still_ours()
         files = [path for _, path in contents]
         published = store.publish(partial, files, self.ranks.rank, self.ranks.world_size, metadata=metadata)
@@ -273,6 +273,17 @@ def expected_bytes(trained: Trained) -> int:
     elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
     stage, averaged = trained.engine.zero_optimization_stage(), trained.ema is not None
     return elements * store.bytes_per_weight(stage, parameters[0].element_size(), averaged)
+
+
+@contextlib.contextmanager
+def _deleted_on_failure(partial: Path) -> Iterator[None]:
+    """Turn what a full disk raises into a StorageError; after any failure `partial` gives back its space."""
+    try:
+        with clear_errors(partial):
+            yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _collect(trained: Trained, partial: Path) -> list[tuple[Any, Path]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from cca_ds.cluster import launch
 from cca_ds.cluster.failures import exit_code, explain_error
@@ -19,8 +22,8 @@ from cca_ds.config.schema import Distributed
 def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro_size: int | str) -> int:
     """Initialise the process group, do the work, and leave the group.
 
-    After an error on one of several ranks the process exits without closing the group: its peers are blocked in a
-    collective, and their watchdog reports this rank.
+    With several ranks this ends the process. After an error it does so without closing the group: the peers are
+    blocked in a collective, and their watchdog reports this rank.
 
     Args:
         work: gets this process's place; returns an exit code, None for 0.
@@ -28,7 +31,7 @@ def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro
         micro_size: the run's batch.micro_size, for advice when memory is short.
 
     Returns:
-        The exit code.
+        The exit code of a run on one rank.
 
     Raises:
         LaunchError: the ranks did not meet.
@@ -49,7 +52,22 @@ def run_on_ranks(work: Callable[[Ranks], int | None], limits: Distributed, micro
             os._exit(exit_code(error))
         return exit_code(error)
     launch.shutdown()
+    if ranks.world_size > 1:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without the interpreter's finalization.
+
+    One of gloo's threads may still hold a tensor of the last collective. If it frees the tensor during finalization, it
+    needs the interpreter's lock, does not get it, and aborts a process whose work is done.
+    """
+    sys.stdout.flush()
+    if mpi := sys.modules.get("mpi4py.MPI"):
+        mpi.Finalize()  # or mpirun takes the exit for a crash
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _quiet_libraries() -> None:

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
-import os
 import sys
 
 import torch
 
-from cca_ds.cluster.launch import find_ranks, initialize, shutdown
+from cca_ds.cluster.launch import Ranks
+from cca_ds.cluster.ranked import run_on_ranks
+from cca_ds.config.schema import Distributed
 
-ranks = initialize(find_ranks(os.environ), timeout_seconds=60, rendezvous_seconds=60)
-total = torch.tensor([2.0**ranks.rank], device=ranks.device)
-torch.distributed.all_reduce(total)
-line = json.dumps({**dataclasses.asdict(ranks), "total": total.item()})
-sys.stdout.write(f"HELLO {line}\n")
-sys.stdout.flush()
-shutdown()
+
+def hello(ranks: Ranks) -> None:
+    total = torch.tensor([2.0**ranks.rank], device=ranks.device)
+    torch.distributed.all_reduce(total)
+    line = json.dumps({**dataclasses.asdict(ranks), "total": total.item()})
+    sys.stdout.write(f"HELLO {line}\n")
+
+
+sys.exit(run_on_ranks(hello, Distributed(timeout_seconds=60, rendezvous_seconds=60), micro_size="auto"))
