@@ -389,7 +389,7 @@ def main() -> None:
         entry_points={
             "console_scripts": [
                 f"cca-{name} = cca_ds.{name}:main"
-                for name in ("train", "encode", "sample", "evaluate", "export", "plan")
+                for name in ("train", "encode", "sample", "evaluate", "export", "choose", "plan")
             ]
         },
         ext_modules=extensions(build),

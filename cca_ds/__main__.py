@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "a run's weights as one file",
     "sample": "images from a model",
     "evaluate": "FID, IS, precision and recall of images; the report page of a run",
+    "choose": "the best checkpoint of a round of DDO",
     "plan": "memory and time of a run on given nodes",
 }
 

@@ -5,6 +5,8 @@
     python -m cca_ds.sample --weights runs/llamagen-3b-gft --output samples/gft --gft_beta 0.7
     torchrun --nproc_per_node 8 -m cca_ds.sample --recipe llamagen-3b --weights policy.safetensors \\
         --set tokenizer.weights=vq_ds16_c2i.pt --output samples/3b --resize 256 --npz
+    torchrun --nproc_per_node 8 -m cca_ds.sample --recipe var-d16 --weights var_d16.pth --output generated --codes \\
+        --set tokenizer.weights=vae_ch160v4096z32.pth sampling.images_per_class=1300
     python -m cca_ds.sample --recipe var-d30 --weights runs/var-d30 --output dogs --classes 207 --grid \\
         --set tokenizer.weights=vae_ch160v4096z32.pth sampling.images_per_class=8
 
@@ -20,7 +22,7 @@ import time
 from argparse import SUPPRESS, Namespace
 
 from cca_ds.cluster.failures import INTERRUPTED, run_command
-from cca_ds.config.recipes import add_recipe_arguments, recipe_from_arguments
+from cca_ds.config.recipes import ConfigError, add_recipe_arguments, recipe_from_arguments
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import command_parser, path, say
 
@@ -56,6 +58,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--classes", nargs="+", help="draw these classes only, by number or name (default: all)")
     add("--resize", "--image-size-eval", type=int, metavar="SIDE",
         help="resize to this side before saving, bicubic (LlamaGen's 384 to 256)")  # fmt: skip
+    add("--codes", action="store_true", help="write a table of codes, undecoded, for data.generated of loss.name=ddo")
     add("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add("--grid", action="store_true", help="also write grid.png")
     add("--no_cuda_graphs", action="store_true", help="on a GPU: decode without CUDA graphs")
@@ -73,6 +76,7 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     guidance.
     """
     from cca_ds.checkpoints.run_weights import is_run_folder, recipe_text
+    from cca_ds.data.generated import require_plain
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
     from cca_ds.sampling import drawing, guidance
     from cca_ds.training.checks import recipe_problems
@@ -89,6 +93,10 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     of.guidance_scale = guidance.chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, of.guidance_scale)
     of.gft_beta = guidance.chosen_gft_beta(arguments.gft_beta, of.gft_beta, bool(run.model.gft_conditioning))
     drawing.check_side(arguments.resize)
+    if arguments.codes:
+        if odd := [flag for flag in ("npz", "grid", "resize") if getattr(arguments, flag)]:
+            raise ConfigError([f"--{odd[0]} needs images, and --codes decodes none: leave one of them out"])
+        require_plain(of.model_dump(), "--codes: would draw with")
     return run
 
 
@@ -102,6 +110,7 @@ def sample(arguments: Namespace) -> int | None:
     from cca_ds.config.deepspeed_file import resolve_precision
     from cca_ds.models import family_of
     from cca_ds.sampling import drawing
+    from cca_ds.sampling.code_table import draw_code_table
     from cca_ds.sampling.image_folder import SampleFolder, chosen_classes, image_indices
 
     source = find_source(arguments.weights, arguments.checkpoint, arguments.ema, run.model, run.name)
@@ -109,16 +118,25 @@ def sample(arguments: Namespace) -> int | None:
     precision = resolve_precision({}, run, ranks.device.startswith("cuda"))
     lambda_ = drawing.sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning)
     folder: SampleFolder | None = None
+    made_by = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
+    settings = drawing.draw_settings(run.sampling, lambda_)
+    how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)
     try:
         if ranks.world_size > 1:
             ranks = initialize(ranks, WAIT_SECONDS, run.distributed.rendezvous_seconds)
-        loaded = load_model(run.model, run.tokenizer, source, ranks, precision)
+        loaded = load_model(run.model, run.tokenizer, source, ranks, precision, decodes=not arguments.codes)
         folder = SampleFolder(arguments.output, loaded.model.num_classes)
-        names = class_names(run, source.path) if arguments.classes else ()
+        names = class_names(run, source.path) if arguments.classes or arguments.codes else ()
         chosen = chosen_classes(arguments.classes or (), names, folder.classes)
         indices = image_indices(run.sampling.images_per_class, folder.classes, chosen or None)
-        made_by = {"recipe": run.name, "model": run.model.preset, "tokenizer": run.tokenizer.name}
-        how = drawing.describe_settings(run.sampling, family, lambda_, precision, arguments.resize)
+        if arguments.codes:
+            drawn = {**made_by, **loaded.identity(), **how}
+            draw_code_table(
+                arguments.output, loaded.model, run.tokenizer.name, indices, settings, run.sampling.batch_size, drawn,
+                names, rank=ranks.rank, world_size=ranks.world_size, cuda_graphs=not arguments.no_cuda_graphs,
+            )  # fmt: skip
+            barrier(ranks)
+            return None
         on_first(ranks, lambda: folder.claim({**made_by, **loaded.identity(), **how}))
         if ranks.rank == 0:
             say(f"{run.model.preset}: {drawing.describe_draw(run.sampling, family, folder, indices)}; {precision}, "
@@ -126,7 +144,7 @@ def sample(arguments: Namespace) -> int | None:
         started = time.perf_counter()
         drawing.draw_missing(
             loaded.model, loaded.tokenizer, folder, indices[ranks.rank :: ranks.world_size],
-            drawing.draw_settings(run.sampling, lambda_), run.sampling.batch_size, side=arguments.resize,
+            settings, run.sampling.batch_size, side=arguments.resize,
             cuda_graphs=not arguments.no_cuda_graphs, show=show and ranks.rank == 0,
         )  # fmt: skip
         barrier(ranks)

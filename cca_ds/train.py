@@ -21,25 +21,27 @@ if TYPE_CHECKING:  # annotations only: --help imports neither torch nor deepspee
 
 
 def train(run: Run) -> bool:
-    """Take the steps that are left. True when all are done, False when a signal ended them early."""
-    inputs, engines, progress = run.inputs, run.engines, run.progress
+    """Take the steps that are left. True when the run is at its end, False when a signal ended it early."""
+    engines, progress = run.engines, run.progress
     policy, objective = engines.policy, engines.objective
     for step, batches in run.steps():
         sums, logps = engines.zero_sums(), []
-        for batch in (batch.to(engines.device) for batch in batches):
+        for batch in map(engines.load, batches):
             loss, batch_sums, policy_logp = engines.forward(batch)
             policy.backward(loss)
             sums += batch_sums
             logps.append(policy_logp)
         sums, stopping, overdue = run.coordinator.sum_over_ranks(sums, run.checkpoints.overdue())
         engines.require_finite(step, sums, batches, logps, run.coordinator.ranks)
-        done = progress.record(sums, run.optimizer_step(step), objective.compared)
+        done = progress.record(sums, run.optimizer_step(step) | engines.reference_tags(), objective.spec)
         run.coordinator.beat(done)
         if run.grids.due(done):
             run.grids.draw(policy, done)
-        if stopping or overdue or run.checkpoints.due(done, inputs.steps):
-            run.checkpoints.save(policy, done, wait=stopping or done == inputs.steps)
-        if stopping and done < inputs.steps:
+        if stopping or overdue or run.checkpoints.due(done, progress.end):
+            run.checkpoints.save(policy, done, wait=stopping or done == progress.end)
+        if done == progress.end:
+            break
+        if stopping:
             progress.say_stopped()
             return False
     return True

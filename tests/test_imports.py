@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cca_ds"
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-COMMANDS = ("__main__", "train", "encode", "sample", "evaluate", "export", "plan")
+COMMANDS = ("__main__", "train", "encode", "sample", "evaluate", "export", "choose", "plan")
 # A stage imports only itself and what is below it.
 ORDER = (
     "planning",

@@ -162,15 +162,25 @@ def markdown(body: dict[str, Any]) -> str:
     for name, rows in body["experiments"].items():
         if name == "curves":
             rows = rows[:: max(1, len(rows) // 8)]
-        keys = list(rows[0])
-        lines += ["", f"## {name}", "", f"| {' | '.join(keys)} |", f"| {' | '.join('---' for _ in keys)} |"]
-        lines += [f"| {' | '.join(_cell(row.get(key, '')) for key in keys)} |" for row in rows]
-    lines += ["", "## Claims", ""]
-    lines += [f"- {'holds' if holds else 'FAILS'}: {claim}" for claim, holds in body["claims"].items()]
-    return "\n".join(lines) + "\n"
+        lines += table(name, rows)
+    return "\n".join([*lines, *claims_list(body["claims"])]) + "\n"
+
+
+def table(title: str, rows: Rows) -> list[str]:
+    """A section with a table of rows, whose columns are the first row's keys."""
+    keys = list(rows[0])
+    lines = ["", f"## {title}", "", f"| {' | '.join(keys)} |", f"| {' | '.join('---' for _ in keys)} |"]
+    return lines + [f"| {' | '.join(_cell(row.get(key, '')) for key in keys)} |" for row in rows]
+
+
+def claims_list(claims: dict[str, bool]) -> list[str]:
+    """A section that says of each claim whether it holds."""
+    return ["", "## Claims", "", *(f"- {'holds' if holds else 'FAILS'}: {claim}" for claim, holds in claims.items())]
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['mean']:.3f} ± {value['spread']:.3f}"
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, float):
+        return f"{float(f'{value:.3g}'):g}"  # three digits, and 1000 in place of 1e+03
+    return "-" if value is None else str(value)

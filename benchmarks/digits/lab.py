@@ -29,12 +29,16 @@ from cca_ds.config.recipes import load_recipe, resolve_path
 from cca_ds.config.schema import Optimizer, RunConfig
 from cca_ds.data.batches import BatchPlan, MicroBatch, Steps
 from cca_ds.data.codes import CodeTable
+from cca_ds.data.generated import PLAIN, open_generated
 from cca_ds.metrics import frechet_distance, inception_score
 from cca_ds.metrics.digits_classifier import class_accuracy, digits_classifier
 from cca_ds.models import create_model
 from cca_ds.models.conditioning import conditioning_of
+from cca_ds.models.weight_files import state_hash
 from cca_ds.models.weights import load_weights
+from cca_ds.reference.interface import Reference
 from cca_ds.sampling import generate
+from cca_ds.sampling.code_table import draw_code_table
 from cca_ds.train import train
 from cca_ds.training.checks import recipe_problems
 from cca_ds.training.engines import Engines, OptimizerSteps
@@ -149,24 +153,40 @@ class Never:
         return False
 
 
+class Base(Reference):
+    """The model that a run starts from, as its reference."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
+        """See `Reference`."""
+        return self.module(*inputs[:2])
+
+
+def draw_table(digits: Digits, folder: Path, seed: int) -> Path:
+    """A table of as many images as the digits have, drawn from the base model: what `cca-sample --codes` writes."""
+    weights = state_hash(dict(digits.base.named_parameters()))
+    drawn = {"weights_sha256": weights, "tokenizer_hash": "", "seed": seed, **PLAIN}
+    draw_code_table(folder, digits.base, "digits", range(IMAGES), {"seed": seed}, BATCH, drawn)
+    return folder
+
+
 def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
     """One run of the digits recipe from the base model with lambda 10 and overrides (KEY.PATH=VALUE)."""
     recipe = load_recipe("digits", [f"seed={seed}", "loss.lambda=10", *overrides], recipe_problems)
     torch.manual_seed(seed)
     policy = PlainPolicy(_policy_module(digits, recipe), recipe.optimizer, recipe.batch.global_size)
     objective = Objective(recipe.loss, recipe.model.lambda_conditioning)
-    own_steps = _steps(digits, recipe, bool(objective.spec.negatives))
+    own_steps = _steps(digits, recipe, objective.spec.negatives == "labels")
     total = round(recipe.batch.epochs * own_steps.steps_per_epoch)
     device, history = torch.device("cpu"), History()
-
-    @torch.no_grad()
-    def reference(batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
-        return digits.base(*inputs[:2])
 
     train(
         Run(
             RunInputs(digits.table, None, own_steps.plan, own_steps.steps_per_epoch, total),
-            Engines(policy, reference if objective.spec.needs_reference else None, objective, device, "fp32"),
+            Engines(policy, Base(digits.base) if objective.spec.needs_reference else None, objective, device, "fp32"),
             Progress(0, total, history, {}, recipe.batch.global_size, Utilization(0.0, ["cpu"]), device, 1),
             WholeBatches(own_steps, total),
             OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch, print),
@@ -192,7 +212,8 @@ def _steps(digits: Digits, run: RunConfig, contrastive: bool) -> Steps:
     plan = BatchPlan(
         run.batch.global_size, run.seed, run.loss.condition_mask_probability, digits.base.null_class, contrastive
     )
-    return Steps(digits.table, plan, 0, [run.batch.global_size])
+    drawn = open_generated(Path(run.data.generated), digits.table) if run.data.generated else None
+    return Steps(digits.table, plan, 0, [run.batch.global_size], drawn)
 
 
 @torch.no_grad()
@@ -205,7 +226,7 @@ def likelihood_change(digits: Digits, model: nn.Module, batches: int = 8) -> tup
         (batch,) = steps[EVALUATION_STREAM * steps.steps_per_epoch + place]
         inputs = objective.stacked(batch)
         sums += objective(model(*inputs), digits.base(*inputs), batch)[1]
-    means = summarize(sums)
+    means = summarize(sums, objective.spec)
     return means["logps/chosen"], means["logps/rejected"]
 
 

@@ -28,7 +28,10 @@ def draw(found: dict[str, Rows], folder: Path) -> None:
 
 
 def draw_successors(found: dict[str, Rows], folder: Path) -> None:
-    """digits_successors.png: guidance, CCA and GFT on one frontier of FID and class accuracy, at equal compute."""
+    """digits_successors.png: guidance, CCA, GFT and DDO in the plane of FID and class accuracy, at equal compute.
+
+    FID is cut off at three times the unguided model's: DDO with a large lambda lies far above.
+    """
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axis, cca in zip(axes, ("CCA, one epoch", "CCA, three epochs"), strict=True):
         compute = found[cca][0]["compute"]
@@ -36,6 +39,10 @@ def draw_successors(found: dict[str, Rows], folder: Path) -> None:
         _path(axis, found[cca], f"{cca}, over lambda", "lambda", "s-", "accuracy")
         gft = [row for row in found["gft"] if row["compute"] == compute]
         _path(axis, gft, f"{gft[0]['name']}, over beta", "beta", "^-", "accuracy")
+        for name in dict.fromkeys(row["name"] for row in found["ddo"] if abs(row["compute"] - compute) < 1):
+            ddo = [row for row in found["ddo"] if row["name"] == name]
+            _path(axis, ddo, f"{name}, over lambda", "lambda", "v:", "accuracy")
+        axis.set_ylim(0.0, 3 * found["guidance"][0]["fid"]["mean"])
         _label(axis, f"{compute:g} forwards an image", "class accuracy", "FID")
     _save(figure, folder / "digits_successors.png")
 

@@ -8,6 +8,8 @@ Letters: K pairs (a batch, or any part of one). All inputs are [K] of one floati
     policy_neg     log p_policy(x_k | c'_k)        reference_neg  log p_reference(x_k | c'_k)
     positive_mask  bool, the pair has no true negative (masked label, or c'_k = c_k)
 
+Of DDO the second sequence is another image of the same class: *_neg is of (x~_k | c_k), and the mask is the label's.
+
 `lambda_` is a number or a [K] tensor (lambda-conditioned models). `reduction` is "mean" or "sum" over pairs;
 the sum lets a batch be cut up anyhow. A loss that needs more than log-likelihoods computes it of the model itself, in
 the `forward` of its record.
@@ -40,7 +42,7 @@ class LossSpec:
             and `reduction` and the loss's own `options` as keywords. Returns a scalar. A loss with a `forward` of its
             own gets the policy's log-likelihoods as that returns them.
         negatives: where the second sequence of a pair comes from: "labels" is the same image under another label,
-            None is no second sequence.
+            "generated" is an image that the reference drew for the same label, None is no second sequence.
         needs_reference: whether log p_reference is computed.
         initial_loss: the loss where policy equals reference, of (share of pairs with a true negative, lambda); None
             where it is not known beforehand.
@@ -53,6 +55,7 @@ class LossSpec:
         extra_forwards: forwards of each sequence that `forward` runs beside the one that has a gradient.
         per_code: the loss is a mean over codes, not a sum.
         method: name, and arXiv number where there is one, for the model card.
+        sides: names of the two sequences of a pair in the tags `rewards/...` and `logps/...`.
         logged: what is logged of the n parts that `forward` returns: names in `objective.SUMS`.
     """
 
@@ -69,12 +72,18 @@ class LossSpec:
     extra_forwards: int = 0
     per_code: bool = False
     logged: tuple[str, ...] = ("nll",)
+    sides: tuple[str, str] = ("chosen", "rejected")
     method: tuple[str, str | None] = ("Condition Contrastive Alignment", "2410.09347")
 
     @property
     def rows_per_pair(self) -> int:
         """Sequences through the policy for each pair: the chosen one, and the rejected one where there is one."""
         return 2 if self.negatives else 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether both sequences of a pair are compared to the reference, which gives the reward tags."""
+        return self.needs_reference and bool(self.negatives)
 
     @property
     def passes(self) -> int:
@@ -144,6 +153,31 @@ def unlearning_loss(
     sign, weight = _second_term(positive_mask, lambda_, policy_pos)
     terms = -(policy_pos - reference_pos) - weight * sign * (policy_neg - reference_neg)
     return _reduce(terms, lambda_, reduction)
+
+
+def ddo_loss(
+    policy_pos: Tensor,
+    policy_neg: Tensor,
+    reference_pos: Tensor,
+    reference_neg: Tensor,
+    positive_mask: Tensor,
+    beta: float,
+    lambda_: float | Tensor,
+    reduction: str = "mean",
+) -> Tensor:
+    """Direct discriminative optimization (arXiv 2503.01103), divided by max(lambda, 1).
+
+    L_k = -log sigmoid(r(x,c)) - lambda log sigmoid(-r(x~,c)),  r = beta (log p_policy - log p_reference), with x~ drawn
+    from the reference for the same c; lambda is the paper's alpha. Where `positive_mask` is set (a masked label) the
+    pair keeps its first term only.
+
+    With beta = lambda = 1 the policy is a discriminator of real and generated images, whose optimum is the
+    distribution of the real ones.
+    """
+    reward_real = beta * (policy_pos - reference_pos)
+    reward_generated = beta * (policy_neg - reference_neg)
+    second = torch.where(positive_mask, torch.zeros_like(reward_real), lambda_ * logsigmoid(-reward_generated))
+    return _reduce(-logsigmoid(reward_real) - second, lambda_, reduction)
 
 
 def mle_loss(policy_pos: Tensor, reduction: str = "mean") -> Tensor:
@@ -247,6 +281,16 @@ LOSSES.register(
 LOSSES.register(
     LossSpec(
         "unlearning", unlearning_loss, initial_loss=lambda contrasted, lambda_: 0.0, method=("Unlearning", "2410.09347")
+    )
+)
+LOSSES.register(
+    LossSpec(
+        "ddo",
+        ddo_loss,
+        negatives="generated",
+        initial_loss=lambda contrasted, lambda_: (1 + contrasted * lambda_) * math.log(2) / max(lambda_, 1.0),
+        sides=("real", "generated"),
+        method=("Direct Discriminative Optimization", "2503.01103"),
     )
 )
 LOSSES.register(LossSpec("mle", mle_loss, negatives=None, needs_reference=False, method=("Maximum Likelihood", None)))

@@ -1,6 +1,7 @@
 """Policy and reference log-likelihoods of a micro-batch -> the loss to descend, and sums for the log.
 
-Letters: B pairs of a micro-batch; L codes per image. Stacked tensors are [2B]: `[chosen, rejected]`.
+Letters: B pairs of a micro-batch; L codes per image. Stacked tensors are [2B]: `[chosen, rejected]`, of DDO `[real,
+generated]`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cca_ds.alignment.losses import LOSSES
+from cca_ds.alignment.losses import LOSSES, LossSpec
 from cca_ds.config.schema import Loss
 from cca_ds.data.batches import MicroBatch
 
@@ -50,9 +51,9 @@ class Objective:
         self.lambda_conditioned = lambda_conditioned
 
     @property
-    def compared(self) -> bool:
-        """Whether chosen and rejected sequences are compared to the reference, which gives the reward tags."""
-        return self.spec.needs_reference and bool(self.spec.negatives)
+    def needs_generated(self) -> bool:
+        """Whether a pair's second sequence is an image that the reference drew."""
+        return self.spec.negatives == "generated"
 
     @property
     def compute(self) -> Callable[..., Tensor] | None:
@@ -65,11 +66,15 @@ class Objective:
         R is 2B, [chosen, rejected]; a loss without negatives has the B chosen rows only.
         """
         rows = self.spec.rows_per_pair
+        codes = [batch.codes_BL] * rows
+        if self.needs_generated:
+            assert batch.generated_codes_BL is not None
+            codes[1] = batch.generated_codes_BL
         labels = [batch.positive_labels_B, batch.negative_labels_B][:rows]  # [chosen, rejected]
         extra = [getattr(batch, name).repeat(rows) for name in self.spec.inputs]
         if self.lambda_conditioned:
             extra.append(batch.log_lambda_B.repeat(rows))
-        return (batch.codes_BL.repeat(rows, 1), torch.cat(labels), *extra)
+        return (torch.cat(codes), torch.cat(labels), *extra)
 
     def __call__(self, policy_logp: Tensor, reference_logp: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """
@@ -92,7 +97,7 @@ class Objective:
             settings = {"positive_mask": batch.positive_mask_B, "beta": self.beta, "lambda_": lambda_}
         scale = batch.weight / batch.codes_BL.shape[1] if spec.per_code else batch.weight
         loss = scale * spec.fn(*inputs, **settings, **self.options, reduction="sum")
-        log_ratio = (policy_logp - reference_logp).detach() if self.compared else None
+        log_ratio = (policy_logp - reference_logp).detach() if self.spec.compares else None
         return loss, self._sums(loss, policy, log_ratio, batch)
 
     @torch.no_grad()
@@ -130,26 +135,30 @@ class Objective:
         return self.spec.initial_loss(contrasted, self.lambda_)
 
 
-def summarize(sums: Tensor, compared: bool = True) -> dict[str, float]:
+def summarize(sums: Tensor, spec: LossSpec) -> dict[str, float]:
     """Means of a whole global batch from its summed `SUMS`, under preference tuning's usual names.
 
     chosen, rejected, margins and accuracies are means over pairs with a true negative,
     `rewards/unconditional` over masked pairs; a tag whose pairs the batch lacks is left out.
+
+    Args:
+        sums: [len(SUMS)].
+        spec: of the loss; it names the two sequences and what else it has.
     """
     s = dict(zip(SUMS, sums.tolist(), strict=True))
     means = {"loss": s["loss"] / s["pairs"], "nll_per_code": s["nll"] / s["pairs"]}
-    parts = {"nll_per_code/unconditional": s["nll_unconditional"], "nll_per_code/mixed": s["nll_mixed"]}
-    means |= {tag: value / s["pairs"] for tag, value in parts.items() if value}
-    if compared and s["contrasted"]:
-        n = s["contrasted"]
+    parts = {"nll_unconditional": "nll_per_code/unconditional", "nll_mixed": "nll_per_code/mixed"}
+    means |= {tag: s[name] / s["pairs"] for name, tag in parts.items() if name in spec.logged}
+    if spec.compares and s["contrasted"]:
+        n, (first, second) = s["contrasted"], spec.sides
         means |= {
-            "rewards/chosen": s["chosen"] / n,
-            "rewards/rejected": s["rejected"] / n,
+            f"rewards/{first}": s["chosen"] / n,
+            f"rewards/{second}": s["rejected"] / n,
             "rewards/margins": (s["chosen"] - s["rejected"]) / n,
             "rewards/accuracies": s["accurate"] / n,
-            "logps/chosen": s["chosen_logps"] / n,
-            "logps/rejected": s["rejected_logps"] / n,
+            f"logps/{first}": s["chosen_logps"] / n,
+            f"logps/{second}": s["rejected_logps"] / n,
         }
-    if compared and s["unconditional"]:
+    if spec.compares and s["unconditional"]:
         means["rewards/unconditional"] = s["unconditional_rewards"] / s["unconditional"]
     return means

@@ -45,10 +45,13 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Model and tokenizer on this rank's device, with the hashes of their weights (the model's on rank 0 only)."""
+    """Model and tokenizer on this rank's device, with the hashes of their weights.
+
+    Without decoding, `tokenizer` may be None, and its hash is empty.
+    """
 
     model: CodeModel
-    tokenizer: nn.Module
+    tokenizer: nn.Module | None
     source: Source
     weights_sha256: str
     tokenizer_hash: str
@@ -136,37 +139,42 @@ def find_source(
 
 
 def load_model(
-    model_section: Model, tokenizer_section: Tokenizer, source: Source, ranks: Ranks, precision: str
-) -> LoadedModel:
+    model_section: Model, tokenizer_section: Tokenizer, source: Source, ranks: Ranks, precision: str,
+    decodes: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Read the weights on rank 0 and broadcast them; the model in eval mode and `precision`. Collective.
 
     Args:
         model_section: the recipe's `model`: preset and overrides.
         tokenizer_section: the recipe's `tokenizer`.
         precision: "fp32", "bf16" or "fp16".
+        decodes: whether images are wanted of the codes; without, the tokenizer's weights need not be named.
 
     Raises:
         ValueError: a tokenizer without weights, or not the model's; WeightsError, CheckpointError: weights that are
             missing, damaged or of another shape. On every rank.
     """
-    name, weights = tokenizer_section.name, tokenizer_section.weights
-    if TOKENIZERS[name].needs_weights and weights is None:
+    name = tokenizer_section.name
+    if decodes and TOKENIZERS[name].needs_weights and tokenizer_section.weights is None:
         raise ValueError(f"tokenizer.weights is missing: --set tokenizer.weights=FILE ({name}'s)")
-    path = resolve_path(weights) if weights else None
-    tokenizer = create_tokenizer(name, weights=path, **tokenizer_section.options)
+    tokenizer = open_tokenizer(model_section, tokenizer_section)
     with torch.device(ranks.device):  # random weights of 3 B parameters take a CPU half a minute
         model = create_model(model_section.preset, tokenizer, **model_section.shape)
-    if tokenizer.vocab_size != model.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size != model.vocab_size:
         raise ValueError(
             f"tokenizer {name} has {tokenizer.vocab_size} codes, model {model_section.preset} "
             f"{model.vocab_size}: they do not belong together"
         )
     on_first(ranks, lambda: fill_module(model, source))
-    sha256 = state_hash(dict(model.named_parameters())) if ranks.rank == 0 else ""
+    sha256 = [state_hash(dict(model.named_parameters())) if ranks.rank == 0 else ""]
     if ranks.world_size > 1:
         share_module(model)
+        torch.distributed.broadcast_object_list(sha256, src=0)
     model = model.to(ranks.device, DTYPES[precision]).eval()
-    return LoadedModel(model, tokenizer.to(ranks.device), source, sha256, tokenizer.hash())
+    tokenizer_hash = tokenizer.hash() if tokenizer is not None else ""
+    return LoadedModel(
+        model, tokenizer.to(ranks.device) if tokenizer is not None else None, source, sha256[0], tokenizer_hash
+    )
 
 
 def fill_module(module: nn.Module, source: Source, reset_classes: bool = False) -> None:

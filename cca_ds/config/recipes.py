@@ -124,7 +124,7 @@ MAY_CHANGE = (
     "name", "deterministic", "logging", "checkpoint", "evaluation", "sampling", "distributed", "balance", "baseline",
     "paper", "data", "batch.micro_size", "model.activation_checkpointing", "model.compile", "tokenizer",
     "reference.placement", "reference.offload", "reference.cache", "reference.batch_size", "reference.ahead_steps",
-    "reference.shard_steps", "reference.wait_seconds",
+    "reference.shard_steps", "reference.wait_seconds", "loss.accuracy_band",
 )  # fmt: skip
 
 

@@ -95,6 +95,10 @@ class Data(Section):
     """The training data, and how `encode` makes it."""
 
     codes: PathText = key("digits", "the folder that encode wrote, or digits")
+    generated: PathText | None = key(
+        None,
+        "ddo: images that the reference drew, as the folder that sample --codes wrote; online draws them step by step",
+    )
     source: PathText | None = key(None, "encode: the images, as a folder, a tar, or a dataset on disk")
     image_size: int = key(8, "encode: side of a crop in pixels", gt=0, le=8192)
     crops: Literal["none", "ten_crop", "random"] = key("none", "encode: how crops are taken from an image")
@@ -107,11 +111,21 @@ class Data(Section):
 class Loss(Section):
     """What is minimised."""
 
-    name: str = key("cca", "cca, dpo, unlearning, mle, gft, or one that you registered")
+    name: str = key("cca", "cca, dpo, unlearning, mle, gft, ddo, or one that you registered")
     beta: float = key(0.02, "weight of the log-ratios, 1 over a guidance scale in theory", gt=0.0, le=1000.0)
     lambda_: float = key(1000.0, "weight of the negatives", ge=0.0, alias="lambda", le=1e9)
     condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
     options: dict[str, float] = key({}, "the loss's own hyperparameters, for those that have any")
+    accuracy_band: tuple[float, float] | None = key(
+        None, "ends the run when rewards/accuracies, averaged over about 50 steps, leaves this range; null never does"
+    )
+
+    @field_validator("accuracy_band")
+    @classmethod
+    def _band(cls, band: tuple[float, float] | None) -> tuple[float, float] | None:
+        if band is not None and not 0.0 <= band[0] < band[1] <= 1.0:
+            raise ValueError("give the lowest and the highest accuracy, from 0 to 1, e.g. [0.55, 0.8]")
+        return band
 
 
 class Reference(Section):
@@ -202,7 +216,7 @@ class Logging(Section):
     """Metrics, progress bar and sample grids."""
 
     every_steps: int = key(1, "steps between logged metrics", ge=1, le=1000000000)
-    tensorboard: bool = key(True, "write tensorboard/ beside metrics.jsonl")
+    tensorboard: bool = key(True, "write event files beside metrics.jsonl; the folder is the run's name")
     sample_every_steps: int | None = key(None, "steps between grids of samples; null draws none", ge=1, le=1000000000)
     profile_steps: tuple[int, int] | None = key(
         None, "first and last step, from 1, whose trace every rank writes to profile/; null writes none"

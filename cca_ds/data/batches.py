@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -21,9 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cca_ds.config import schema
 from cca_ds.data.codes import CodeTable
+from cca_ds.data.generated import GeneratedCodes
 from cca_ds.data.pairs import PairBatch, epoch_order, make_pairs
 
 LONGEST_TMPDIR = 60  # characters; Python adds the names of a folder and a socket
+SECONDS_TO_DIE = 10  # that a killed worker may take until it counts as ended
 
 
 @dataclass
@@ -33,6 +36,8 @@ class MicroBatch:
     Attributes:
         codes_BL: int64.
         positions_B: int64, positions of the pairs in the global batch.
+        generated_codes_BL: int64, of an image that the reference drew for each pair's label, where the loss needs one
+            and it is known before the step.
         weight: 1; 0 for a forward whose pair belongs to another rank, run only because ZeRO-3 forwards are collective.
     """
 
@@ -45,6 +50,7 @@ class MicroBatch:
     gft_beta_B: Tensor  # float32
     sample_indices_B: Tensor  # int64
     positions_B: Tensor
+    generated_codes_BL: Tensor | None = None
     step: int = 0
     weight: float = 1.0
 
@@ -65,7 +71,7 @@ class BatchPlan:
     Attributes:
         global_size: pairs of a global batch, K.
         mask_probability: of a pair's label being replaced by `null_class`.
-        contrastive: whether the loss needs a negative label for each pair.
+        contrastive: whether the loss needs another label for each pair.
     """
 
     global_size: int
@@ -100,13 +106,16 @@ class Steps(Dataset):
     Args:
         first: position of this rank's first pair in the global batch.
         sizes: pairs of each of its F forwards; 0 for a forward of weight 0, see `MicroBatch`.
+        generated: images that the reference drew, where the loss takes them from a table.
 
     Raises:
         ValueError: the table is smaller than one global batch.
     """
 
-    def __init__(self, table: CodeTable, plan: BatchPlan, first: int, sizes: list[int]):
-        self.table, self.plan, self.first, self.sizes = table, plan, first, sizes
+    def __init__(
+        self, table: CodeTable, plan: BatchPlan, first: int, sizes: list[int], generated: GeneratedCodes | None = None
+    ):
+        self.table, self.plan, self.first, self.sizes, self.generated = table, plan, first, sizes, generated
         self.steps_per_epoch = plan.steps_per_epoch(len(table))
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -141,7 +150,9 @@ class Steps(Dataset):
     def _micro_batch(self, pairs: PairBatch, rows: slice, step: int, weight: float) -> MicroBatch:
         part = pairs[rows]
         codes_BL, _ = self.table.take(part.sample_indices_K, part.crops_K)
-        tensor = torch.from_numpy
+        tensor, generated_BL = torch.from_numpy, None
+        if self.generated is not None:
+            generated_BL = tensor(self.generated.take(part.sample_indices_K, step // self.steps_per_epoch))
         return MicroBatch(
             codes_BL=tensor(codes_BL),
             positive_labels_B=tensor(part.positive_labels_K),
@@ -152,6 +163,7 @@ class Steps(Dataset):
             gft_beta_B=tensor(part.gft_beta_K).float(),
             sample_indices_B=tensor(part.sample_indices_K),
             positions_B=torch.arange(rows.start, rows.stop),
+            generated_codes_BL=generated_BL,
             step=step,
             weight=weight,
         )
@@ -180,13 +192,20 @@ def read_ahead(
     )  # fmt: skip
     _make_room_for_sockets(workers)
     iterator = iter(loader)
+    processes = iterator._workers if workers else []
     try:
         yield from zip(order, iterator, strict=True)
+    except (ConnectionError, EOFError) as error:  # the sockets of a killed worker close before torch sees it dead
+        ended = multiprocessing.connection.wait([process.sentinel for process in processes], SECONDS_TO_DIE)
+        died = [str(process.pid) for process in processes if process.sentinel in ended]
+        if not died:
+            raise
+        raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(died)}) exited unexpectedly") from error
     finally:  # also after an error: at its exit the process waits for workers, and they ignore SIGTERM
         if workers:
             iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()  # one that hangs: it is neither joined nor ended by a signal that it ignores
+            for process in processes:
+                process.kill()  # one that hangs: it is neither joined nor ended by a signal that it ignores
 
 
 def _make_room_for_sockets(workers: int) -> None:

@@ -46,6 +46,7 @@ class Manifest:
         label_histogram: images per class, [classes].
         source_hash: the source's `fingerprint()`.
         converted: number of images by the mode they were converted from, e.g. {"CMYK": 3}.
+        drawn: of images that a model drew: the sha256 of its weights and how it was sampled; empty for encoded images.
         shards: the Arrow files, in the order of their rows.
     """
 
@@ -64,6 +65,7 @@ class Manifest:
     skipped_images: int = 0
     converted: dict = field(default_factory=dict)
     package_version: str = ""
+    drawn: dict = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     format_version: int = FORMAT_VERSION
 
@@ -118,6 +120,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
         for name in ("label_histogram", "class_names"):
             values[name] = tuple(values[name])
+        values.setdefault("drawn", {})  # older versions did not write it
         manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
     if manifest.format_version != FORMAT_VERSION:
         raise CodesError(

@@ -21,7 +21,8 @@ LOG_LAMBDA_RANGE = (0.0, 9.0)  # lambda from 1 to e^9, log-uniformly (Table 5)
 class PairBatch:
     """K pairs of an image with its own label and with another one's.
 
-    A pair with `positive_mask_K` set has no negative: its labels are masked, or both are the same.
+    A pair with `positive_mask_K` set has no negative: its labels are masked, or both are the same. Of a loss that takes
+    no other labels both are always the same, and the mask is the label's alone.
     """
 
     sample_indices_K: np.ndarray  # int64, rows of the table
@@ -29,7 +30,7 @@ class PairBatch:
     positive_labels_K: np.ndarray  # int64, the null class if masked
     negative_labels_K: np.ndarray  # int64
     null_mask_K: np.ndarray  # bool, both labels masked to the null class
-    positive_mask_K: np.ndarray  # bool, null or c' == c
+    positive_mask_K: np.ndarray  # bool, null, or c' == c where c' should differ
     log_lambda_K: np.ndarray  # float64, for lambda-conditioned models
     gft_beta_K: np.ndarray  # float64, uniform in [0, 1), for GFT
 
@@ -85,7 +86,7 @@ def make_pairs(
         sample_indices_K, labels_K: int64, in the epoch's order.
         null_class: replaces both labels of a pair with probability `mask_probability`.
         crops: per image in the table; one of them is drawn.
-        contrastive: whether the loss needs negatives; False allows a batch of one label.
+        contrastive: whether the loss takes other labels as negatives; False keeps each image's own.
 
     Raises:
         ValueError: every label of the batch is the same, so that no pair has a negative.
@@ -98,7 +99,8 @@ def make_pairs(
         )
     draw = lambda stream: sample_uniforms(seed, epoch, sample_indices_K, stream)  # noqa: E731
     null_mask_K = draw(MASK_STREAM) < mask_probability
-    negatives_K = negative_labels(labels_K)
+    negatives_K = negative_labels(labels_K) if contrastive else labels_K
+    same_K = (negatives_K == labels_K) & contrastive
     low, high = LOG_LAMBDA_RANGE
     return PairBatch(
         sample_indices_K=sample_indices_K,
@@ -106,7 +108,7 @@ def make_pairs(
         positive_labels_K=np.where(null_mask_K, null_class, labels_K),
         negative_labels_K=np.where(null_mask_K, null_class, negatives_K),
         null_mask_K=null_mask_K,
-        positive_mask_K=null_mask_K | (negatives_K == labels_K),
+        positive_mask_K=null_mask_K | same_K,
         log_lambda_K=low + (high - low) * draw(LAMBDA_STREAM),
         gft_beta_K=draw(GFT_STREAM),
     )

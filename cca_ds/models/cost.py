@@ -23,7 +23,8 @@ class ModelCost:
     `token_weights` are the matrix elements that every code is multiplied by, `image_weights` the parameters that an
     image uses once (VAR's adaptive norms). `block_token_elements` are the activations that one block keeps for its
     backward, in elements a code, and `block_dropout_bytes` the bytes a code of its dropout masks. `eager_bytes` and
-    `compiled_bytes` are what its element-wise operations move, (forward, backward) a code in 16 bits.
+    `compiled_bytes` are what its element-wise operations move, (forward, backward) a code in 16 bits. `decode_steps`
+    are the forwards in which an image is drawn.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelCost:
     block_dropout_bytes: int
     eager_bytes: tuple[float, float] = (0.0, 0.0)
     compiled_bytes: tuple[float, float] = (0.0, 0.0)
+    decode_steps: int = 0
 
     def forward_flops(self) -> float:
         """Operations of one image's forward: 2 a weight, and attention over all L^2 pairs of codes (as PaLM counts,
@@ -102,4 +104,5 @@ def cost_of_module(module: nn.Module, name: str, dropout: bool = True) -> ModelC
         block_dropout_bytes=family.dropout_bytes(config) if dropout else 0,
         eager_bytes=family.element_wise_bytes(config, False),
         compiled_bytes=family.element_wise_bytes(config, True),
+        decode_steps=family.guidance_steps(config),
     )

@@ -89,6 +89,7 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
     lines = [
         f"batch: {batch.global_size} pairs a step, {sequences} sequences through the policy",
         f"cost: {cost_line(run.loss.name)}",
+        *([f"generated images: {run.data.generated}"] if run.data.generated else []),
         f"on {ranks} equal ranks: at most {max(even.pairs)} pairs each, in {even.forwards} forwards of at most "
         f"{max(max(sizes) for sizes in even.micro_sizes)}",
         f"epoch: {images:,} images ({origin}), {an_epoch:,} steps",
@@ -107,8 +108,10 @@ def cost_line(loss: str) -> str:
     own, other = (one.rows_per_pair * one.passes for one in (spec, usual))
     parts = ["forward and backward (3)", *(["reference (1)"] if spec.needs_reference else [])]
     parts += [f"without gradient ({spec.extra_forwards})"] if spec.extra_forwards else []
-    beside = "" if spec is usual else f", {own / other:.2f} times {usual.name}'s {other}"
-    return f"{own} forwards a pair: {spec.rows_per_pair} x {' + '.join(parts)}{beside}"
+    beside = f", as many as {usual.name}" if own == other else f", {own / other:.2f} times {usual.name}'s {other}"
+    beside = "" if spec is usual else beside
+    drawn = "; an image is drawn for each pair besides" if spec.negatives == "generated" else ""
+    return f"{own} forwards a pair: {spec.rows_per_pair} x {' + '.join(parts)}{beside}{drawn}"
 
 
 def memory_lines(run: RunConfig, ds: dict[str, Any], model: ModelCost, ranks: int) -> list[str]:

@@ -14,5 +14,7 @@ How this is computed
            {LINK_SHARE:.0%} of the slowest stated link, overlapped with the computing.
   step     every rank runs the same number of forwards and waits at each layer for the slowest; a GPU without pairs
            computes a dummy one. Balanced partitions are those of the training's solver (cca_ds/balance/partition.py).
+  drawing  images for DDO: the weights are read once a sampling step for all images drawn at once, their keys and values
+           once each; or a forward's FLOPs, where that takes longer.
   share    of the allocation: the time all its GPUs would need for what must be computed, over the time predicted.
   Not in it: data loading, checkpoints, evaluation, and the first step's compilation."""

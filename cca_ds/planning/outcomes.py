@@ -16,7 +16,8 @@ class Outcome:
 
     `memories` and `caps` (largest micro-batch) have one entry for each group of `trainers`. `balanced` is None where
     not one pair fits on any GPU, `even` where an even share does not fit on the smallest. `producer_seconds` is the
-    producers' time for a streamed reference of one step, `ahead_seconds` the time of a cached one before each epoch.
+    producers' time for a streamed reference of one step, `ahead_seconds` the time of a cached one before each epoch,
+    `drawing_seconds` what the trainers take in a step to draw its images.
     """
 
     placement: Placement | None
@@ -31,6 +32,7 @@ class Outcome:
     ideal_step_seconds: float
     ahead_seconds: float = 0.0
     producer_seconds: float = 0.0
+    drawing_seconds: float = 0.0
 
     @property
     def placement_name(self) -> str:
@@ -40,7 +42,7 @@ class Outcome:
     @property
     def step_seconds(self) -> float:
         """Of the balanced partition, and no less than the producers need for a step; infinite where it does not fit."""
-        return max(self.balanced.seconds, self.producer_seconds) if self.balanced else float("inf")
+        return self._seconds(self.balanced)
 
     @property
     def epoch_seconds(self) -> float:
@@ -57,7 +59,10 @@ class Outcome:
     @property
     def even_step_seconds(self) -> float:
         """Of the even partition; infinite where it does not fit."""
-        return max(self.even.seconds, self.producer_seconds) if self.even else float("inf")
+        return self._seconds(self.even)
+
+    def _seconds(self, step: StepTime | None) -> float:
+        return max(step.seconds + self.drawing_seconds, self.producer_seconds) if step else float("inf")
 
     @property
     def even_efficiency(self) -> float:
@@ -118,6 +123,8 @@ def _trained(
     arguments = (trainers, caps, job.pairs, job.model, work, job.sharding, placement)
     balanced = step_time(*arguments)
     ideal = job.pairs * reference_seconds(job, trainers) * job.passes
+    if placement and placement.on_trainers:
+        rest["drawing_seconds"] = job.drawing_seconds(trainers, producers=False)
     equal = step_time(*arguments, even=True) if even else None
     return Outcome(placement, checkpointing, trainers, [], memories, caps, balanced, equal, job.steps, ideal, **rest)
 
@@ -132,7 +139,7 @@ def _streamed(job: Job, groups: list[NodeGroup], placement: Placement, checkpoin
 
     def split(training: int) -> Outcome:
         trainers, producers = _first_nodes(ordered, training)
-        seconds = job.pairs * reference_seconds(job, producers)
+        seconds = job.pairs * reference_seconds(job, producers) + job.drawing_seconds(producers, producers=True)
         trained = _trained(job, trainers, placement, checkpointing, even=False, producer_seconds=seconds)
         ideal = job.pairs * reference_seconds(job, groups) * job.passes
         return replace(trained, producers=producers, ideal_step_seconds=ideal)

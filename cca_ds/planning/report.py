@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cca_ds.cluster.devices import GIB
+from cca_ds.planning.drawing import drawing_seconds
 from cca_ds.planning.explanation import COST_MODEL
 from cca_ds.planning.job import Job
 from cca_ds.planning.nodes import NodeGroup
@@ -113,6 +114,7 @@ def report(
         *_placement_lines(outcomes, shown),
         "",
         *_link_lines(shown),
+        *_drawing_lines(job, groups, shown),
         "",
         *([*explain_lines(explained), ""] if explained else []),
         "Recommendation",
@@ -137,6 +139,7 @@ def as_json(
         "pairs": job.pairs,
         "images": job.images,
         "steps": job.steps,
+        "drawing": asdict(job.drawing) if job.drawing else None,
         "outcomes": [_outcome_tree(outcome) for outcome in outcomes],
         "recommendation": recommendation(job, outcomes, leaner),
     }
@@ -164,6 +167,7 @@ def _outcome_tree(outcome: Outcome) -> dict[str, Any]:
             "pairs": pairs_by_device(outcome),
             "forwards": step.partition.forwards,
             "step_seconds": outcome.step_seconds,
+            "drawing_seconds": outcome.drawing_seconds,
             "compute_seconds": step.compute_seconds,
             "link_seconds": step.link_seconds,
             "link_bytes": step.link_bytes,
@@ -246,6 +250,24 @@ def _link_lines(shown: Outcome) -> list[str]:
         f"{step.partition.forwards} forwards; {_seconds(step.link_seconds)} s of link beside "
         f"{_seconds(step.compute_seconds)} s of "
         f"computing; the slowest network is {network.name}'s, {network.node_link / 1e9:.0f} GB/s a node"
+    ]
+
+
+def _drawing_lines(job: Job, groups: Sequence[NodeGroup], shown: Outcome) -> list[str]:
+    if job.drawing is None:
+        return []
+    streamed = job.drawing.online and bool(shown.producers)
+    at_once = job.drawing.producers_at_once if streamed else job.drawing.at_once
+    way = f"{at_once} at a time, in {job.model.decode_steps} forwards"
+    if job.drawing.online:
+        drawers, where = (shown.producers, "the producers") if streamed else (shown.trainers, "the trainers")
+        seconds = _seconds(job.drawing_seconds(drawers, streamed)) if drawers else "-"
+        return [f"Drawing: {job.pairs} images a step on {where}, {way}: {seconds} s of it, in the step above"]
+    total = job.images * drawing_seconds(job.model, groups, job.drawing.at_once, job.element_bytes)
+    hours = total * sum(group.ranks for group in groups) / 3600
+    return [
+        f"Drawing: {job.images:,} images once, {way}: {_duration(total)} on all GPUs, {hours:.3g} GPU hours, "
+        "before training and not in the table"
     ]
 
 

@@ -1,11 +1,12 @@
 """Stored log-likelihoods of the reference: computed ahead or beside the training, read in the reference's place.
 
     CACHE/key.json                what the numbers belong to; a run with another key is refused
-    CACHE/shard_000012.arrow      steps 12 S to 13 S - 1: one row a pair, in the order of the global batch
+    CACHE/shard_000012.arrow      steps 12 S to 13 S - 1: one row a pair, in the order of the global batch; with the
+                                  codes of each pair's generated image where they are drawn online
     CACHE/producers/*.json        who works on which shard, and the time of that report
     CACHE/trainer.json            the step that training has reached, which bounds how far producers run ahead
 
-Letters: K pairs of a global batch, S steps of a shard, B pairs of a micro-batch.
+Letters: K pairs of a global batch, S steps of a shard, B pairs of a micro-batch, L codes per image.
 
 Shards appear whole or not at all, so either side may die at any moment and come back.
 """
@@ -28,13 +29,15 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
+from cca_ds.data.generated import GeneratedCodes
 from cca_ds.files import expand, write_atomic, write_new
 from cca_ds.models.weight_files import state_hash
-from cca_ds.reference.interface import ReferenceInputs
+from cca_ds.reference.interface import DrawingReference, ReferenceInputs
 from cca_ds.untrusted import decoding, read_json, regular_file
 
 COMPLETED = "COMPLETED"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
+DRAWN = "generated"  # a column of shards with images
 CHECKSUM, KEY = "sha256", "key"  # in a shard's metadata
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 30.0
@@ -50,8 +53,13 @@ class ReferenceTimeout(ReferenceCacheError):
     exit_code = 1
 
 
-def cache_key(run: RunConfig, table: CodeTable, weights_hash: str, precision: str) -> dict[str, Any]:
-    """All that the stored numbers depend on; beta, lambda, loss and learning rate do not change them."""
+def cache_key(
+    run: RunConfig, table: CodeTable, weights_hash: str, precision: str, generated: GeneratedCodes | None = None
+) -> dict[str, Any]:
+    """All that the stored numbers depend on; beta, lambda and learning rate do not change them, nor does the loss but
+    for where its rejected halves come from.
+    """
+    drawn = {DRAWN: generated.table.manifest.content_hash() if generated else run.data.generated}
     return {
         "reference": weights_hash,
         "model": run.model.preset,
@@ -62,6 +70,7 @@ def cache_key(run: RunConfig, table: CodeTable, weights_hash: str, precision: st
         "mask_probability": run.loss.condition_mask_probability,
         "shard_steps": run.reference.shard_steps,
         "precision": precision,
+        **(drawn if run.data.generated else {}),
     }
 
 
@@ -79,7 +88,11 @@ def open_cache(inputs: ReferenceInputs, make: bool = True) -> ReferenceCache:
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(hashes, src=0)
     assert run.reference.cache is not None
-    return ReferenceCache(run.reference.cache, cache_key(run, inputs.table, hashes[0], inputs.precision), make)
+    return ReferenceCache(run.reference.cache, _key_of(inputs, hashes[0]), make)
+
+
+def _key_of(inputs: ReferenceInputs, weights_hash: str) -> dict[str, Any]:
+    return cache_key(inputs.run, inputs.table, weights_hash, inputs.precision, inputs.generated)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class Shard:
 
     samples: np.ndarray  # int64
     positive: np.ndarray  # float32, log p_reference(x_k | c_k)
-    negative: np.ndarray  # float32, log p_reference(x_k | c'_k)
+    negative: np.ndarray  # float32, log p_reference(x_k | c'_k), or of the generated image under c_k
+    generated: np.ndarray | None = None  # uint16 [S K, L], codes of that image where it is drawn online
 
 
 class ReferenceCache:
@@ -118,7 +132,7 @@ class ReferenceCache:
             ) from None
         except (ValueError, TypeError):
             raise ReferenceCacheError(f"{path} cannot be read: delete {self.folder} and compute it again") from None
-        differing = [f"{name} ({found.get(name)!r} there)" for name in key if found.get(name) != key[name]]
+        differing = [f"{name} ({found.get(name)!r} there)" for name in found | key if found.get(name) != key.get(name)]
         if differing:
             raise ReferenceCacheError(
                 f"reference.cache={folder} belongs to another run: {', '.join(differing)} differ; "
@@ -141,7 +155,11 @@ class ReferenceCache:
             raise ReferenceCacheError(f"the reference's {odd}: look at reference.weights, or take precision=fp32")
         steps = np.repeat(np.arange(len(content.samples) // self.global_size), self.global_size)
         columns = [steps + shard * self.shard_steps, content.samples, content.positive, content.negative]
-        batch = pyarrow.record_batch([pyarrow.array(c) for c in columns], names=list(COLUMNS))
+        names, arrays = list(COLUMNS), [pyarrow.array(column) for column in columns]
+        if (drawn := content.generated) is not None:
+            names.append(DRAWN)
+            arrays.append(pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(drawn.ravel()), drawn.shape[1]))
+        batch = pyarrow.record_batch(arrays, names=names)
         batch = batch.replace_schema_metadata({CHECKSUM: _checksum(shard, content), KEY: self._key_hash})
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, batch.schema) as writer:
@@ -159,20 +177,24 @@ class ReferenceCache:
         try:
             with open(regular_file(self.path(shard)), "rb") as source:
                 table = pyarrow.ipc.open_file(source.read()).read_all()
-            content = Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]))
+            drawn = None
+            if DRAWN in table.column_names:
+                drawn = table.column(DRAWN).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+            content = Shard(*(table.column(name).to_numpy() for name in COLUMNS[1:]), drawn)
             metadata = table.schema.metadata
         except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
-            raise ReferenceCacheError(self._damaged(shard, " ".join(str(error).split()))) from None
+            raise ReferenceCacheError(self.damaged(shard, " ".join(str(error).split()))) from None
         if metadata is not None:
             if metadata.get(CHECKSUM.encode()) != _checksum(shard, content).encode():
-                raise ReferenceCacheError(self._damaged(shard, "its numbers differ from its checksum"))
+                raise ReferenceCacheError(self.damaged(shard, "its numbers differ from its checksum"))
             if metadata.get(KEY.encode(), self._key_hash.encode()) != self._key_hash.encode():
-                raise ReferenceCacheError(self._damaged(shard, "it was written for another cache"))
+                raise ReferenceCacheError(self.damaged(shard, "it was written for another cache"))
         if odd := _not_finite(content):
-            raise ReferenceCacheError(self._damaged(shard, odd))
+            raise ReferenceCacheError(self.damaged(shard, odd))
         return content
 
-    def _damaged(self, shard: int, how: str) -> str:
+    def damaged(self, shard: int, how: str) -> str:
+        """The line for a shard that cannot be used."""
         return f"{self.path(shard)} is damaged ({how}): --cache_reference computes it again"
 
     def require(self, steps: int) -> None:
@@ -242,12 +264,13 @@ def _not_finite(content: Shard) -> str | None:
 
 def _checksum(shard: int, content: Shard) -> str:
     digest = hashlib.sha256(str(shard).encode())
-    for column in (content.samples, content.positive, content.negative):
+    drawn = [] if content.generated is None else [content.generated]
+    for column in (content.samples, content.positive, content.negative, *drawn):
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
 
 
-class CachedReference:
+class CachedReference(DrawingReference):
     """log p_reference read from a cache; waits up to `wait_seconds` for a shard where producers stream them.
 
     Args:
@@ -261,9 +284,38 @@ class CachedReference:
         self.cache, self.wait_seconds, self.reports = cache, wait_seconds, reports
         self._agree = agree or (lambda step, missing, late: (missing, late))
         self._number, self._shard = -1, None
+        self._step, self._waited = 0, 0.0
+        self._written, self._last = 0.0, -1  # when the shard was written; the last of those that follow without a gap
 
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
         """[2B] float32, [positive, negative]; see `interface.Reference`."""
+        shard, places = self._rows(batch)
+        both = np.concatenate([shard.positive[places], shard.negative[places]])
+        return torch.from_numpy(both).to(batch.codes_BL.device)
+
+    def draw(self, batch: MicroBatch) -> Tensor:
+        """The images that a producer drew; see `interface.DrawingReference`."""
+        shard, places = self._rows(batch)
+        if shard.generated is None:
+            raise ReferenceCacheError(self.cache.damaged(self._number, "it holds no generated images"))
+        return torch.from_numpy(shard.generated[places].astype(np.int64)).to(batch.codes_BL.device)
+
+    def tags(self) -> dict[str, float]:
+        """Of streamed ones: seconds waited since the last call, steps that producers are ahead, age of the shard."""
+        if not (self.reports and self.wait_seconds and self._shard is not None):
+            return {}
+        waited, self._waited = self._waited, 0.0
+        self._last = max(self._last, self._number)
+        while self.cache.path(self._last + 1).is_file():
+            self._last += 1
+        return {
+            "reference/wait_seconds": waited,
+            "reference/steps_ahead": float((self._last + 1) * self.cache.shard_steps - self._step - 1),
+            "reference/age_seconds": time.time() - self._written,
+        }
+
+    def _rows(self, batch: MicroBatch) -> tuple[Shard, np.ndarray]:
+        """The shard of a micro-batch and the places of its pairs in it."""
         shard = self._get(batch.step)
         first = (batch.step % self.cache.shard_steps) * self.cache.global_size
         places = first + batch.positions_B.cpu().numpy()
@@ -277,16 +329,19 @@ class CachedReference:
                 f"{self.cache.path(self._number)}: holds other samples at step {batch.step + 1}: "
                 "delete it and compute it again with --cache_reference"
             )
-        both = np.concatenate([shard.positive[places], shard.negative[places]])
-        return torch.from_numpy(both).to(batch.codes_BL.device)
+        return shard, places
 
     def _get(self, step: int) -> Shard:
+        self._step = step
         number = self.cache.shard_of(step)
         if number != self._number:
             if self.reports and self.wait_seconds:
                 self.cache.note_trainer(step)
+            started = time.monotonic()
             self._wait(number, step)
+            self._waited += time.monotonic() - started
             self._number, self._shard = number, self.cache.read(number)
+            self._written = self.cache.path(number).stat().st_mtime
         assert self._shard is not None
         return self._shard
 

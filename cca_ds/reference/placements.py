@@ -36,6 +36,7 @@ class Placement:
         can_offload: whether `reference.offload` applies.
         sharded: its weights are gathered over the links in every forward.
         needs_producers: other nodes compute the log-likelihoods while training runs.
+        draws: it can draw images too (`data.generated: online`).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Placement:
     can_offload: bool = False
     sharded: bool = False
     needs_producers: bool = False
+    draws: bool = False
 
     def held_bytes(self, model: ModelCost, sharding: Sharding, element_bytes: int, ranks: int, offload: bool) -> float:
         """`resident_bytes` of a reference of the policy's shape, sharded as it is over `ranks` ranks."""
@@ -58,7 +60,7 @@ def _build_replica(inputs: ReferenceInputs) -> Reference:
 
     return ReplicaReference(
         inputs.run.model, inputs.run.reference, inputs.weights, inputs.precision, inputs.coordinator.device,
-        inputs.tokenizer,
+        inputs.tokenizer, inputs.run.seed,
     )  # fmt: skip
 
 
@@ -96,6 +98,7 @@ PLACEMENTS.register(
         stored=False,
         on_trainers=True,
         resident_bytes=lambda weights, gathered, ranks, offload: weights,
+        draws=True,
     )
 )
 PLACEMENTS.register(
@@ -112,6 +115,12 @@ PLACEMENTS.register(
 PLACEMENTS.register(Placement("cached", _build_cached, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0))
 PLACEMENTS.register(
     Placement(
-        "streamed", _build_streamed, stored=True, on_trainers=False, resident_bytes=lambda *_: 0.0, needs_producers=True
+        "streamed",
+        _build_streamed,
+        stored=True,
+        on_trainers=False,
+        resident_bytes=lambda *_: 0.0,
+        needs_producers=True,
+        draws=True,
     )
 )

@@ -1,6 +1,6 @@
 """Fill a cache of reference log-likelihoods, ahead of a run (`--cache_reference`) or beside it (`--produce_reference`).
 
-Letters: K pairs of a global batch, S steps of a shard, L codes per image.
+Letters: K pairs of a global batch, S steps of a shard, B pairs of a forward, L codes per image.
 
 Producers share the shards by their rank and communicate through the file system only: one that dies and comes back
 skips the shards that are there.
@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cca_ds.cluster.launch import Ranks
 from cca_ds.console import progress, say
@@ -24,16 +23,16 @@ from cca_ds.reference.replica import ReplicaReference
 
 
 def fill_cache(
-    cache: ReferenceCache, reference: ReplicaReference, steps: Steps, total_steps: int, ranks: Ranks, batch_size: int,
-    ahead_steps: int | None = None,
+    cache: ReferenceCache, reference: ReplicaReference, steps: Steps, total_steps: int, ranks: Ranks,
+    ahead_steps: int | None = None, online: bool = False,
 ) -> None:  # fmt: skip
     """Compute this rank's shards of a whole run and write those that are not there.
 
     Args:
-        steps: the run's global batches, each as one micro-batch.
+        steps: the run's global batches, cut into micro-batches of one forward.
         total_steps: steps of the run.
-        batch_size: pairs in a forward.
         ahead_steps: stay at most so many steps ahead of the trainers, and wait for them; None: do not wait.
+        online: draw each pair's generated image too.
     """
     last_shard = -(-total_steps // cache.shard_steps)
     shards = range(ranks.rank, last_shard, ranks.world_size)
@@ -48,27 +47,21 @@ def fill_cache(
         while ahead_steps is not None and first > cache.trainer_step() + ahead_steps:
             cache.note_producer(ranks.rank, ranks.host, shard)
             time.sleep(1.0)
-        cache.write(shard, _compute(reference, steps, whole, batch_size, torch.device(ranks.device)))
+        cache.write(shard, _compute(reference, steps, whole, torch.device(ranks.device), online))
     if all(cache.path(shard).is_file() for shard in range(last_shard)):
         # the last rank to finish, or several at once, to the same effect
         write_atomic(cache.folder / COMPLETED, json.dumps({"steps": total_steps}) + "\n")
 
 
-def _compute(reference: ReplicaReference, steps: Steps, order: range, batch_size: int, device: torch.device) -> Shard:
-    samples, positive, negative = [], [], []
-    for step in order:
-        (batch,) = steps[step]
-        samples.append(batch.sample_indices_B.numpy())
-        for labels, results in ((batch.positive_labels_B, positive), (batch.negative_labels_B, negative)):
-            results += _log_likelihoods(reference, batch.codes_BL, labels, batch_size, device)
-    return Shard(np.concatenate(samples), np.concatenate(positive), np.concatenate(negative))
-
-
-def _log_likelihoods(
-    reference: ReplicaReference, codes_KL: Tensor, labels_K: Tensor, batch_size: int, device: torch.device
-) -> list[np.ndarray]:
-    parts = zip(codes_KL.split(batch_size), labels_K.split(batch_size), strict=True)
-    return [
-        reference.log_likelihoods(codes_BL.to(device), labels_B.to(device)).cpu().numpy()
-        for codes_BL, labels_B in parts
-    ]
+def _compute(reference: ReplicaReference, steps: Steps, order: range, device: torch.device, online: bool) -> Shard:
+    samples, positive, negative, drawn = [], [], [], []
+    for batch in (batch.to(device) for step in order for batch in steps[step]):
+        codes_BL = batch.codes_BL if batch.generated_codes_BL is None else batch.generated_codes_BL
+        if online:
+            codes_BL = reference.draw(batch)
+            drawn.append(codes_BL.cpu().numpy().astype(np.uint16))
+        samples.append(batch.sample_indices_B.cpu().numpy())
+        positive.append(reference.log_likelihoods(batch.codes_BL, batch.positive_labels_B).cpu().numpy())
+        negative.append(reference.log_likelihoods(codes_BL, batch.negative_labels_B).cpu().numpy())
+    stored = (np.concatenate(samples), np.concatenate(positive), np.concatenate(negative))
+    return Shard(*stored, np.concatenate(drawn) if online else None)

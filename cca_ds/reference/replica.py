@@ -12,6 +12,10 @@ from cca_ds.data.batches import MicroBatch
 from cca_ds.models import DTYPES
 from cca_ds.models.conditioning import CONDITIONINGS
 from cca_ds.models.from_recipe import build_module
+from cca_ds.reference.interface import DrawingReference
+from cca_ds.sampling import generate
+
+MOST_PAIRS_A_STEP = 2**24  # batch.global_size is below: images of two steps never share a stream of random numbers
 
 
 def reference_model(model: schema.Model, dropout: bool) -> schema.Model:
@@ -26,7 +30,23 @@ def freeze(module: nn.Module, dropout: bool) -> None:
     module.train(dropout)
 
 
-class ReplicaReference:
+def draw_for(module: nn.Module, batch: MicroBatch, seed: int) -> Tensor:
+    """Codes [B, L] int64 on the batch's device: for each pair an image of its label, without guidance, top-k or top-p.
+
+    An image depends on (seed, step, position in the global batch) alone, so on no rank and no micro-batch. Masked
+    pairs, and those of a forward without weight, keep their own codes: nothing is computed of them.
+    """
+    codes_BL = batch.codes_BL.clone()
+    rows = (~batch.null_mask_B).nonzero().flatten().tolist() if batch.weight else []
+    if rows:
+        indices = [(batch.step + 1) * MOST_PAIRS_A_STEP + position for position in batch.positions_B[rows].tolist()]
+        codes_BL[rows] = generate(
+            module, batch.positive_labels_B[rows], seed=seed, image_indices_B=indices, cuda_graphs=True
+        ).to(codes_BL)
+    return codes_BL
+
+
+class ReplicaReference(DrawingReference):
     """log p_reference from `deepspeed.init_inference`. Collective to build.
 
     The engine leaves a module trainable and in training mode and casts it to fp16 by default, so the dtype is given
@@ -39,10 +59,12 @@ class ReplicaReference:
         precision: "bf16", "fp16" or "fp32".
         device: this rank's.
         tokenizer: for models that hold its codebook (VAR).
+        seed: of the images that it draws.
     """
 
     def __init__(self, model: schema.Model, reference: schema.Reference, weights: dict[str, Tensor] | None,
-                 precision: str, device: torch.device, tokenizer: nn.Module | None = None):  # fmt: skip
+                 precision: str, device: torch.device, tokenizer: nn.Module | None = None, seed: int = 0):  # fmt: skip
+        self.seed = seed
         with torch.device("meta"):
             module = build_module(reference_model(model, reference.dropout), tokenizer)
         module = module.to(DTYPES[precision]).to_empty(device=device)
@@ -56,6 +78,10 @@ class ReplicaReference:
     def __call__(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor:
         """See `interface.Reference`."""
         return self.log_likelihoods(*inputs[:2])
+
+    def draw(self, batch: MicroBatch) -> Tensor:
+        """See `interface.DrawingReference`."""
+        return draw_for(self.engine.module, batch, self.seed)
 
     @torch.no_grad()
     def log_likelihoods(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:

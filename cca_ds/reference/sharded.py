@@ -12,10 +12,11 @@ from cca_ds.cluster.zero import copy_weights, gather_whole_blocks
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
 from cca_ds.models.from_recipe import build_module
+from cca_ds.reference.interface import Reference
 from cca_ds.reference.replica import freeze, reference_model
 
 
-class ShardedReference:
+class ShardedReference(Reference):
     """log p_reference from a ZeRO-3 engine; shards stay in host memory with `reference.offload`.
 
     Its forwards are collective, like the policy's. Arguments as in `ReplicaReference`.

@@ -40,7 +40,7 @@ def check_baseline(
     policy.engine.eval()
     sums, differences = engines.zero_sums(), [torch.zeros((), device=engines.device)]
     for batch in own_steps[step]:
-        batch = batch.to(engines.device)
+        batch = engines.load(batch)
         inputs = objective.stacked(batch)
         policy_logp = policy(*inputs, compute=objective.compute)
         reference_logp = engines.reference_logp(batch, inputs)
@@ -51,7 +51,7 @@ def check_baseline(
     sums, *_ = coordinator.sum_over_ranks(sums)
     worst = coordinator.max_over_ranks(torch.stack(differences).max().item())
     _check_agreement(run, worst, engines.precision)
-    nll = summarize(sums, objective.compared)["nll_per_code"]
+    nll = summarize(sums, objective.spec)["nll_per_code"]
     band = run.baseline.nll_band
     expected_band = f", expected {band[0]} to {band[1]}" if band else ""
     say(f"baseline: {nll:.4f} nats a code{expected_band}; policy and reference agree to {worst:.2g} nats")

@@ -6,6 +6,7 @@ import difflib
 
 from cca_ds.alignment.losses import LOSSES, LossSpec
 from cca_ds.config.schema import RunConfig
+from cca_ds.data.generated import ONLINE
 from cca_ds.models.conditioning import CONDITIONINGS, GFT_BETA, LAMBDA, Conditioning
 from cca_ds.models.registry import preset_problem
 from cca_ds.reference.placements import PLACEMENTS
@@ -25,7 +26,7 @@ def recipe_problems(run: RunConfig) -> list[str]:
     ]
     found = [problem for problem in unknown if problem]
     if run.loss.name in LOSSES:
-        found += _loss_problems(run)
+        found += _loss_problems(run) + _generated_problems(run) + _band_problems(run)
         if run.reference.placement in PLACEMENTS and LOSSES[run.loss.name].needs_reference:
             found += _reference_problems(run)
     return found
@@ -63,6 +64,35 @@ def _loss_problems(run: RunConfig) -> list[str]:
         elif spec.conditioning is kind and not getattr(run.model, kind.switch):
             found.append(f"loss.name={spec.name} needs model.{kind.switch}=true, not false")
     return found
+
+
+def _generated_problems(run: RunConfig) -> list[str]:
+    generated, name = run.data.generated, run.loss.name
+    needed = LOSSES[name].negatives == "generated"
+    if needed and generated is None:
+        return [
+            f"loss.name={name} needs data.generated: a folder that cca-sample --codes filled with images of the "
+            f"reference, or {ONLINE}"
+        ]
+    if not needed and generated is not None:
+        able = ", ".join(loss for loss, spec in LOSSES.items() if spec.negatives == "generated")
+        return [f"data.generated={generated} needs loss.name={able}, not {name}"]
+    if generated != ONLINE or run.reference.placement not in PLACEMENTS:
+        return []
+    found = []
+    if not PLACEMENTS[run.reference.placement].draws:
+        able = " or ".join(placement for placement, record in PLACEMENTS.items() if record.draws)
+        found.append(f"data.generated={ONLINE} needs reference.placement={able}, not {run.reference.placement}")
+    if run.reference.dropout:
+        found.append(f"data.generated={ONLINE} needs reference.dropout=false: images are drawn without dropout")
+    return found
+
+
+def _band_problems(run: RunConfig) -> list[str]:
+    if run.loss.accuracy_band is None or LOSSES[run.loss.name].compares:
+        return []
+    able = ", ".join(name for name, spec in LOSSES.items() if spec.compares)
+    return [f"loss.accuracy_band needs a loss that compares two sequences ({able}), not loss.name={run.loss.name}"]
 
 
 def _takes(spec: LossSpec, kind: Conditioning) -> bool:

@@ -16,7 +16,7 @@ from cca_ds.alignment.objective import SUMS, Objective
 from cca_ds.cluster.launch import Ranks
 from cca_ds.config import schema
 from cca_ds.data.batches import MicroBatch
-from cca_ds.reference.interface import Reference
+from cca_ds.reference.interface import DrawingReference, Reference
 from cca_ds.training import schedule
 from cca_ds.training.policy import NonFinite, Policy
 
@@ -40,6 +40,20 @@ class Engines:
     def zero_sums(self) -> Tensor:
         """Zero-initialised `objective.SUMS`, float64."""
         return torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+
+    def load(self, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch on this rank's device; where the loss needs generated images and no table holds them, with
+        those that the reference draws.
+        """
+        batch = batch.to(self.device)
+        if self.objective.needs_generated and batch.generated_codes_BL is None:
+            assert isinstance(self.reference, DrawingReference)
+            batch.generated_codes_BL = self.reference.draw(batch)
+        return batch
+
+    def reference_tags(self) -> dict[str, float]:
+        """What is logged of the reference at each step, of those that have something to log."""
+        return self.reference.tags() if self.reference is not None else {}
 
     def reference_logp(self, batch: MicroBatch, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """log p_reference [R] float32 of the forward's rows; None where the loss needs none."""

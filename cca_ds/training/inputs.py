@@ -15,8 +15,9 @@ from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import resolve_path
 from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
-from cca_ds.data.batches import BatchPlan, total_steps
+from cca_ds.data.batches import BatchPlan, Steps, total_steps
 from cca_ds.data.codes import CodeTable
+from cca_ds.data.generated import ONLINE, GeneratedCodes, open_generated
 from cca_ds.data.npy_folders import import_command
 from cca_ds.models import model_config
 from cca_ds.vq import TOKENIZERS
@@ -31,6 +32,7 @@ class RunInputs:
         tokenizer: frozen; None where its weights are not named and the model does not need them.
         plan: what decides the pairs of a step.
         steps_per_epoch, steps: optimizer steps of an epoch and of the whole run.
+        generated: images that the reference drew, where `data.generated` names a table of them.
     """
 
     table: CodeTable
@@ -38,6 +40,21 @@ class RunInputs:
     plan: BatchPlan
     steps_per_epoch: int
     steps: int
+    generated: GeneratedCodes | None = None
+
+    def own_steps(self, first: int, sizes: list[int]) -> Steps:
+        """The steps as a rank sees them; `first` and `sizes` as in `Steps`."""
+        return Steps(self.table, self.plan, first, sizes, self.generated)
+
+    @property
+    def tables(self) -> list[CodeTable]:
+        """All that it reads codes from."""
+        return [self.table, *([self.generated.table] if self.generated else [])]
+
+    def content_hash(self) -> str:
+        """Identifies the data that the trajectory depends on."""
+        found = self.table.manifest.content_hash()
+        return f"{found}+{self.generated.table.manifest.content_hash()}" if self.generated else found
 
 
 def open_inputs(run: RunConfig, cache_folder: Path) -> RunInputs:
@@ -57,10 +74,13 @@ def open_inputs(run: RunConfig, cache_folder: Path) -> RunInputs:
         seed=run.seed,
         mask_probability=run.loss.condition_mask_probability,
         null_class=model_config(run.model.preset, **run.model.overrides).num_classes,
-        contrastive=bool(LOSSES[run.loss.name].negatives),
+        contrastive=LOSSES[run.loss.name].negatives == "labels",
     )
+    generated = None
+    if run.data.generated and run.data.generated != ONLINE:
+        generated = open_generated(resolve_path(run.data.generated), table)
     steps_per_epoch = plan.steps_per_epoch(len(table))
-    return RunInputs(table, tokenizer, plan, steps_per_epoch, total_steps(run.batch, steps_per_epoch))
+    return RunInputs(table, tokenizer, plan, steps_per_epoch, total_steps(run.batch, steps_per_epoch), generated)
 
 
 def verify_once(table: CodeTable, ranks: Ranks) -> None:

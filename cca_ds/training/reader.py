@@ -51,4 +51,4 @@ class BatchReader:
         """The steps of the run as this rank sees them under the present partition."""
         rank, partition = self.coordinator.ranks.rank, self.balancer.partition
         first = partition.positions(rank)[0].start
-        return Steps(self.inputs.table, self.inputs.plan, first, list(partition.micro_sizes[rank]))
+        return self.inputs.own_steps(first, list(partition.micro_sizes[rank]))

@@ -5,6 +5,8 @@ Decided once, the same on every rank, before a model is built; the trajectory do
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from cca_ds.balance.measure import Workload
@@ -12,7 +14,6 @@ from cca_ds.balance.memory import USABLE_SHARE
 from cca_ds.balance.partition import largest_micro
 from cca_ds.cluster.devices import GIB
 from cca_ds.config.schema import RunConfig
-from cca_ds.models.compilation import resolve_compile
 
 ENOUGH_PAIRS = 4  # a forward of fewer leaves a GPU's matmuls short of rows
 MOST_PAIRS = 32  # a larger forward is not quicker
@@ -26,9 +27,28 @@ def choose_compile(run: RunConfig, device: torch.device) -> tuple[RunConfig, lis
     Raises:
         ValueError: true, and the compiler does not work.
     """
-    compiled, problem = resolve_compile(run.model.compile, device)
+    setting = run.model.compile
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return _replaced(run, "model", compile=False), []
+    problem = compiler_problem(device)
+    if problem and setting is True:
+        raise ValueError(f"model.compile=true: torch.compile does not work here ({problem}); set it to false")
     warning = f"warning: model.compile=auto: blocks run uncompiled, since torch.compile fails here: {problem}"
-    return _replaced(run, "model", compile=compiled), [warning] if problem else []
+    return _replaced(run, "model", compile=problem is None), [warning] if problem else []
+
+
+@lru_cache(maxsize=4)
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work on a device, in one line; None where it does. Takes seconds.
+
+    It needs a C++ compiler, and on a GPU Triton and Python's headers.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever the compiler's tools raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
+    return None
 
 
 def choose_by_memory(

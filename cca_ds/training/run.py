@@ -31,11 +31,14 @@ from cca_ds.cluster.watchdog import Watchdog
 from cca_ds.config.deepspeed_file import fill_ds_config, resolve_precision, zero_stage
 from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
-from cca_ds.data.batches import MicroBatch, Steps
+from cca_ds.data.batches import MicroBatch
+from cca_ds.data.generated import ONLINE, require_drawn_by
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
 from cca_ds.models.conditioning import CONDITIONINGS
+from cca_ds.models.from_recipe import build_module
+from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.cache import ReferenceCacheError, open_cache
 from cca_ds.reference.interface import Reference, ReferenceInputs
 from cca_ds.reference.placements import PLACEMENTS
@@ -80,7 +83,7 @@ class Run:
 
     def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps that are left, each with this rank's micro-batches; those of `logging.profile_steps` traced."""
-        left = self.reader.steps(self.progress.step)
+        left = self.reader.steps(self.progress.step) if self.progress.step < self.progress.end else iter(())
         if self.profile_steps is None:
             return left
         return profiled(
@@ -152,13 +155,20 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     precision = resolve_precision(ds, run, ranks.device != "cpu")
     inputs = open_inputs(run, expand(run.reference.cache) / "data")
     weights = reference_weights(run, inputs.tokenizer, None) if ranks.rank == 0 else None
+    on_first(ranks, lambda: _check_generated(run, inputs, weights))
     coordinator = Coordinator(ranks)
     run, _ = choose_compile(run, coordinator.device)
-    cache = open_cache(ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator))
-    reference = ReplicaReference(run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer)
-    whole_batches = Steps(inputs.table, inputs.plan, 0, [run.batch.global_size])
+    cache = open_cache(
+        ReferenceInputs(run, weights, precision, inputs.tokenizer, inputs.table, coordinator, inputs.generated)
+    )
+    reference = ReplicaReference(
+        run.model, run.reference, weights, precision, coordinator.device, inputs.tokenizer, run.seed
+    )
+    pairs, most = run.batch.global_size, run.reference.batch_size
+    whole_batches = inputs.own_steps(0, [min(most, pairs - first) for first in range(0, pairs, most)])
     ahead_steps = run.reference.ahead_steps if ahead else None
-    fill_cache(cache, reference, whole_batches, inputs.steps, ranks, run.reference.batch_size, ahead_steps)
+    online = run.data.generated == ONLINE
+    fill_cache(cache, reference, whole_batches, inputs.steps, ranks, ahead_steps, online)
 
 
 def _train(
@@ -204,9 +214,10 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     keep_rank_log(folder, ranks)
     barrier(ranks)  # all logs are there before a start that is refused removes its folder
     inputs = open_inputs(run, folder / "data")
-    compared = {"the configuration": config_hash(run), "the data": inputs.table.manifest.content_hash()}
+    compared = {"the configuration": config_hash(run), "the data": inputs.content_hash()}
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
-    verify_once(inputs.table, ranks)
+    for table in inputs.tables:
+        verify_once(table, ranks)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     if run.deterministic:
         compute_deterministically()
@@ -234,11 +245,12 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     log = RunLog(
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress, still_ours
     )
-    last_values = last_logged_values(folder / "metrics.jsonl", first_step)
+    last_values = [last_logged_values(folder / "metrics.jsonl", first_step)]
+    torch.distributed.broadcast_object_list(last_values, src=0)  # all ranks decide from them when a run ends
     utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
-        first_step, inputs.steps, log, last_values, run.batch.global_size, utilization, coordinator.device,
-        run.logging.every_steps,
+        first_step, inputs.steps, log, last_values[0], run.batch.global_size, utilization, coordinator.device,
+        run.logging.every_steps, run.loss.accuracy_band,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
     for line in [*compile_lines, *memory_lines]:
@@ -286,10 +298,21 @@ def _build_engines(
     reference: Reference | None = None
     if objective.spec.needs_reference:
         own = reference_weights(run, inputs.tokenizer, weights) if weights is not None else None
+        on_first(coordinator.ranks, lambda: _check_generated(run, inputs, own))
         reference = PLACEMENTS[run.reference.placement].build(
-            ReferenceInputs(run, own, precision, inputs.tokenizer, inputs.table, coordinator)
+            ReferenceInputs(run, own, precision, inputs.tokenizer, inputs.table, coordinator, inputs.generated)
         )
     return Engines(policy, reference, objective, coordinator.device, precision)
+
+
+def _check_generated(run: RunConfig, inputs: RunInputs, weights: dict[str, Tensor] | None) -> None:
+    """Raise CodesError where the table of generated images was drawn by other weights than the reference's."""
+    if inputs.generated is not None:
+        assert weights is not None  # on rank 0
+        with torch.device("meta"):
+            module = build_module(reference_model(run.model, run.reference.dropout), inputs.tokenizer)
+        parameters = {name: weights[name] for name, _ in module.named_parameters()}
+        require_drawn_by(inputs.generated, state_hash(parameters))
 
 
 def reference_weights(
@@ -381,8 +404,8 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
     devices = collections.Counter(peer.device for peer in parts.reader.balancer.peers)
     summary = {
         "name": run.name,
-        "steps": parts.inputs.steps,
-        "images": parts.inputs.steps * run.batch.global_size,
+        "steps": parts.progress.step,
+        "images": parts.progress.step * run.batch.global_size,
         "seconds": round(seconds, 2),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ranks": ranks.world_size,
@@ -395,4 +418,4 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
     if ranks.rank == 0:
         log.still_ours()
         run_folder.finish(folder, summary)
-    log.say(f"finished {parts.inputs.steps} steps in {seconds:.0f} s: {folder}")
+    log.say(f"finished {parts.progress.step} steps in {seconds:.0f} s: {folder}")

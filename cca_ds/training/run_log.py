@@ -1,6 +1,7 @@
 """The log of a run: TensorBoard, JSON lines, a progress bar, the console; on rank 0 only.
 
-A run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, logs/, checkpoints/, summary.json, COMPLETED.
+A run's folder: config.yaml, metrics.jsonl, events.out.tfevents.* (TensorBoard's), samples/, logs/, checkpoints/,
+summary.json, COMPLETED.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ def truncate_metrics(path: Path, last_step: int) -> None:
         write_atomic(path, "".join(f"{line}\n" for line in logged_lines(path, last_step)))
 
 
+def events_folder(folder: Path) -> Path:
+    """Where a run's event files are: in its own folder, since TensorBoard names a run by the folder of its events.
+
+    In tensorboard/ where that exists: older runs have theirs there, and one run would be shown as two.
+    """
+    older = folder / "tensorboard"
+    return older if older.is_dir() else folder
+
+
 def _log_errors_of_event_writers() -> None:
     """Print no traceback of TensorBoard's writing threads: what they met is raised where the next value is added."""
     previous = threading.excepthook
@@ -79,7 +89,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             _log_errors_of_event_writers()
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            # the purge takes back what an earlier process logged beyond the checkpoint that this one starts from
+            self.writer = SummaryWriter(str(events_folder(folder)), purge_step=first_step + 1)
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -110,7 +121,7 @@ class RunLog:
         with naming(self.lines.name):
             self.lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         if self.writer:
-            with naming(self.folder / "tensorboard"):  # raises what TensorBoard's thread met with an earlier value
+            with naming(self.writer.log_dir):  # raises what TensorBoard's thread met with an earlier value
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, step)
 
@@ -132,10 +143,13 @@ class RunLog:
     def hparams(self, settings: dict[str, bool | str | float]) -> None:
         """This run's row in TensorBoard's table of runs, from its first step on.
 
-        No experiment is declared: TensorBoard then takes the columns from all runs, those that differ first, and
-        the last value of every scalar as results.
+        No experiment is declared. It could choose the columns, but TensorBoard takes that of one run for all, and what
+        differs between them is known to none. Without one, it takes the columns from all runs, those that differ
+        first, and the last value of every scalar as results; the first five of each are shown, the others by a click.
         """
-        self._session(settings, part=1)
+        # torch would write true and false as the numbers 1 and 0
+        texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+        self._session(texts, part=1)
 
     def finished(self) -> None:
         """Mark the row as one of a run that went well to its end.
@@ -152,7 +166,7 @@ class RunLog:
                     "to finish the run without them"
                 )
 
-    def _session(self, settings: dict[str, bool | str | float], part: int) -> None:
+    def _session(self, settings: dict[str, str | float], part: int) -> None:
         if self.writer:
             from torch.utils.tensorboard.summary import hparams
 

@@ -74,7 +74,7 @@ def test_ten_recorded_steps_of_the_public_program(golden, golden_configs):
         optimizer.step()
         optimizer.zero_grad()
         assert loss.item() / len(codes) == pytest.approx(float(recorded["loss"][step]), abs=1e-4)
-        assert summarize(sums, objective.compared)["nll_per_code/mixed"] == pytest.approx(loss.item() / len(codes))
+        assert summarize(sums, objective.spec)["nll_per_code/mixed"] == pytest.approx(loss.item() / len(codes))
         assert float(norm) == pytest.approx(float(recorded["grad_norm"][step]), abs=1e-4)
     after = recorded_model(golden, golden_configs, weights="gft_after10.pt")
     for (name, ours), theirs in zip(policy.named_parameters(), after.parameters(), strict=True):
@@ -157,7 +157,7 @@ def test_stacked_rows_and_sums(golden, golden_configs, recorded):
     assert LOSSES["gft"].passes == 4 and objective.expected_initial_loss(0.5) is None
     logp = model(*stacked, compute=objective.compute)
     _, sums = objective(logp, None, batch)
-    tags = summarize(sums, objective.compared)
+    tags = summarize(sums, objective.spec)
     means = (logp.view(3, -1).mean(1) / -codes.shape[1]).tolist()
     found = [tags[f"nll_per_code{part}"] for part in ("", "/unconditional", "/mixed")]
     assert found == pytest.approx(means, rel=1e-5) and tags["loss"] == pytest.approx(means[2], rel=1e-5)

@@ -15,7 +15,7 @@ from cca_ds.models import LlamaGenConfig, create_model
 from cca_ds.models.weights import load_weights
 
 
-def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0, gft_beta_B=None):
+def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0, gft_beta_B=None, generated_codes_BL=None):
     size = len(codes_BL)
     return MicroBatch(
         codes_BL=codes_BL,
@@ -27,6 +27,7 @@ def micro_batch(codes_BL, positive_B, negative_B, null_B, weight=1.0, gft_beta_B
         gft_beta_B=torch.full((size,), 0.5) if gft_beta_B is None else gft_beta_B,
         sample_indices_B=torch.arange(size),
         positions_B=torch.arange(size),
+        generated_codes_BL=generated_codes_BL,
         weight=weight,
     )
 
@@ -97,7 +98,7 @@ def test_logged_means_by_hand():
     reference_logp = torch.full((8,), -10.0)
     objective = Objective(Loss(beta=0.5, lambda_=2.0))
     loss, sums = objective(reference_logp + log_ratio, reference_logp, batch)
-    means = summarize(sums)
+    means = summarize(sums, objective.spec)
     assert means["rewards/chosen"] == pytest.approx(0.5 * (2 - 1) / 2)
     assert means["rewards/rejected"] == pytest.approx(0.5 * (-4 + 1) / 2)
     assert means["rewards/margins"] == pytest.approx(0.5 * (1 - -3) / 2)
@@ -106,6 +107,44 @@ def test_logged_means_by_hand():
     assert means["logps/chosen"] == 0.5 and means["logps/rejected"] == -1.5
     assert means["nll_per_code"] == pytest.approx((8 + 7 + 5 + 11) / 4 / 5)
     assert means["loss"] == pytest.approx(loss.item() / 4)
+
+
+def test_ddo_stacks_the_real_and_the_generated_codes_under_one_label():
+    codes_BL, labels_B = torch.arange(8).view(2, 4), torch.tensor([1, 9])
+    batch = micro_batch(codes_BL, labels_B, labels_B, labels_B == 9, generated_codes_BL=codes_BL + 10)
+    objective = Objective(Loss(name="ddo"))
+    assert objective.needs_generated and not Objective(Loss()).needs_generated
+    stacked_RL, labels_R = objective.stacked(batch)
+    assert labels_R.tolist() == [1, 9, 1, 9]
+    assert torch.equal(stacked_RL[:2], codes_BL) and torch.equal(stacked_RL[2:], codes_BL + 10)
+
+
+def test_logged_means_of_ddo_by_hand():
+    """Three pairs, of them one masked; the tags name what is compared."""
+    null, labels_B = torch.tensor([False, True, False]), torch.tensor([0, 9, 1])
+    batch = micro_batch(torch.zeros(3, 5).long(), labels_B, labels_B, null, generated_codes_BL=torch.ones(3, 5).long())
+    batch.positive_mask_B = null  # the labels are equal by design
+    real, generated = torch.tensor([2.0, 3.0, -1.0]), torch.tensor([-4.0, 7.0, 1.0])
+    reference_logp = torch.full((6,), -10.0)
+    objective = Objective(Loss(name="ddo", beta=0.5, lambda_=2.0))
+    loss, sums = objective(reference_logp + torch.cat([real, generated]), reference_logp, batch)
+    means = summarize(sums, objective.spec)
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    terms = [softplus(-1.0) + 2 * softplus(-2.0), softplus(-1.5), softplus(0.5) + 2 * softplus(0.5)]
+    assert means == {
+        "loss": pytest.approx(sum(terms) / 2 / 3),
+        "nll_per_code": pytest.approx((8 + 7 + 11) / 3 / 5),
+        "rewards/real": pytest.approx(0.25),
+        "rewards/generated": pytest.approx(-0.75),
+        "rewards/margins": pytest.approx(1.0),
+        "rewards/accuracies": pytest.approx(0.5),
+        "logps/real": pytest.approx(0.5),
+        "logps/generated": pytest.approx(-1.5),
+        "rewards/unconditional": pytest.approx(1.5),
+    }
+    assert loss.item() / 3 == pytest.approx(means["loss"])
+    at_reference, _ = objective(reference_logp, reference_logp, batch)
+    assert at_reference.item() / 3 == pytest.approx(objective.expected_initial_loss(2 / 3))
 
 
 def test_a_forward_of_weight_zero_adds_nothing_but_keeps_the_graph():
@@ -128,7 +167,7 @@ def test_the_initial_loss_is_that_of_r_zero():
     assert loss.item() / 4 == pytest.approx(objective.expected_initial_loss(0.75))
 
 
-@pytest.mark.parametrize("name", ["cca", "mle"])
+@pytest.mark.parametrize("name", ["cca", "mle", "ddo"])
 def test_nothing_is_made_on_the_host_and_copied_to_the_device(name):
     """Such a copy waits for all that a GPU has been given to do, at every micro-batch."""
 
@@ -142,7 +181,8 @@ def test_nothing_is_made_on_the_host_and_copied_to_the_device(name):
             self.seen |= {part.device.type for part in tree_leaves(result) if isinstance(part, torch.Tensor)}
             return result
 
-    batch = micro_batch(torch.zeros(4, 16), *torch.arange(8).view(2, 4), torch.zeros(4, dtype=torch.bool)).to("meta")
+    pairs = (torch.zeros(4, 16), *torch.arange(8).view(2, 4), torch.zeros(4, dtype=torch.bool))
+    batch = micro_batch(*pairs, generated_codes_BL=torch.ones(4, 16)).to("meta")
     objective = Objective(Loss(name=name))
     rows = 4 * objective.spec.rows_per_pair
     policy, reference = torch.empty(2, rows, device="meta").requires_grad_()

@@ -1,4 +1,4 @@
-"""Theorem B.1 of arXiv 2410.09347, checked exactly: what `cca_loss` converges to in a world that is known.
+"""What `cca_loss` (Theorem B.1 of arXiv 2410.09347) and `ddo_loss` converge to, exactly, in a world that is known.
 
 The world: 256 sequences of 4 codes from 4, and 4 conditions of equal probability. A base sequence law q has
 small integer counts; condition c shifts the first code by c. Enumerating the counts makes the mean over "all
@@ -11,6 +11,12 @@ A policy that need not sum to one reaches r* for every lambda. One that does, as
 reach it where r* itself leaves p_sample summing to one: lambda = Z^beta, with Z = sum_x p(x|c)
 [p(x|c)/p(x)]^s, which the shift makes the same for all c.
 
+DDO (arXiv 2503.01103) contrasts x ~ p(x|c) with x~ ~ q(x|c), the reference, under the same condition:
+
+    r*(x, c) = log p(x|c)/q(x|c) - log lambda,           p_sample(x|c) ~ q(x|c) [p(x|c)/q(x|c)]^(1/beta)
+
+so that beta = lambda = 1 gives the data's own p(x|c) from any q; there Z is 1.
+
 X sequences (256), C conditions (4), K rows of the enumeration, L codes (4), V vocabulary (4).
 """
 
@@ -22,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cca_ds.alignment.losses import cca_loss, dpo_loss
+from cca_ds.alignment.losses import cca_loss, ddo_loss, dpo_loss
 
 CONDITIONS, LENGTH, VOCABULARY = 4, 4, 4
 SEQUENCES = VOCABULARY**LENGTH
@@ -95,13 +101,23 @@ def train(
     parameters: list[Tensor],
     loss: Callable[..., Tensor],
     mask_K: Tensor | None = None,
-    **settings: float,
+    reference_CX: Tensor | None = None,
+    drawn_K: Tensor | None = None,
+    **settings: float | Tensor,
 ) -> Tensor:
-    """Trains to convergence from p(x|c), the reference, by full-batch L-BFGS; the final log p, [C, X]."""
+    """Trains to convergence by full-batch L-BFGS; the final log p, [C, X].
+
+    Args:
+        logp_CX: log p of the policy.
+        reference_CX: log p of the reference; by default of p(x|c).
+        drawn_K: second sequences, under the rows' own conditions; by default the rows' own, under the others.
+    """
     known = world()
-    reference_CX = known.conditional_CX.log()
+    reference_CX = known.conditional_CX.log() if reference_CX is None else reference_CX
     mask_K = torch.zeros_like(known.other_K, dtype=torch.bool) if mask_K is None else mask_K
     positive, negative = (known.condition_K, known.sequence_K), (known.other_K, known.sequence_K)
+    if drawn_K is not None:
+        negative = (known.condition_K, drawn_K)
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=500, max_eval=800, tolerance_grad=2e-10, tolerance_change=1e-15, history_size=50,
         line_search_fn="strong_wolfe",
@@ -201,3 +217,49 @@ def test_dpo_fixes_differences_between_conditions_only():
     assert difference_CX.std(dim=0).max() < REWARD_DISTANCE
     assert difference_CX.std(dim=1).min() > 0.01
     assert variation(logp_CX.exp(), known.sharpened_CX(2.0)) > 0.01
+
+
+@functools.cache
+def wrong_reference() -> tuple[Tensor, Tensor]:
+    """q(x|c) [C, X], whose counts are those of p(x|c) for other sequences; and for each row an x~ of it [K].
+
+    A condition has as many rows as counts, of p and of q, so pairing them in order makes the mean over rows the exact
+    expectation: real and generated sequences are in different terms of the loss.
+    """
+    known = world()
+    moved_X = torch.randperm(SEQUENCES, generator=torch.Generator().manual_seed(1))
+    counts_CX = torch.bincount(known.condition_K * SEQUENCES + known.sequence_K, minlength=CONDITIONS * SEQUENCES)
+    counts_CX = counts_CX.view(CONDITIONS, SEQUENCES)[:, moved_X]
+    drawn_K = torch.arange(CONDITIONS * SEQUENCES).repeat_interleave(counts_CX.flatten()) % SEQUENCES
+    return counts_CX.double() / counts_CX.sum(dim=1, keepdim=True), drawn_K
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_ddo_leads_a_wrong_reference_to_the_data_and_beyond(beta):
+    """At beta = lambda = 1 from 0.31 (total variation) to 2e-7 of the data; at a smaller beta past it."""
+    known, (q_CX, drawn_K) = world(), wrong_reference()
+    log_ratio_CX = known.conditional_CX.log() - q_CX.log()
+    normaliser_C = (q_CX.log() + log_ratio_CX / beta).logsumexp(dim=1).exp()
+    target_CX = (q_CX.log() + log_ratio_CX / beta).softmax(dim=1)
+    lambda_C = normaliser_C**beta
+    assert variation(q_CX, known.conditional_CX) > 0.3
+    if beta == 1.0:
+        assert variation(target_CX, known.conditional_CX) < 1e-12 and (lambda_C - 1).abs().max() < 1e-12
+    policy = TabularSequenceModel(q_CX)
+    logp_CX = train(
+        policy, list(policy.parameters()), ddo_loss, reference_CX=q_CX.log(), drawn_K=drawn_K, beta=beta,
+        lambda_=lambda_C[known.condition_K],
+    )  # fmt: skip
+    assert (beta * (logp_CX - q_CX.log()) - (log_ratio_CX - lambda_C.log()[:, None])).abs().max() < REWARD_DISTANCE
+    assert variation(logp_CX.exp(), target_CX) < VARIATION_DISTANCE
+
+
+@pytest.mark.parametrize(("beta", "lambda_"), [(1.0, 1.0), (0.5, 10.0), (2.0, 0.1)])
+def test_an_unnormalised_policy_reaches_ddos_optimal_reward_for_every_lambda(beta, lambda_):
+    known, (q_CX, drawn_K) = world(), wrong_reference()
+    table_CX = q_CX.log().requires_grad_()
+    logp_CX = train(
+        lambda: table_CX, [table_CX], ddo_loss, reference_CX=q_CX.log(), drawn_K=drawn_K, beta=beta, lambda_=lambda_
+    )
+    optimum_CX = known.conditional_CX.log() - q_CX.log() - torch.tensor(lambda_).log()
+    assert (beta * (logp_CX - q_CX.log()) - optimum_CX).abs().max() < REWARD_DISTANCE

@@ -28,7 +28,7 @@ WITHOUT_FIGURES = [name for name, *_ in WITHOUT_FIGURES_SHAPES]
 def test_the_nine_models_and_the_digits_are_shipped():
     others = (
         {f"{name}-cfg" for name in GUIDED}
-        | {f"{name}-gft" for name in PLAIN}
+        | {f"{name}-{successor}" for name in PLAIN for successor in ("gft", "ddo")}
         | {"digits", "digits_pretrain", *WITHOUT_FIGURES}
     )
     assert set(recipe_names()) == {*PLAIN, *others, "digits", "digits_pretrain"}
@@ -107,6 +107,30 @@ def test_guidance_free_training(name):
     assert run.model == plain.model.model_copy(update=switched)
     own = ("learning_rate", "final_weight_decay")
     assert run.optimizer.model_dump(exclude=own) == plain.optimizer.model_dump(exclude=own)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_direct_discriminative_optimization(name):
+    """The paper's beta and the range of its alpha, no dropout, no top-k and top-p; the rest is CCA's recipe."""
+    plain, run = load_recipe(name), load_recipe(f"{name}-ddo", check=recipe_problems)
+    assert run.loss.name == "ddo" and run.loss.beta == 0.02 and 10 <= run.loss.lambda_ <= 100
+    assert run.loss.condition_mask_probability == 0.1
+    assert run.data.generated == f"{plain.data.codes}_generated"
+    assert run.data == plain.data.model_copy(update={"generated": run.data.generated})
+    assert run.model == plain.model.model_copy(update={"dropout": False})
+    assert (run.sampling.guidance_scale, run.sampling.top_k, run.sampling.top_p) == (0.0, 0, 1.0)
+    assert run.checkpoint.keep_every == run.checkpoint.every_steps
+    for section in ("tokenizer", "reference", "baseline", "batch"):
+        assert getattr(run, section) == getattr(plain, section)
+    assert run.optimizer.model_dump(exclude={"final_weight_decay"}) == plain.optimizer.model_dump(
+        exclude={"final_weight_decay"}
+    )
+    facts = PAPER["successors"]["ddo"].get(name)
+    if facts:
+        assert run.paper["fid"] == run.paper["ddo"]["fid"] == facts["fid"]
+        assert run.paper["ddo with guidance"]["fid"] == facts["fid_guided"]
+    else:
+        assert not run.paper
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if family(name) == "llamagen"])

@@ -65,7 +65,9 @@ def test_crops_and_lambda_cover_their_ranges():
 def test_a_batch_of_one_label_is_refused_unless_the_loss_needs_no_negatives():
     with pytest.raises(ValueError, match=r"all 4 labels of the batch are 3.*loss\.name=mle"):
         pairs_of([1, 2, 3, 4], [3, 3, 3, 3])
-    assert pairs_of([1, 2], [3, 3], contrastive=False).positive_mask_K.all()
+    alone = pairs_of([1, 2, 3], [3, 3, 1], contrastive=False)  # each keeps its label, and only masked pairs are marked
+    assert (alone.negative_labels_K == alone.positive_labels_K).all()
+    assert (alone.positive_mask_K == alone.null_mask_K).all()
 
 
 def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():

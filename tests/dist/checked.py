@@ -29,4 +29,5 @@ except ValueError as error:
     print(f"refused: {error}", flush=True)
     time.sleep(1.0)  # until every rank has printed its line
     os._exit(3)
+dist.barrier()  # rank 0 holds the store that the others may still ask
 shutdown()

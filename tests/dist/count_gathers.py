@@ -1,5 +1,6 @@
 """`cca_ds/train.py` that prints how often ZeRO-3 fetched weights and gathered them. BY_LAYER=1: as DeepSpeed has it."""
 
+import atexit
 import collections
 import os
 import sys
@@ -25,6 +26,5 @@ for name, what in COUNTED.items():
     setattr(PartitionedParameterCoordinator, name, counting(getattr(PartitionedParameterCoordinator, name), what))
 if os.environ.get("BY_LAYER"):
     policy.gather_whole_blocks = lambda module: None
-code = train.main(sys.argv[1:])
-print(f"counted {counts['fetched']} {counts['gathered']}", file=sys.stderr)
-sys.exit(code)
+atexit.register(lambda: print(f"counted {counts['fetched']} {counts['gathered']}", file=sys.stderr, flush=True))
+sys.exit(train.main(sys.argv[1:]))

@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cca_ds.models import create_model
+from cca_ds.data.generated import PLAIN
+from cca_ds.models import create_model, load_weights
+from cca_ds.models.weight_files import state_hash
+from cca_ds.sampling.code_table import draw_code_table
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import REPOSITORY, RankGroup, RankOutput, RanksFailed, python_command
 
@@ -49,6 +52,23 @@ def tiny_weights() -> Path:
     path = scratch() / "tiny.safetensors"
     save_file({name: p.detach().clone() for name, p in module.named_parameters()}, path)
     return path
+
+
+@functools.cache
+def generated_table() -> Path:
+    """Twenty images of each class, drawn by the model of `tiny_weights`."""
+    module = create_model("digits", **SHAPE)
+    load_weights(module, tiny_weights())
+    drawn = {"weights_sha256": state_hash(dict(module.named_parameters())), "tokenizer_hash": "", **PLAIN}
+    draw_code_table(scratch() / "generated", module.eval(), "digits", range(200), {"seed": 5}, 100, drawn)
+    return scratch() / "generated"
+
+
+def of_loss(name: str) -> tuple[str, ...]:
+    """Settings of a run with this loss; "ddo" reads its images from a table, "ddo online" draws them."""
+    loss, _, online = name.partition(" ")
+    drawn = (f"data.generated={online or generated_table()}",) if loss == "ddo" else ()
+    return (f"loss.name={loss}", *drawn)
 
 
 @functools.cache

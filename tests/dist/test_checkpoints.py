@@ -28,6 +28,7 @@ from tests.dist.runs import (
     command,
     losses,
     metrics,
+    of_loss,
     plain_ddp,
     scratch,
     start_training,
@@ -95,9 +96,9 @@ def average(folder: Path) -> dict[str, torch.Tensor]:
     return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 
-@pytest.mark.parametrize("loss", ["cca", "gft"])
+@pytest.mark.parametrize("loss", ["cca", "gft", "ddo online"])
 def test_the_same_ranks_continue_bit_for_bit(loss, tmp_path):
-    settings = (*SETTINGS, f"loss.name={loss}")
+    settings = (*SETTINGS, *of_loss(loss))
     whole = whole_run(f"dropout_{loss}", 2, settings)
     folder = cut_short(whole, tmp_path / "run", 4)
     train(2, folder, *settings)
@@ -116,12 +117,14 @@ def test_the_same_ranks_continue_bit_for_bit(loss, tmp_path):
         pytest.param((2, 0), (1, 0), "cca", marks=pytest.mark.slow),
         ((2, 3), (1, 3), "gft"),
         pytest.param((1, 2), (2, 2), "gft", marks=pytest.mark.slow),
+        ((1, 3), (2, 3), "ddo"),
+        pytest.param((2, 3), (1, 3), "ddo online", marks=pytest.mark.slow),
     ],
     ids=lambda place: place if isinstance(place, str) else f"{place[0]} ranks stage {place[1]}",
 )
 def test_another_number_of_ranks_continues_the_trajectory(before, after, loss, tmp_path):
     files = {3: None, 2: REPOSITORY / "ds_configs/zero2.json", 0: plain_ddp()}
-    settings = (*PLAIN, f"loss.name={loss}")
+    settings = (*PLAIN, *of_loss(loss))
     name = f"plain_{before[0]}" + f"_stage_{before[1]}" * (before[1] != 3) + f"_{loss}" * (loss != "cca")
     whole = whole_run(name, before[0], settings, files[before[1]])
     folder = cut_short(whole, tmp_path / "run", 2)
@@ -140,6 +143,20 @@ def test_another_stage_is_refused_with_the_remedy(tmp_path):
     assert output.returncode == 2 and "Traceback" not in output.stderr
     assert "was written with zero_optimization.stage=3, this run has 2; set zero_optimization.stage=3" in output.stderr
     assert complete_checkpoints(folder / "checkpoints")[0].name == "step_00000002"
+
+
+def test_a_run_that_leaves_its_accuracy_band_is_finished_there(tmp_path):
+    settings = (*of_loss("ddo"), "batch.max_steps=60", "loss.accuracy_band=[0, 0.1]", "optimizer.learning_rate=1e-4")
+    outputs = train(2, tmp_path / "run", *settings)
+    assert "the run ends after step 50: rewards/accuracies_average is" in outputs[0].stdout + outputs[0].stderr
+    assert complete_checkpoints(tmp_path / "run/checkpoints")[0].name == "step_00000050"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == len(losses(tmp_path / "run")) == 50
+    (again,) = train(1, tmp_path / "run", *settings)
+    assert "this run is finished" in again.stdout
+    (tmp_path / "run/COMPLETED").unlink()  # as if it had been killed before
+    (again,) = train(1, tmp_path / "run", *settings)
+    assert "the run ends after step 50" in again.stdout + again.stderr
+    assert (tmp_path / "run/COMPLETED").is_file() and len(losses(tmp_path / "run")) == 50
 
 
 def test_a_run_killed_before_its_mark_of_completion_finishes_when_started_again(tmp_path):
@@ -252,9 +269,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_killed_at_many_random_moments_and_resumed(seed, tmp_path):
-    killed_again_and_again(tmp_path / "run", kills=8, seed=seed)
+def test_killed_at_many_random_moments_and_resumed(tmp_path):
+    killed_again_and_again(tmp_path / "run", kills=8, seed=2)
 
 
 @pytest.fixture

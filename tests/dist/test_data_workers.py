@@ -1,12 +1,15 @@
 """Worker processes that read the codes end with whoever reads from them, even one that hangs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from cca_ds.cluster.failures import explain_error
+from cca_ds.data.batches import read_ahead
 from tests.dist.ranks import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.dist
@@ -36,3 +39,21 @@ def test_a_worker_that_hangs_does_not_hang_the_end(tmp_path):
     assert process.returncode == 1 and "as the run's own error" in process.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(process.stdout), signal.SIGKILL)
+
+
+class Killed:
+    """A batch whose worker dies while the reader asks it for the tensors' memory."""
+
+    def __reduce__(self):
+        return _reset_by, (os.getpid(),)
+
+
+def _reset_by(worker: int) -> None:
+    os.kill(worker, signal.SIGKILL)
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_worker_killed_while_a_batch_is_passed_is_named():
+    with pytest.raises(RuntimeError) as caught:
+        next(read_ahead([Killed()] * 4, range(4), workers=1, prefetch=1))
+    assert re.match(r"data-loader worker \d+ (exited unexpectedly|is killed by signal)", explain_error(caught.value))

@@ -1,6 +1,8 @@
 """`--dry_run` refuses what training refuses, with the same line; and nothing else."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cca_ds import train as entry
-from tests.dist.runs import command, tiny_weights, train
+from tests.dist.runs import command, generated_table, tiny_weights, train
 from tests.support.refusals import called
 from tests.training.test_bad_input import rewrite, table
 
@@ -37,6 +39,16 @@ def flipped(folder: Path) -> Path:
 def changed(folder: Path, **values: object) -> Path:
     rewrite(folder, **values)
     return folder
+
+
+def drawn(folder: Path) -> Path:
+    """A copy of the images that the tiny weights drew."""
+    return Path(shutil.copytree(generated_table(), folder))
+
+
+def guided(folder: Path) -> Path:
+    settings = json.loads((folder / "manifest.json").read_text())["drawn"]
+    return changed(folder, drawn=settings | {"guidance_scale": 1.0})
 
 
 def text(path: Path, content: str) -> Path:
@@ -68,6 +80,16 @@ BAD = {
     "weights that are no numbers": lambda t: [
         f"model.weights={weights(t / 'w', **{'norm.weight': torch.full((32,), float('nan'))})}"],
     "no reference weights": lambda t: [f"reference.weights={t}/none"],
+    "no images drawn": lambda t: ["loss.name=ddo", f"data.generated={t}/none"],
+    "encoded images as drawn ones": lambda t: ["loss.name=ddo", f"data.generated={table(t / 'c')}"],
+    "a flipped bit in drawn images": lambda t: ["loss.name=ddo", f"data.generated={flipped(drawn(t / 'g'))}"],
+    "images drawn with guidance": lambda t: ["loss.name=ddo", f"data.generated={guided(drawn(t / 'g'))}"],
+    "images drawn by other weights": lambda t: [
+        "loss.name=ddo", f"data.generated={drawn(t / 'g')}",
+        f"model.weights={weights(t / 'w', **{'norm.weight': torch.full((32,), 0.5)})}"],
+    "images drawn by the policy and not by the reference": lambda t: [
+        "loss.name=ddo", f"data.generated={drawn(t / 'g')}",
+        f"reference.weights={weights(t / 'w', **{'norm.weight': torch.full((32,), 0.5)})}"],
 }  # fmt: skip
 
 
@@ -93,3 +115,13 @@ def test_the_same_line(tmp_path, case):
 def test_what_can_train_is_not_refused(tmp_path):
     code, shown, refused = dry_run(tmp_path / "run", f"data.codes={table(tmp_path / 'c')}")
     assert (code, refused) == (0, []) and "# memory" in shown and not (tmp_path / "run").exists()
+
+
+def test_a_round_of_ddo_is_not_refused(tmp_path):
+    """Also of a policy that is trained further, while the reference is what drew the images."""
+    settings = ["loss.name=ddo", f"data.generated={drawn(tmp_path / 'g')}"]
+    trained = weights(tmp_path / "w", **{"norm.weight": torch.full((32,), 0.5)})
+    further = [f"model.weights={trained}", f"reference.weights={tiny_weights()}"]
+    for more in ([], further):
+        code, shown, refused = dry_run(tmp_path / "run", *settings, *more)
+        assert (code, refused) == (0, []) and "generated images: " in shown

@@ -92,7 +92,7 @@ def test_a_skipped_step_is_logged_and_changes_nothing_but_the_scale(stage):
         name = ("zero_pp_rank_0_" if stage == 3 else "") + "mp_rank_00_model_states.pt"
         counts = torch.load(checkpoints / f"step_{step:08d}/deepspeed/{name}", weights_only=False)
         assert counts["global_steps"] == step and counts["skipped_steps"] == lines[step - 1]["skipped_steps"]
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     for tag in ("loss_scale", "skipped_steps"):
         assert [event.value for event in events.Scalars(tag)] == [line[tag] for line in lines]
 

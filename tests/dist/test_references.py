@@ -18,6 +18,7 @@ from tests.dist.runs import (
     assert_same_trajectory,
     losses,
     metrics,
+    of_loss,
     scratch,
     start_training,
     train,
@@ -70,6 +71,28 @@ def test_stored_log_likelihoods_serve_runs_of_another_beta_lambda_loss_and_rate(
     other = ("loss.beta=0.1", "loss.lambda=30", "optimizer.learning_rate=5e-4", "loss.name=unlearning")
     train(1, tmp_path / "other", *SETTINGS, *use, *other)
     assert_same_trajectory(losses(tmp_path / "other"), usual_losses(*other, name="other"))
+
+
+@pytest.mark.parametrize("loss", ["ddo", "ddo online"])
+def test_generated_images_with_stored_log_likelihoods(loss, tmp_path):
+    """A fixed table serves `cached` as CCA's labels do; online, producers draw the images beside the trainers."""
+    cache, settings = tmp_path / "cache", (*SETTINGS, *of_loss(loss))
+    placement = "cached" if loss == "ddo" else "streamed"
+    use = (*settings, f"reference.placement={placement}", f"reference.cache={cache}", "reference.batch_size=12")
+    if loss == "ddo":
+        train(2, None, *use, flags=["--cache_reference"])
+        train(2, tmp_path / "run", *use)
+    else:
+        with (
+            start_training(1, tmp_path / "run", *use) as trainer,
+            start_training(2, None, *use, flags=["--produce_reference"]) as producers,
+        ):
+            outputs = trainer.wait(PATIENCE) + producers.wait(PATIENCE)
+        assert [output.returncode for output in outputs] == [0, 0, 0], outputs
+        last = metrics(tmp_path / "run")[-1]
+        assert last["reference/steps_ahead"] >= 0 and last["reference/age_seconds"] > 0
+        assert last["reference/wait_seconds"] >= 0
+    assert_same_trajectory(losses(tmp_path / "run"), usual_losses(*of_loss(loss), name=loss.replace(" ", "_")))
 
 
 def test_a_cache_of_another_run_is_refused_with_what_differs(tmp_path):

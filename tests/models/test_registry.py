@@ -79,3 +79,15 @@ def test_the_page_of_published_weights_has_every_file_with_a_recipe_that_is_ther
         assert recipe in recipe_names()
     depths = {f"var_d{depth}.pth" for depth in (16, 20, 24, 30, 36)}
     assert {file for file in rows if file.startswith("var")} == depths
+
+
+def test_the_page_of_published_weights_counts_the_parameters_of_its_recipes_models():
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    rows = re.findall(r"^\| `\w+\.pth?` \| \d+ \| ([\d.]+ [MB]) \| ([\d.]+) \|.* `([\w-]+)` \|$", page, re.M)
+    assert len(rows) == 12
+    for parameters, gigabytes, recipe in rows:
+        with torch.device("meta"):
+            model = create_model(re.sub(r"-256$", "", recipe))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert parameters == (f"{count / 1e9:.1f} B" if count > 1e9 else f"{count / 1e6:.0f} M"), recipe
+        assert gigabytes == f"{4 * count / 1e9:.1f}", recipe

@@ -164,6 +164,22 @@ def test_guidance_free_training_from_codes_to_pictures(tmp_path):
     assert not np.array_equal(*found)
 
 
+@pytest.mark.parametrize("generated", ["table", "online"])
+def test_direct_discriminative_optimization_of_codes_by_scales(generated, tmp_path):
+    """Log-ratios start at 0, so the first loss is known; one step tells real images from drawn ones."""
+    run_folder = var_run(loss="ddo", generated=generated)
+    first, second = metrics(run_folder)
+    run = recipe_of_run(run_folder)
+    steps = Steps(CodeTable.open(codes()), BatchPlan(8, 0, 0.1, 10, contrastive=False), 0, [8])
+    (batch,) = steps[0]
+    contrasted, lambda_ = float((~batch.null_mask_B).float().mean()), run.loss.lambda_
+    assert first["loss"] == pytest.approx((1 + contrasted * lambda_) * np.log(2) / max(lambda_, 1), rel=1e-4)
+    assert first["rewards/real"] == pytest.approx(0, abs=1e-4) == first["rewards/generated"]
+    assert second["loss"] < first["loss"] and second["rewards/margins"] > 0
+    exported(run_folder, tmp_path / "card" / "m.safetensors", "--model_card")
+    assert "Direct Discriminative Optimization ([arXiv 2503.01103]" in (tmp_path / "card" / "README.md").read_text()
+
+
 @torch.no_grad()
 def test_a_fixed_lambda_is_an_ordinary_model_of_the_original(tmp_path):
     run_folder = var_run(conditioned=True)

@@ -3,9 +3,12 @@
 Letters: K pairs of a global batch, S steps of a shard.
 """
 
+import dataclasses
 import json
+import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
+from cca_ds.data.generated import GeneratedCodes
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.cache import CachedReference, ReferenceCache, ReferenceCacheError, Shard, cache_key
 from tests.support.digits_table import digits_table
@@ -38,6 +42,53 @@ def test_a_shard_comes_back_and_names_step_and_sample(tmp_path):
     assert table.column_names == ["step", "sample", "log_p_positive", "log_p_negative"]
     assert table.column("step").to_pylist() == [6] * 4 + [7] * 4
     assert [cache.shard_of(step) for step in (0, 1, 2, 7)] == [0, 0, 1, 3]
+
+
+def test_a_shard_with_generated_images(tmp_path):
+    cache, drawn = ReferenceCache(tmp_path, KEY), np.arange(8 * 5, dtype=np.uint16).reshape(8, 5)
+    cache.write(0, dataclasses.replace(shard(), generated=drawn))
+    np.testing.assert_array_equal(cache.read(0).generated, drawn)
+    whole = cache.path(0).read_bytes()
+    place = whole.index(drawn.tobytes()) + 6
+    cache.path(0).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ReferenceCacheError, match="its numbers differ from its checksum"):
+        cache.read(0)
+    cache.write(0, shard())
+    batch = SimpleNamespace(
+        step=0, positions_B=torch.arange(2), sample_indices_B=torch.arange(2), codes_BL=torch.zeros(2, 5)
+    )
+    with pytest.raises(ReferenceCacheError, match="it holds no generated images"):
+        CachedReference(cache).draw(batch)
+
+
+def test_what_a_streamed_reference_logs(tmp_path):
+    """Shards of two steps, of which 0 to 2 and 4 are there: from step 1 on, four more are ready before the gap."""
+    cache = ReferenceCache(tmp_path, KEY)
+    for number in (0, 1, 2, 4):
+        cache.write(number, shard())
+    an_hour_ago = time.time() - 3600
+    os.utime(cache.path(0), (an_hour_ago, an_hour_ago))
+    reference = CachedReference(cache, wait_seconds=9.0, reports=True)
+    assert reference.tags() == {}  # before the first step
+    batch = SimpleNamespace(
+        step=1, positions_B=torch.arange(2), sample_indices_B=torch.arange(4, 6), codes_BL=torch.zeros(2, 5)
+    )
+    reference(batch, ())
+    tags = reference.tags()
+    assert tags["reference/steps_ahead"] == 4 and tags["reference/age_seconds"] == pytest.approx(3600, abs=60)
+    assert 0 <= tags["reference/wait_seconds"] < 9
+    cache.write(3, shard())
+    assert reference.tags()["reference/steps_ahead"] == 8 and reference.tags()["reference/wait_seconds"] == 0
+    assert CachedReference(cache, wait_seconds=9.0).tags() == {}  # of another rank
+
+
+def test_a_cache_with_generated_images_is_no_other_runs(tmp_path):
+    """Either way: a run that lacks the key sees it in the cache."""
+    ReferenceCache(tmp_path / "drawn", KEY | {"generated": "online"})
+    ReferenceCache(tmp_path / "usual", KEY)
+    for folder, key in (("drawn", KEY), ("drawn", KEY | {"generated": "af"}), ("usual", KEY | {"generated": "af"})):
+        with pytest.raises(ReferenceCacheError, match=r"another run: generated \('?(online|None)'? there\) differ"):
+            ReferenceCache(tmp_path / folder, key)
 
 
 def test_another_runs_cache_is_refused_with_what_differs(tmp_path):
@@ -149,7 +200,8 @@ def test_what_a_run_requires(tmp_path):
     cache.require(2)
     with pytest.raises(ReferenceCacheError, match=r"holds the first 2 of the run's 3 steps \(1 of 2 files are missing"):
         cache.require(3)
-    cache.write(1, Shard(*(column[:4] for column in vars(shard()).values())))  # an older version's last one
+    short = [column[:4] for column in vars(shard()).values() if column is not None]
+    cache.write(1, Shard(*short))  # an older version's last one
     cache.require(3)
     with pytest.raises(ReferenceCacheError, match="holds the first 3 of the run's 4 steps"):
         cache.require(4)
@@ -188,7 +240,7 @@ def test_rows_are_found_by_step_and_place_and_checked_by_sample(tmp_path):
 
 def test_a_shard_that_ends_before_the_run_says_so(tmp_path):
     cache = ReferenceCache(tmp_path, KEY)
-    cache.write(0, Shard(*(column[:4] for column in vars(shard()).values())))
+    cache.write(0, Shard(*(column[:4] for column in vars(shard()).values() if column is not None)))
     reference = CachedReference(cache)
     assert reference(batch_of(0, slice(1, 3)), ()).tolist() == [-1.0, -2.0, -101.0, -102.0]
     with pytest.raises(ReferenceCacheError, match=r"ends before step 2: delete it and .* --cache_reference"):
@@ -258,6 +310,16 @@ def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_pat
                  key("reference.shard_steps=3"), key("model.overrides={n_layer: 1}"), key(precision="bf16"),
                  key(weights={"a": torch.ones(2, 3), "b": torch.ones(1)})]  # fmt: skip
     assert all(other != usual for other in different)
+    run = load_recipe("digits", ["loss.name=ddo", "data.generated=drawn"])
+    drawn = cache_key(run, table, state_hash(weights), "fp32", GeneratedCodes(table, table.labels))
+    online = key("loss.name=ddo", "data.generated=online")
+    assert online == usual | {"generated": "online"}
+    assert drawn == usual | {"generated": table.manifest.content_hash()}  # wherever the folder is
+    for theirs, ours in ((online, usual), (usual, online), (drawn, online)):
+        folder = tmp_path / f"{theirs.get('generated')}_{ours.get('generated')}"
+        ReferenceCache(folder, theirs)
+        with pytest.raises(ReferenceCacheError, match="belongs to another run: generated"):
+            ReferenceCache(folder, ours)
     assert usual["global_size"] == 32
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cca_ds.data.manifest import read_manifest
 from tests.dist.hellos import hellos
-from tests.slurm.runs import ONE_RANK, STEPS, Run, program
+from tests.dist.ranks import REPOSITORY
+from tests.slurm.runs import ONE_RANK, SETTINGS, STEPS, Run, program
 from tests.support.digits_table import digits_table
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -32,6 +34,17 @@ def test_heterogeneous_job_with_streamed_reference(run, undisturbed):
     assert run.steps() == list(range(1, STEPS + 1))
     assert json.loads((run.folder / "summary.json").read_text())["ranks"] == 2
     assert run.final_loss() == pytest.approx(undisturbed.final_loss(), abs=1e-5)
+
+
+def test_producers_draw_the_images_of_an_online_round(run):
+    """DDO on a mixed cluster: the a40 draws the generated images, h100 and a100 train against them."""
+    settings = f"{SETTINGS} loss.name=ddo data.generated=online model.dropout=false reference.ahead_steps=16"
+    run.submit(*three_components(), script="slurm/mixed.sh", CCA_SET=settings)
+    assert run.end() == {"COMPLETED"}, run.output()
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for tag in ("reference/wait_seconds", "reference/steps_ahead", "reference/age_seconds", "rewards/accuracies"):
+        assert all(line[tag] >= 0 for line in lines), tag
 
 
 def test_cache_of_the_reference_encoding_and_evaluation(run, cluster, tmp_path, undisturbed):
@@ -82,6 +95,37 @@ def test_the_pipeline_to_its_scores(cluster, tmp_path):
     assert state == {"COMPLETED"}, "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert json.loads((tmp_path / "out/codes/manifest.json").read_text())["images"] == 40
     assert json.loads((tmp_path / "out/scores/scores.json").read_text())
+
+
+def test_two_rounds_of_ddo_to_their_table(cluster, tmp_path):
+    """Drawn, trained, scored and chosen twice by one command, on two ranks; then again, with one choice left."""
+    two = ["--nodes=1", *ONE_RANK, "--ntasks-per-node=2", "--mem=2000", f"--output={tmp_path}/%x-%j.log"]
+    settings = (
+        "loss.name=ddo model.dropout=false batch.max_steps=2 checkpoint.every_steps=1 checkpoint.keep_every=1 "
+        "data.workers=0 logging.progress=false"
+    )
+    environment = {
+        "CCA_RECIPE": "digits", "CCA_WEIGHTS": str(REPOSITORY / "cca_ds/assets/digits_base.safetensors"),
+        "CCA_OUTPUT": str(tmp_path / "out"), "CCA_SET": settings,
+        "CCA_DRAWN": "4", "CCA_SCORED": "3",
+    }  # fmt: skip
+    printed = cluster.run(["bash", "slurm/ddo.sh", *two], environment)
+    jobs = [int(line.split()[0]) for line in printed.splitlines()[:6]]
+    state = cluster.wait(jobs[-1], 400)
+    assert state == {"COMPLETED"}, "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    table = (tmp_path / "out/rounds.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["round1", "1"], ["round1", "2"], ["round2", "1"], ["round2", "2"]]
+    assert [row[5] for row in rows].count("chosen") == 2
+    first, second = (read_manifest(tmp_path / f"out/round{number}/generated") for number in (1, 2))
+    assert first.images == 40 and first.drawn["weights_sha256"] != second.drawn["weights_sha256"]
+    scores = sorted((tmp_path / "out/round2/scores").glob("*/scores.json"))
+    made = [path.stat().st_mtime_ns for path in scores]
+    (tmp_path / "out/round2/chosen.json").unlink()  # as if killed just before the end: only the choice is made again
+    again = cluster.run(["bash", "slurm/ddo.sh", *two], environment)
+    assert cluster.wait(int(again.splitlines()[5].split()[0]), 200) == {"COMPLETED"}
+    assert (tmp_path / "out/rounds.md").read_text() == table
+    assert [path.stat().st_mtime_ns for path in scores] == made and len(made) == 2
 
 
 def test_only_the_mark_is_an_end(cluster, tmp_path):

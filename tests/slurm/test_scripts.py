@@ -12,7 +12,7 @@ import pytest
 
 from tests.dist.ranks import REPOSITORY
 
-OTHERS = ("common.sh", "pipeline.sh")
+OTHERS = ("common.sh", "ddo.sh", "pipeline.sh")
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in OTHERS)
 GOLDEN = Path(__file__).parent / "golden"
 ALWAYS = {"PATH": os.environ["PATH"], "CCA_HOME": ".", "CCA_PYTHON": "python", "CCA_DRY_RUN": "1"}
@@ -23,6 +23,7 @@ USED = {
     "CCA_SET": "loss.lambda=30 batch.epochs=2",
     "CCA_WEIGHTS": "runs/trained",
     "CCA_REFERENCE": "reference.npz",
+    "CCA_RESIZE": "256",
     "CCA_RECIPE": "mine.yaml",
     "CCA_SRUN": "--mpi=pmix",
     "NCCL_DEBUG": "INFO",
@@ -51,11 +52,11 @@ def dry_run(script: str, environment: dict[str, str], *arguments: str, check: bo
 
 
 def golden_text(script: str) -> str:
-    least = {"CCA_WEIGHTS": "runs/trained"} if script == "sample_and_evaluate.sh" else {}
+    least = {"sample_and_evaluate.sh": {"CCA_WEIGHTS": "runs/trained"}, "choose.sh": {"CCA_OUTPUT": "runs/round1"}}
     return (
         directives(script)
         + "\n# by default\n"
-        + dry_run(script, least)
+        + dry_run(script, least.get(script, {}))
         + "\n# with everything set, and two arguments\n"
         + dry_run(script, USED, "--further", "two words")
     )
@@ -87,7 +88,7 @@ def test_every_script_can_be_requeued_and_is_warned_of_the_time_limit(script):
 
 def test_an_administrator_can_read_them_all():
     texts = [(REPOSITORY / "slurm" / name).read_text() for name in (*OTHERS, *SCRIPTS)]
-    assert sum(len(text.splitlines()) for text in texts) < 500
+    assert sum(len(text.splitlines()) for text in texts) < 620
     assert max(len(line) for text in texts for line in text.splitlines()) <= 120
 
 
@@ -203,6 +204,58 @@ def test_the_pipeline_submits_a_chain(tmp_path):
     assert len((tmp_path / "calls").read_text().splitlines()) == 1  # those behind it would start at once
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert done.returncode != 0 and "CCA_DATA: name the folder of images" in done.stderr
+
+
+def test_the_rounds_of_ddo_submit_a_chain(tmp_path):
+    """Each round draws from what the one before chose, trains against that, and chooses."""
+    record = 'n=$(cat "$COUNT" 2>/dev/null || echo 40); echo $((n + 1)) > "$COUNT"; echo "$n"\n'
+    noted = 'echo "$CCA_OUTPUT|$CCA_WEIGHTS|$CCA_SET|$*" >> "$CALLS"\n'
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{noted}{record}")
+    (tmp_path / "sbatch").chmod(0o755)
+    out, scripts = tmp_path / "out", REPOSITORY / "slurm"
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "COUNT": str(tmp_path / "n"),
+        "CCA_RECIPE": "var-d16-ddo", "CCA_WEIGHTS": "base.pth", "CCA_OUTPUT": str(out), "CCA_SET": "seed=3",
+    }  # fmt: skip
+    command = ["bash", str(scripts / "ddo.sh"), "--partition=gpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected, weights, job = [], "base.pth", 40
+    for folder in (out / "round1", out / "round2"):
+        for script, output, settings in (
+            (
+                "draw_codes.sh",
+                folder / "generated",
+                f"data.generated={folder}/generated sampling.images_per_class=1300 seed=3",
+            ),
+            ("cca_var_d30.sh", folder / "run", f"model.weights={weights} data.generated={folder}/generated seed=3"),
+            ("choose.sh", folder, "sampling.images_per_class=5 seed=3"),
+        ):
+            of_script = weights if script == "draw_codes.sh" else "base.pth"  # only drawing reads CCA_WEIGHTS
+            after = f"--dependency=afterok:{job - 1} --kill-on-invalid-dep=yes " if job > 40 else ""
+            flags = f"--parsable {after}--partition=gpu {scripts}/{script}"
+            expected.append(f"{output}|{of_script}|{settings}|{flags}")
+            job += 1
+        weights = f"{folder}/best.safetensors"
+    assert (tmp_path / "calls").read_text().splitlines() == expected
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["40", "41", "42", "43", "44", "45", "scancel"]
+    for missing in ("CCA_RECIPE", "CCA_WEIGHTS", "CCA_OUTPUT"):
+        left = {name: value for name, value in environment.items() if name != missing}
+        done = subprocess.run(command, cwd=tmp_path, env=left, capture_output=True, text=True)
+        assert done.returncode != 0 and f"{missing}: name the" in done.stderr
+    wrong = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"CCA_TRAIN": "x.sh"}, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "CCA_TRAIN=x.sh: no such script in slurm/" in wrong.stderr
+    wrong = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"CCA_ROUNDS": "two"}, capture_output=True, text=True
+    )
+    assert (wrong.returncode, wrong.stderr) == (2, "CCA_ROUNDS=two: give a number from 1 to 99\n")
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(expected)
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$*" >> "$CALLS"\necho "no such partition" >&2\nexit 1\n')
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "no such partition" in done.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(expected) + 1  # those behind it are not submitted
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cca_ds import encode
+from cca_ds import encode, sample
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.ranks import RanksFailed, python_command
 from tests.dist.runs import PATIENCE, QUIET, scratch, sharded_zero3
@@ -47,12 +47,26 @@ def codes() -> Path:
 
 
 @functools.cache
-def var_run(conditioned: bool = False, loss: str = "cca") -> Path:
-    """The folder of a run of two steps in float32, with a checkpoint after each; of a model conditioned on lambda."""
-    folder = scratch() / f"var_run_{loss}{'_conditioned' if conditioned else ''}"
+def drawn() -> Path:
+    """Forty images of the base model as a table of codes."""
+    table = scratch() / "var_generated"
+    settings = (*TOKENIZER, f"model.overrides={SHAPE}", "sampling.top_k=0", "sampling.top_p=1")
+    arguments = ["--recipe", "var-d16", "--weights", BASE, "--output", table, "--codes"]
+    assert sample.main([*map(str, arguments), "--set", *settings, "sampling.images_per_class=4"]) == 0
+    return table
+
+
+@functools.cache
+def var_run(conditioned: bool = False, loss: str = "cca", generated: str | None = None) -> Path:
+    """The folder of a run of two steps in float32, with a checkpoint after each; of a model conditioned on lambda.
+
+    `generated` is "table" or "online" for DDO.
+    """
+    folder = scratch() / f"var_run_{loss}{generated or ''}{'_conditioned' if conditioned else ''}"
     arguments = ["--ds_config", sharded_zero3(), "--recipe", "var-d16", "--output", folder]
     arguments += ["--set", *SETTINGS, f"data.codes={codes()}", f"model.lambda_conditioning={conditioned}"]
-    arguments += [f"loss.name={loss}"]
+    images = drawn() if generated == "table" else generated or "null"
+    arguments += [f"loss.name={loss}", f"data.generated={images}"]
     with ForkedRanks(python_command("cca_ds/train.py", list(map(str, arguments))), 2, None, None) as ranks:
         if any(output.returncode for output in ranks.wait(PATIENCE)):
             raise RanksFailed(f"a rank failed\n{ranks.tails()}")

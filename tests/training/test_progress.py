@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from cca_ds.alignment.losses import LOSSES
 from cca_ds.alignment.objective import SUMS
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.run_log import RunLog
@@ -16,15 +17,15 @@ def sums_of(pairs: float, loss: float) -> torch.Tensor:
     return torch.tensor([values[name] for name in SUMS], dtype=torch.float64)
 
 
-def started(folder, first_step=0, log_every=1, steps=4) -> Progress:
+def started(folder, first_step=0, log_every=1, steps=4, band=None) -> Progress:
     log = RunLog(folder, True, steps, first_step, tensorboard=False, bar=False)
     last = last_logged_values(folder / "metrics.jsonl", first_step)
-    return Progress(first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every)
+    return Progress(first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every, band)
 
 
 def test_a_recorded_step_is_averaged_counted_and_logged(tmp_path):
     progress = started(tmp_path)
-    assert progress.record(sums_of(8, 4.0), {"lr": 0.1}, compared=False) == 1
+    assert progress.record(sums_of(8, 4.0), {"lr": 0.1}, spec=LOSSES["mle"]) == 1
     progress.log.close()
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["step"] == progress.step == 1 and line["loss"] == 0.5 and line["nll_per_code"] == 3.0
@@ -35,7 +36,7 @@ def test_a_recorded_step_is_averaged_counted_and_logged(tmp_path):
 def test_every_second_step_and_the_last_are_written(tmp_path):
     progress = started(tmp_path, log_every=2, steps=3)
     for _ in range(3):
-        progress.record(sums_of(8, 4.0), {}, compared=False)
+        progress.record(sums_of(8, 4.0), {}, spec=LOSSES["mle"])
     progress.log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 3]
 
@@ -43,7 +44,7 @@ def test_every_second_step_and_the_last_are_written(tmp_path):
 def test_a_process_that_resumes_finds_the_values_of_its_step(tmp_path):
     progress = started(tmp_path)
     for loss in (8.0, 4.0, 2.0):
-        progress.record(sums_of(8, loss), {}, compared=False)
+        progress.record(sums_of(8, loss), {}, spec=LOSSES["mle"])
     progress.log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # cut off by a kill
@@ -53,6 +54,35 @@ def test_a_process_that_resumes_finds_the_values_of_its_step(tmp_path):
     resumed = started(tmp_path, first_step=2)
     assert resumed.last_values["loss"] == 0.5 and resumed.step == 2
     resumed.log.close()
+
+
+def accurate(share: float) -> torch.Tensor:
+    """`SUMS` of eight pairs, of which this share prefers the first sequence."""
+    values = dict.fromkeys(SUMS, 0.0) | {"pairs": 8.0, "contrasted": 8.0, "accurate": 8.0 * share}
+    return torch.tensor([values[name] for name in SUMS], dtype=torch.float64)
+
+
+def test_a_run_ends_where_the_average_accuracy_leaves_its_band(tmp_path, capsys):
+    """From 1 on, steps of 0.5 bring the average to 0.5 + 0.5 * 0.98^n: below 0.75 after 35, but 50 steps are waited."""
+    progress, watched = started(tmp_path, steps=100, band=(0.75, 1.0)), []
+    for share in [1.0] * 20 + [0.5] * 80:
+        progress.record(accurate(share), {}, spec=LOSSES["ddo"])
+        watched.append(progress.last_values["rewards/accuracies_average"])
+        if progress.step == progress.end:
+            break
+    progress.log.close()
+    assert watched[19] == 1.0 and watched[-1] == pytest.approx(0.5 + 0.5 * 0.98**35)
+    assert progress.step == progress.end == 55
+    assert "the run ends after step 55" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 55
+
+
+def test_an_average_accuracy_within_its_band_ends_no_run(tmp_path):
+    progress = started(tmp_path, steps=60, band=(0.4, 0.6))
+    for _ in range(59):
+        progress.record(accurate(0.5), {}, spec=LOSSES["ddo"])
+    assert progress.end == 60
+    progress.log.close()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import torch
 
 from cca_ds.config.deepspeed_file import conflicts, read_ds_config
 from cca_ds.config.recipes import load_recipe
-from cca_ds.training.resolve import choose_by_memory, choose_compile, smallest_memory
+from cca_ds.training.resolve import choose_by_memory, choose_compile, compiler_problem, smallest_memory
 from cca_ds.training.workload import workload_of
 
 GIB = 2**30
+CPU = torch.device("cpu")
 
 
 def chosen(settings, gib, ranks=8, recipe="llamagen-3b"):
@@ -51,6 +52,22 @@ def test_what_the_recipe_sets_stays_and_says_nothing():
     assert chosen(["model.activation_checkpointing=false", "batch.micro_size=100"], 8) == (False, 100, [])
 
 
-def test_on_a_cpu_nothing_is_compiled_or_asked_for():
-    run, lines = choose_compile(load_recipe("digits"), torch.device("cpu"))
-    assert run.model.compile is False and lines == [] and smallest_memory(torch.device("cpu")) is None
+def test_on_a_cpu_blocks_are_compiled_only_where_the_recipe_sets_it():
+    assert smallest_memory(CPU) is None
+    cuda = torch.device("cuda")  # not touched: the compiler is tried only where blocks may be compiled
+    for setting, device, compiled in (("auto", CPU, False), ("false", cuda, False), ("true", CPU, True)):
+        run, lines = choose_compile(load_recipe("digits", [f"model.compile={setting}"]), device)
+        assert run.model.compile is compiled and lines == []
+
+
+def test_a_compiler_that_does_not_work():
+    """No C++ compiler: an error where compiling was asked for."""
+    torch._dynamo.reset()
+    compiler_problem.cache_clear()
+    said = r"model.compile=true: torch.compile does not work here \(.+set it to false"
+    try:
+        with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), pytest.raises(ValueError, match=said):
+            choose_compile(load_recipe("digits", ["model.compile=true"]), CPU)
+    finally:
+        compiler_problem.cache_clear()
+        torch._dynamo.reset()

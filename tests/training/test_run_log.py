@@ -96,12 +96,32 @@ def test_tensorboard_has_the_values_the_picture_and_no_undone_step(tmp_path):
     second.hparams({"beta": 0.5})
     second.finished()
     second.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert "samples" in events.Tags()["images"]
     assert [event.step for event in events.Tensors("config/text_summary")] == [0, 2]  # of both processes
     assert set(events.PluginTagToContent("hparams")) == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert (np.asarray(Image.open(tmp_path / "samples/step_3.png")) == grid[..., 0]).all()
+
+
+def test_what_was_logged_before_the_first_checkpoint_is_shown_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss in (1.0, 2.0):  # killed without a checkpoint, and started again
+        begun = log(tmp_path, tensorboard=True)
+        for step in (1, 2):
+            begun.step(step, values(loss))
+        begun.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_run_with_a_folder_of_events_continues_there(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    resumed = log(tmp_path, first_step=2, tensorboard=True)
+    resumed.step(3, values(1.0))
+    resumed.close()
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1 and not list(tmp_path.glob("events.*"))
 
 
 def test_the_bar_shows_rate_and_passes_items_through(capsys):

@@ -1,0 +1,103 @@
+"""choose: of a round's checkpoints the one with the lowest FID, and the table of all rounds."""
+
+import json
+import shutil
+
+import pytest
+
+from cca_ds import choose, evaluate, sample
+from cca_ds.checkpoints.load_model import load
+from cca_ds.checkpoints.rounds import NEAR, rounds_table
+from cca_ds.checkpoints.run_weights import run_weights
+from tests.dist.runs import of_loss, scratch, train
+
+pytestmark = pytest.mark.dist
+
+
+def trained(folder):
+    """A round whose run has checkpoints after two and four steps; trained once."""
+    made = scratch() / "round"
+    if not made.is_dir():
+        settings = ("batch.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_every=2")
+        train(1, made / "run", *of_loss("ddo online"), *settings)
+    shutil.copytree(made, folder)
+    return folder
+
+
+def scored(folder, step):
+    """Scores of a checkpoint's samples, as `slurm/choose.sh` makes them."""
+    name = f"step_{step:08d}"
+    run, output = folder / "run", folder / "scores" / name
+    flags = ["--weights", run, "--checkpoint", run / "checkpoints" / name, "--output", output, "--npz"]
+    assert sample.main([*map(str, flags), "--set", "sampling.images_per_class=3", "logging.progress=false"]) == 0
+    recipe = ["--recipe", str(run / "config.yaml")]
+    assert evaluate.main([str(output / "samples.npz"), *recipe, "--output", str(output / "scores.json")]) == 0
+    return json.loads((output / "scores.json").read_text())["metrics"]
+
+
+def test_the_lowest_fid_is_exported_and_every_checkpoint_is_in_the_table(tmp_path, capsys):
+    first = trained(tmp_path / "round1")
+    found = {2: scored(first, 2)}
+    capsys.readouterr()
+    assert choose.main(["--round", str(first)]) == 2
+    assert "step_00000004: has no scores (1 checkpoints are left): sample it" in capsys.readouterr().err
+    assert not (first / "best.safetensors").exists()
+    found[4] = scored(first, 4)
+    with open(first / "run/metrics.jsonl", "a") as lines:
+        lines.write('{"step": 5, "rewards/acc')  # cut by a full disk
+    best = min(found, key=lambda step: found[step]["fid"])
+    assert choose.main(["--round", str(first)]) == 0
+    table = (tmp_path / "rounds.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    lines = [json.loads(line) for line in (first / "run/metrics.jsonl").read_text().splitlines()[:4]]
+    for row, step in zip(rows, (2, 4), strict=True):
+        accuracies = [line["rewards/accuracies"] for line in lines if line["step"] <= step]
+        assert len(lines) < NEAR  # so that all up to the checkpoint count
+        assert row == [
+            "round1", str(step), f"{found[step]['fid']:.3f}", f"{found[step]['inception_score']:.2f}",
+            f"{sum(accuracies) / len(accuracies):.3f}", "chosen" if step == best else "",
+        ]  # fmt: skip
+    expected = run_weights(first / "run", first / "run/checkpoints" / f"step_{best:08d}", False).state
+    exported = load(first / "best.safetensors")
+    assert exported.recipe.loss.name == "ddo"
+    assert all((parameter == expected[name]).all() for name, parameter in exported.model.named_parameters())
+
+
+def test_rounds_are_listed_in_their_order(tmp_path):
+    for number in (1, 2, 10):
+        folder = tmp_path / f"round{number}"
+        folder.mkdir()
+        values = {"step": number, "fid": 1.0, "inception_score": 2.0, "accuracy": None}
+        (folder / "chosen.json").write_text(json.dumps({"step": number, "candidates": [values]}))
+    assert [line.split("|")[1].strip() for line in rounds_table(tmp_path, {}).splitlines()[2:]] == [
+        "round1", "round2", "round10",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "run"), "holds no checkpoint; train the round first"),
+        (lambda folder: (folder / "scores/step_00000002/scores.json").write_text("{"), "scores.json: "),
+        (
+            lambda folder: (folder / "scores/step_00000002/scores.json").write_text('{"metrics": {"fid": null}}'),
+            "delete it and evaluate the samples again",
+        ),
+    ],
+    ids=["no run", "no JSON", "no number"],
+)
+def test_what_cannot_be_judged_is_one_line(damage, message, tmp_path, capsys):
+    folder = trained(tmp_path / "round1")
+    for step in (2, 4):
+        (folder / f"scores/step_{step:08d}").mkdir(parents=True)
+        (folder / f"scores/step_{step:08d}/scores.json").write_text('{"metrics": {"fid": 1, "inception_score": 2}}')
+    damage(folder)
+    assert choose.main(["--round", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert (
+        not (tmp_path / "rounds.md").exists()
+        and not (folder / "chosen.json").exists()
+        and not (folder / "best.safetensors").exists()
+    )
