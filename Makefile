@@ -40,8 +40,10 @@ demo: install
 	$(BIN)/python benchmarks/digits/demo.py $(RUN)/seed0 $(RUN)/seed1 $(RUN)/seed2
 
 # Tests in two halves beside each other, of which the first mostly waits (for ranks, for Slurm) and is printed last.
-# Exit code 5 is "none selected".
+# On few cores, threads of one half that wait for one another would take them from the other. Exit code 5 is "none
+# selected".
 define side_by_side
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > 3 ? 2 : 1 ))}; \
 	log=$$(mktemp); trap 'rm -f $$log' EXIT; \
 	$(BIN)/python -m pytest $(1) $(PYTEST_ARGS) > $$log 2>&1 & first=$$!; \
 	$(BIN)/python -m pytest $(2) $(PYTEST_ARGS); two=$$?; \

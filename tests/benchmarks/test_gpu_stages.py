@@ -22,7 +22,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.slow  # two minutes, most of them a process for each variant's memory
+@pytest.mark.slow  # two minutes, most of them the compiler's
 def test_every_stage_runs_without_the_package_installed(tmp_path):
     packages = tmp_path / "packages"
     packages.mkdir()

@@ -1,9 +1,7 @@
 """The encode command's flags, and --verify."""
 
 import json
-import os
 import re
-import resource
 import subprocess
 import sys
 
@@ -58,18 +56,6 @@ def test_command_lines_that_cannot_work(tmp_path, monkeypatch, digits_folder, ar
     assert encode.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (digits_folder / "t").exists()
-
-
-def test_help_answers_at_once_and_as_a_script():
-    """Measured in processor seconds, which do not depend on other processes."""
-    for program in (["-m", "cca_ds.encode"], ["cca_ds/encode.py"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, *program, "--help"]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "--import_npy" in result.stdout
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_deepspeeds_argument_is_accepted(tmp_path, digits_folder):

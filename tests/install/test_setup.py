@@ -103,7 +103,7 @@ def test_sources_that_cannot_be_written_in_a_path_with_spaces(tmp_path):
         assert part in text
     assert (metadata / "licenses" / "LICENSE").is_file()
     commands = (metadata / "entry_points.txt").read_text()
-    for name in ("train", "encode", "sample", "evaluate", "export", "plan"):
+    for name in ("train", "encode", "sample", "evaluate", "export", "choose", "plan"):
         assert f"cca-{name} = cca_ds.{name}:main" in commands
 
 

@@ -9,14 +9,13 @@ from torch._dynamo.utils import counters
 from cca_ds.config.schema import Model
 from cca_ds.models import create_model
 from cca_ds.models.base import list_of_blocks
-from cca_ds.models.compilation import compile_blocks, compiler_problem, resolve_compile
+from cca_ds.models.compilation import compile_blocks
 from cca_ds.models.from_recipe import build_module
 from cca_ds.models.llamagen.model import LlamaGenConfig
 from cca_ds.models.var.model import VARConfig
 from cca_ds.vq import create_tokenizer
 from tests.support.golden_tokenizers import VQVAE_OPTIONS, VQVAE_WEIGHTS
 
-CPU = torch.device("cpu")
 BLOCKS = 12  # more than dynamo's own limit of graphs for one function
 LLAMAGEN = LlamaGenConfig(n_layer=BLOCKS, n_head=2, dim=40, multiple_of=16, vocab_size=64, sequence_length=16,
                           num_classes=10, token_dropout=0.0)  # fmt: skip
@@ -53,7 +52,9 @@ def family(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llamagen", torch.bfloat16), ("var", torch.float32)], indirect=["family"], ids=str
+)
 def test_compiled_blocks_compute_the_same(family, dtype):
     """In 16 bits they are nearer to float32, since what is fused is rounded once."""
     plain, *inputs = build(family)
@@ -132,19 +133,3 @@ def test_what_is_compiled_follows_the_recipe():
     for setting, compiled in ((True, True), (False, False), ("auto", False)):  # auto: resolved by the run before
         module = build_module(Model(overrides=overrides, compile=setting))
         assert all(("forward" in vars(block)) == compiled for block in module.layers)
-    assert resolve_compile("auto", CPU) == (False, None)
-    assert resolve_compile(False, torch.device("cuda")) == (False, None)
-    assert resolve_compile(True, CPU) == (True, None)
-
-
-def test_a_compiler_that_does_not_work():
-    """No C++ compiler: an error where compiling was asked for."""
-    torch._dynamo.reset()
-    compiler_problem.cache_clear()
-    said = r"model.compile=true: torch.compile does not work here \(.+set it to false"
-    try:
-        with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), pytest.raises(ValueError, match=said):
-            resolve_compile(True, CPU)
-    finally:
-        compiler_problem.cache_clear()
-        torch._dynamo.reset()
