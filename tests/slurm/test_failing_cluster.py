@@ -163,7 +163,7 @@ def test_killed_and_stopped_ranks(run, undisturbed):
     for rank in run.frozen[1:]:
         os.kill(rank, signal.SIGCONT)  # one stays stopped: the watchdog names it
     run.until(lambda: int(restarts(run)) == 1, "the requeue")
-    assert not alive(first)
+    run.until(lambda: not alive(first), "the end of the stopped rank")  # Slurm counts the restart before it kills
     assert run.end() == {"COMPLETED"}, run.output()
     assert run.output().count("has not answered for 10 s") >= 2, run.output()
     assert f"[{job}]: the attempt before: rank" in run.output()
