@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint install base clean
+.PHONY: demo test test-slow test-slow-others test-slow-ranks lint install base clean
 
 install: $(VENV)/installed
 
@@ -39,24 +39,30 @@ demo: install
 	done
 	$(BIN)/python benchmarks/digits/demo.py $(RUN)/seed0 $(RUN)/seed1 $(RUN)/seed2
 
+# On few cores, threads of one half of the tests that wait for one another would take them from the other.
+pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > 3 ? 2 : 1 ))} $(BIN)/python -m pytest --durations=8
+
 # Tests in two halves beside each other, of which the first mostly waits (for ranks, for Slurm) and is printed last.
-# On few cores, threads of one half that wait for one another would take them from the other. Exit code 5 is "none
-# selected".
+# Exit code 5 is "none selected".
 define side_by_side
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > 3 ? 2 : 1 ))}; \
 	log=$$(mktemp); trap 'rm -f $$log' EXIT; \
-	$(BIN)/python -m pytest $(1) $(PYTEST_ARGS) > $$log 2>&1 & first=$$!; \
-	$(BIN)/python -m pytest $(2) $(PYTEST_ARGS); two=$$?; \
+	$(pytest) $(1) $(PYTEST_ARGS) > $$log 2>&1 & first=$$!; \
+	$(pytest) $(2) $(PYTEST_ARGS); two=$$?; \
 	wait $$first; one=$$?; cat $$log; \
 	for code in $$one $$two; do test $$code = 0 || test $$code = 5 || exit 1; done
 endef
 
 test: install lint
-	@$(call side_by_side,tests/dist -m "not slow and not slurm" --durations=8,\
-		--ignore tests/dist -m "not slow and not slurm" --durations=8)
+	@$(call side_by_side,tests/dist -m "not slow and not slurm",--ignore tests/dist -m "not slow and not slurm")
 
-test-slow: install
-	@$(call side_by_side,-m "slurm" --durations=8,-m "slow and not slurm" --durations=8)
+# In two, so that `make -j2 test test-slow` begins the second when `test` is through
+test-slow: test-slow-others test-slow-ranks
+
+test-slow-others: install
+	@$(call side_by_side,-m "slurm",--ignore tests/dist -m "slow and not slurm")
+
+test-slow-ranks: install
+	@$(pytest) tests/dist -m "slow and not slurm" $(PYTEST_ARGS) || test $$? = 5
 
 lint: install
 	$(BIN)/ruff check .
