@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from cca_ds.alignment.losses import LOSSES
 from cca_ds.checkpoints.hub import open_repository
 from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
-from cca_ds.config.schema import Model, RunConfig
+from cca_ds.config.schema import Model, RunConfig, path_keys
 from cca_ds.data.manifest import class_names_of
 from cca_ds.models import (
     DTYPES,
@@ -34,12 +35,6 @@ from cca_ds.sampling import generate
 from cca_ds.sampling.drawing import draw_settings, sampling_lambda
 from cca_ds.untrusted import regular_file
 from cca_ds.vq import TOKENIZERS
-
-# keys of a recipe that hold paths
-_PATHS = (
-    "model.weights", "tokenizer.weights", "data.codes", "data.source", "reference.weights", "reference.cache",
-    "evaluation.reference", "evaluation.inception_weights",
-)  # fmt: skip
 
 
 def export_weights(
@@ -79,7 +74,7 @@ def export_weights(
             WeightsError: weights that cannot be read or written. HubError: the Hub cannot be written to.
     """
     with_card = with_card or repository is not None
-    _check_settings(folder, output, layout, lambda_, with_card, metrics, public and repository is None)
+    _check_settings(folder, output, layout, lambda_, with_card, metrics, repository, public)
     run = recipe_of_run(folder)
     family, scores = family_of(run.model.preset), card_scores(read_report(metrics)) if metrics else None
     _check_fit(layout, lambda_, run.model, family)
@@ -111,7 +106,7 @@ def export_weights(
 
 def _check_settings(
     folder: Path, output: Path, layout: str, lambda_: float | None, with_card: bool, metrics: Path | None,
-    public_alone: bool,
+    repository: str | None, public: bool,
 ) -> None:  # fmt: skip
     """Raise ConfigError with all that the settings alone contradict."""
     problems = []
@@ -119,13 +114,15 @@ def _check_settings(
         problems.append(f"--layout {layout}: unknown; choose one of {', '.join(layouts())}")
     if with_card and layout != SAFETENSORS:
         problems.append(f"--model_card and --push_to_hub go with --layout safetensors, not {layout}")
-    if public_alone:
+    if repository == "":
+        problems.append("--push_to_hub: the name is empty; give USER/NAME or NAME")
+    if public and repository is None:
         problems.append("--public goes with --push_to_hub NAME")
     if with_card:
         problems += [
             f"--model_card: {path} is there and not of an export; name an --output in a folder of its own"
             for path in map(output.with_name, (CARD, CONFIG))
-            if path.exists() and LIBRARY not in _beginning(path)
+            if path.exists() and not _exported(path)
         ]
     if metrics and not with_card:
         problems.append("--metrics goes into the model card; give --model_card as well")
@@ -165,8 +162,7 @@ def _empty_module(model: Model) -> CodeModel:
 def _shared_recipe(run: RunConfig) -> str:
     """The recipe as YAML without the folders of this machine: of every path the last name."""
     tree = yaml.safe_load(dump_recipe(run))
-    for key in _PATHS:
-        section, name = key.split(".")
+    for section, name in path_keys():
         if isinstance(value := tree[section][name], str) and not value.startswith("asset:"):
             tree[section][name] = Path(value).name
     return yaml.safe_dump(tree, sort_keys=False)
@@ -188,13 +184,16 @@ def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lamb
     }
 
 
-def _beginning(path: Path) -> str:
-    """The first characters of a file, where it can be read."""
+def _exported(path: Path) -> bool:
+    """Whether a model card or config.json is an earlier export's, which may be replaced."""
     try:
         with regular_file(path).open(errors="replace") as file:
-            return file.read(1000)
+            beginning = file.read(1000)
     except (OSError, ValueError):
-        return ""
+        return False
+    header, _, _ = beginning.partition("\n---\n")
+    line = rf"---\n.*^library_name: {LIBRARY}$" if path.name == CARD else rf'\{{\n *"library_name": "{LIBRARY}",$'
+    return re.match(line, header, re.MULTILINE | re.DOTALL) is not None
 
 
 def _beside(

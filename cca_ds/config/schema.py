@@ -314,3 +314,19 @@ class RunConfig(Section):
     baseline: Baseline = Field(default_factory=Baseline)
     distributed: Distributed = Field(default_factory=Distributed)
     paper: dict[str, Any] = key({}, "the paper's results of this model, for the reports")
+
+
+def path_keys() -> list[tuple[str, str]]:
+    """(section, name) of every key that holds a file or a folder of this machine."""
+
+    def is_path(field: Any) -> bool:
+        return PathText in typing.get_args(field.annotation) or set(PathText.__metadata__) <= set(field.metadata)
+
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return [
+        (section, name)
+        for section, fields in sections.items()
+        if isinstance(fields, type) and issubclass(fields, Section)
+        for name, field in fields.model_fields.items()
+        if is_path(field)
+    ]

@@ -11,9 +11,11 @@ from safetensors import safe_open
 
 from cca_ds import export as entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
+from cca_ds.checkpoints.export_weights import _shared_recipe
 from cca_ds.checkpoints.run_weights import join_shards
 from cca_ds.checkpoints.store import complete_checkpoints
-from cca_ds.config.recipes import load_recipe
+from cca_ds.config.recipes import dump_recipe, load_recipe
+from cca_ds.config.schema import path_keys
 from cca_ds.models import create_model, load_weights, read_weights
 from tests.support.trained_run import DECAY, trained_run
 
@@ -108,13 +110,23 @@ def test_files_have_the_umasks_mode(run_folder, tmp_path, mask, mode):
     assert modes == dict.fromkeys(("w.safetensors", "w.pt", "README.md", "config.json"), mode)
 
 
-def test_a_card_replaces_its_own_kind_alone(run_folder, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("# My project\n")
+@pytest.mark.parametrize("text", ["# My project\n", "# cca_ds\n\nlibrary_name: cca_ds\n", "---\nx: cca_ds\n---\n"])
+def test_a_card_replaces_its_own_kind_alone(run_folder, tmp_path, capsys, text):
+    (tmp_path / "README.md").write_text(text)
     message = refused(capsys, "--run", run_folder, "--output", tmp_path / "w.safetensors", "--model_card")
     assert "README.md is there and not of an export" in message
-    assert (tmp_path / "README.md").read_text() == "# My project\n" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "README.md").read_text() == text and len(list(tmp_path.iterdir())) == 1
     for _ in range(2):
         assert export(run_folder, tmp_path / "out" / "w.safetensors", "--model_card") == 0
+
+
+def test_what_is_shared_names_no_folder_of_this_machine():
+    where = "/home/someone/secret"
+    values = [f"{section}.{name}={where}/{name}" for section, name in path_keys()]
+    run = load_recipe("llamagen-b-ddo", [*values, "reference.placement=cached"])
+    assert where in dump_recipe(run)
+    shared = _shared_recipe(run)
+    assert where not in shared and "generated: generated" in shared and "cache: cache" in shared
 
 
 def refused(capsys, *flags: object) -> str:
@@ -130,6 +142,7 @@ def test_what_is_refused_leaves_nothing(run_folder, tmp_path, capsys):
     assert "--layout llamagen" in message
     message = refused(capsys, "--run", tmp_path / "nowhere", "--output", output)
     assert "no such folder" in message
+    assert "name is empty" in refused(capsys, "--run", run_folder, "--output", output, "--push_to_hub", "")
     (tmp_path / "empty").mkdir()
     assert "config.yaml" in refused(capsys, "--run", tmp_path / "empty", "--output", output)
     message = refused(capsys, "--run", run_folder, "--output", output, "--checkpoint", tmp_path / "step_7")

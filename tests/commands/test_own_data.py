@@ -57,14 +57,14 @@ def test_the_documented_path_from_photos_to_a_report(tmp_path):
     assert len(list((tmp_path / "runs" / "cca" / "drawn" / "images").rglob("*.png"))) == 20
     cca = next(text for text in shown if "mine: llamagen-b" in text and "reference inference" in text)
     assert f"5 classes ({', '.join(CLASSES)})" in cca
-    assert json.loads((tmp_path / "config.json").read_text())["id2label"]["2"] == "poodle"
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["id2label"]["2"] == "poodle"
     assert "paper" not in cca and "nll" not in cca  # no published figure of another model
     reference = np.load(tmp_path / "real.npz")
     assert reference["arr_0"].shape == (20, 64, 64, 3) and reference["mu"].shape == (2048,)
     assert reference["arr_1"].tolist() == [label for label in range(5) for _ in range(4)]
     page = (tmp_path / "runs" / "cca" / "report.html").read_text()
     assert "drawn.scores" in page and "weights are not the published ones" in page and "FID" in page
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "mine" / "README.md").read_text()
     assert "mine" in card and str(tmp_path) not in card
 
 
