@@ -70,11 +70,13 @@ class Checkpoints:
         root: the run's `checkpoints` folder.
         metadata: what a resuming run compares: settings, hashes of the data and weights, ZeRO stage, precision.
         still_ours: raises where another process writes to the run's folder.
+        progress: what a checkpoint's metadata keeps of the run at its step.
     """
 
     def __init__(self, root: Path, ranks: Ranks, settings: Checkpoint, metadata: dict[str, Any],
-                 still_ours: Callable[[], None] = lambda: None):  # fmt: skip
-        self.still_ours = still_ours
+                 still_ours: Callable[[], None] = lambda: None,
+                 progress: Callable[[], dict[str, Any]] = dict):  # fmt: skip
+        self.still_ours, self._progress = still_ours, progress
         self.root, self.ranks, self.settings, self.metadata = root, ranks, settings, metadata
         self._writer: BackgroundWriter | None = None
         self._newest = -1  # step of the newest checkpoint in `root`, the one being written included
@@ -109,7 +111,7 @@ class Checkpoints:
                 contents.append((trained.ema.shards, partial / f"average_rank_{self.ranks.rank:05d}.safetensors"))
             if self.settings.asynchronous:
                 contents = [(_to_host(state), path) for state, path in contents]
-        metadata = self.metadata | trained.scaling()
+        metadata = self.metadata | trained.scaling() | self._progress()
         if self.settings.asynchronous:
             self._writer = self._writer or BackgroundWriter()
             self._writer.submit(self._write, contents, partial, metadata)

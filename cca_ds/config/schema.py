@@ -140,7 +140,10 @@ class Reference(Section):
     cache: PathText | None = key(None, "cached, streamed: folder of the stored log-likelihoods")
     batch_size: int = key(64, "cached, streamed: pairs a forward", ge=1, le=100000)
     ahead_steps: int = key(64, "streamed: steps that producers may run ahead", ge=1, le=1000000)
-    shard_steps: int = key(8, "cached, streamed: steps in a file of the cache", ge=1, le=100000)
+    shard_steps: int | None = key(
+        None, "cached, streamed: steps in a file of the cache; null: 1 where images are drawn online, else 8",
+        ge=1, le=100000,
+    )  # fmt: skip
     wait_seconds: float = key(600.0, "streamed: longest wait for a file of the cache", gt=0.0, le=1e7)
 
 

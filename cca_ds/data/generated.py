@@ -82,6 +82,8 @@ def open_generated(folder: Path, data: CodeTable) -> GeneratedCodes:
     manifest, of_data = table.manifest, data.manifest
     if not manifest.drawn:
         raise CodesError(f"data.generated={folder}: holds encoded images; draw some with cca-sample --codes")
+    if not isinstance(manifest.drawn.get("weights_sha256"), str):
+        raise CodesError(f"data.generated={folder}: does not say which weights drew it; draw it again with cca-sample")
     shape = (manifest.sequence_length, manifest.vocab_size)
     if shape != (of_data.sequence_length, of_data.vocab_size):
         raise CodesError(

@@ -120,7 +120,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
         for name in ("label_histogram", "class_names"):
             values[name] = tuple(values[name])
-        values.setdefault("drawn", {})  # older versions did not write it
+        values["drawn"] = dict(values.get("drawn", {}))  # which older versions did not write
         manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
     if manifest.format_version != FORMAT_VERSION:
         raise CodesError(

@@ -4,7 +4,8 @@
     CACHE/shard_000012.arrow      steps 12 S to 13 S - 1: one row a pair, in the order of the global batch; with the
                                   codes of each pair's generated image where they are drawn online
     CACHE/producers/*.json        who works on which shard, and the time of that report
-    CACHE/trainer.json            the step that training has reached, which bounds how far producers run ahead
+    CACHE/trainer.json            the step that training has reached, which bounds how far producers run ahead, and
+                                  whether it has ended
 
 Letters: K pairs of a global batch, S steps of a shard, B pairs of a micro-batch, L codes per image.
 
@@ -29,13 +30,13 @@ from cca_ds.config.schema import RunConfig
 from cca_ds.console import say
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.codes import CodeTable
-from cca_ds.data.generated import GeneratedCodes
+from cca_ds.data.generated import ONLINE, GeneratedCodes
 from cca_ds.files import expand, write_atomic, write_new
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.interface import DrawingReference, ReferenceInputs
 from cca_ds.untrusted import decoding, read_json, regular_file
 
-COMPLETED = "COMPLETED"
+COMPLETED, TRAINER = "COMPLETED", "trainer.json"
 COLUMNS = ("step", "sample", "log_p_positive", "log_p_negative")
 DRAWN = "generated"  # a column of shards with images
 CHECKSUM, KEY = "sha256", "key"  # in a shard's metadata
@@ -53,6 +54,11 @@ class ReferenceTimeout(ReferenceCacheError):
     exit_code = 1
 
 
+def shard_steps(run: RunConfig) -> int:
+    """Steps of a file: the recipe's, else 8; else 1 where producers draw images, which takes them a minute a step."""
+    return run.reference.shard_steps or (1 if run.data.generated == ONLINE else 8)
+
+
 def cache_key(
     run: RunConfig, table: CodeTable, weights_hash: str, precision: str, generated: GeneratedCodes | None = None
 ) -> dict[str, Any]:
@@ -68,7 +74,7 @@ def cache_key(
         "seed": run.seed,
         "global_size": run.batch.global_size,
         "mask_probability": run.loss.condition_mask_probability,
-        "shard_steps": run.reference.shard_steps,
+        "shard_steps": shard_steps(run),
         "precision": precision,
         **(drawn if run.data.generated else {}),
     }
@@ -243,15 +249,23 @@ class ReferenceCache:
 
     def note_trainer(self, step: int) -> None:
         """Record how far training is, which bounds how far producers run ahead."""
-        write_atomic(self.folder / "trainer.json", json.dumps({"step": step}))
+        self._write_trainer(step, finished=False)
 
-    def trainer_step(self) -> int:
-        """The step that training has reached; 0 before it began."""
-        path = self.folder / "trainer.json"
+    def note_finished(self, step: int) -> None:
+        """Record that training has ended after `step` steps: no producer has to wait for it any more."""
+        self._write_trainer(step, finished=True)
+
+    def _write_trainer(self, step: int, finished: bool) -> None:
+        write_atomic(self.folder / TRAINER, json.dumps({"step": step, "finished": finished}))
+
+    def trainer(self) -> tuple[int, bool]:
+        """The step that training has reached, 0 before it began, and whether it has ended."""
+        path = self.folder / TRAINER
         if not path.exists():
-            return 0
+            return 0, False
         with decoding(path, ReferenceCacheError, "delete it"):
-            return int(read_json(path)["step"])
+            found = read_json(path)
+            return int(found["step"]), bool(found.get("finished", False))  # which older versions did not write
 
 
 def _not_finite(content: Shard) -> str | None:
@@ -313,6 +327,11 @@ class CachedReference(DrawingReference):
             "reference/steps_ahead": float((self._last + 1) * self.cache.shard_steps - self._step - 1),
             "reference/age_seconds": time.time() - self._written,
         }
+
+    def finished(self) -> None:
+        """Tell the producers, who would wait for the steps of a run that ended early."""
+        if self.reports and self.wait_seconds:
+            self.cache.note_finished(self._step + 1)
 
     def _rows(self, batch: MicroBatch) -> tuple[Shard, np.ndarray]:
         """The shard of a micro-batch and the places of its pairs in it."""

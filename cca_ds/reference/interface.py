@@ -28,6 +28,9 @@ class Reference(ABC):
         """What is logged at each step; nothing by default."""
         return {}
 
+    def finished(self) -> None:  # noqa: B027, may be left out
+        """Called on every rank after the run's last step; does nothing by default."""
+
 
 class DrawingReference(Reference):
     """A reference that draws images too: that of a placement with `Placement.draws`."""

@@ -34,6 +34,13 @@ def fill_cache(
         ahead_steps: stay at most so many steps ahead of the trainers, and wait for them; None: do not wait.
         online: draw each pair's generated image too.
     """
+    finished_before = cache.trainer()[1]  # an earlier, shorter run of this cache
+    most = ranks.world_size if ahead_steps is None else ahead_steps // cache.shard_steps + 1
+    if most < ranks.world_size and ranks.rank == 0:
+        say(
+            f"{most} of {ranks.world_size} producers work at a time: reference.ahead_steps={ahead_steps} holds no more "
+            f"files of {cache.shard_steps} steps; set it to {cache.shard_steps * (ranks.world_size - 1)}"
+        )
     last_shard = -(-total_steps // cache.shard_steps)
     shards = range(ranks.rank, last_shard, ranks.world_size)
     for shard in progress(shards, "reference log-likelihoods", total=len(shards), show=ranks.rank == 0):
@@ -44,7 +51,14 @@ def fill_cache(
             if cache.is_intact(shard, np.concatenate([steps.global_pairs(step).sample_indices_K for step in whole])):
                 continue
             say(f"{cache.path(shard)} is damaged or of another run: computing it again")
-        while ahead_steps is not None and first > cache.trainer_step() + ahead_steps:
+        while ahead_steps is not None:
+            step, finished = cache.trainer()
+            if finished and not finished_before:
+                say(f"the run has ended after step {step}; producer {ranks.rank} ends too")
+                return
+            finished_before = finished
+            if first <= step + ahead_steps:
+                break
             cache.note_producer(ranks.rank, ranks.host, shard)
             time.sleep(1.0)
         cache.write(shard, _compute(reference, steps, whole, torch.device(ranks.device), online))

@@ -13,11 +13,9 @@ from torch import Tensor
 from cca_ds.alignment.losses import LossSpec
 from cca_ds.alignment.objective import summarize
 from cca_ds.cluster.job_state import note_end
+from cca_ds.training.accuracy_band import AVERAGE, AccuracyBand
 from cca_ds.training.run_log import RunLog, logged_lines
 from cca_ds.training.utilization import Utilization
-
-AVERAGE = "rewards/accuracies_average"
-AVERAGED_STEPS = 50  # each step's weight in the average is one of so many
 
 
 class Progress:
@@ -32,7 +30,7 @@ class Progress:
         utilization: MFU of a step.
         device: this rank's.
         log_every: steps between two lines of metrics.
-        accuracy_band: lowest and highest mean of rewards/accuracies with which the run goes on; None: any.
+        accuracy_band: ends the run.
 
     Attributes:
         end: the run's last step.
@@ -40,16 +38,14 @@ class Progress:
 
     def __init__(self, first_step: int, steps: int, log: RunLog, last_values: dict[str, float], global_size: int,
                  utilization: Utilization, device: torch.device, log_every: int,
-                 accuracy_band: tuple[float, float] | None = None):  # fmt: skip
+                 accuracy_band: AccuracyBand):  # fmt: skip
         self.step, self.first_step, self.end = first_step, first_step, steps
         self.accuracy_band = accuracy_band
         self.log, self.last_values = log, last_values
         self.global_size, self.utilization, self.device, self.log_every = (
             global_size, utilization, device, log_every,
         )  # fmt: skip
-        self._end_outside_band(
-            last_values.get(AVERAGE)
-        )  # a run that ended so may have been killed before it was marked
+        self._end_outside_band()  # a run that ended so may have been killed before it was marked
         self._step_started = time.perf_counter()
 
     def record(self, sums: Tensor, tags: dict[str, float], spec: LossSpec) -> int:
@@ -70,31 +66,20 @@ class Progress:
         values["throughput/images_per_second"] = self.global_size / seconds
         values |= self.utilization.tags(self.global_size, seconds)
         values["memory/peak_gib"] = peak_memory(self.device) / 2**30
-        if self.accuracy_band is not None:
-            values |= self._watch(values)
+        values |= self.accuracy_band.update(values)
+        self._end_outside_band()
         self.log.step(self.step, values, write=self.step % self.log_every == 0 or self.step == self.end)
         self.last_values = values
         return self.step
 
-    def _watch(self, values: dict[str, float]) -> dict[str, float]:
-        """The accuracy's moving average, which may end the run."""
-        before = self.last_values.get(AVERAGE)
-        now = values.get("rewards/accuracies", before)
-        if now is None:  # no pair to compare yet
-            return {}
-        average = now if before is None else before + (now - before) / AVERAGED_STEPS
-        self._end_outside_band(average)
-        return {AVERAGE: average}
-
-    def _end_outside_band(self, average: float | None) -> None:
-        """Make this step the run's last where the average has left the band."""
-        if self.accuracy_band is None or average is None or not AVERAGED_STEPS <= self.step < self.end:
-            return
-        low, high = self.accuracy_band
-        if not low <= average <= high:
+    def _end_outside_band(self) -> None:
+        """Make this step the run's last where the average accuracy has left its band."""
+        if self.accuracy_band.left and self.step < self.end:
+            assert self.accuracy_band.bounds is not None
+            low, high = self.accuracy_band.bounds
             self.end = self.step
             self.log.say(
-                f"the run ends after step {self.step}: {AVERAGE} is {average:.3f}, outside "
+                f"the run ends after step {self.step}: {AVERAGE} is {self.accuracy_band.average:.3f} and has left "
                 f"loss.accuracy_band=[{low:g}, {high:g}]"
             )
 

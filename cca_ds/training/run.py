@@ -19,6 +19,7 @@ from cca_ds.alignment.objective import Objective
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
 from cca_ds.checkpoints.load_model import starting_weights
+from cca_ds.checkpoints.store import read_manifest
 from cca_ds.cluster.collectives import barrier, on_first
 from cca_ds.cluster.coordination import Coordinator
 from cca_ds.cluster.failures import lost_connection
@@ -45,6 +46,7 @@ from cca_ds.reference.placements import PLACEMENTS
 from cca_ds.reference.producer import fill_cache
 from cca_ds.reference.replica import ReplicaReference, reference_model
 from cca_ds.training import run_folder
+from cca_ds.training.accuracy_band import AccuracyBand
 from cca_ds.training.baseline import check_baseline
 from cca_ds.training.checks import require_base
 from cca_ds.training.engines import Engines, OptimizerSteps
@@ -235,22 +237,25 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
         "stage": zero_stage(ds), "precision": precision,
     }  # fmt: skip
     still_ours = lock.check if lock else lambda look=True: None
-    checkpoints = Checkpoints(folder / "checkpoints", ranks, run.checkpoint, metadata, still_ours)
+    band = AccuracyBand(run.loss.accuracy_band)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", ranks, run.checkpoint, metadata, still_ours, lambda: {"accuracy": band.state()}
+    )
     origin = checkpoints.to_resume(resume)
     engines = _build_engines(run, ds, inputs, balancer, checkpoints, origin, precision, coordinator)
     torch.manual_seed(run.seed + ranks.rank)  # after building: dropout does not depend on how the reference is held
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
+    band.restore(read_manifest(origin).metadata.get("accuracy", {}) if origin else {})
     checkpoints.require_space(engines.policy, inputs.steps)
     log = RunLog(
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress, still_ours
     )
-    last_values = [last_logged_values(folder / "metrics.jsonl", first_step)]
-    torch.distributed.broadcast_object_list(last_values, src=0)  # all ranks decide from them when a run ends
+    last_values = last_logged_values(folder / "metrics.jsonl", first_step)
     utilization = Utilization(trained_flops(run, workload), [peer.device for peer in balancer.peers])
     progress = Progress(
-        first_step, inputs.steps, log, last_values[0], run.batch.global_size, utilization, coordinator.device,
-        run.logging.every_steps, run.loss.accuracy_band,
+        first_step, inputs.steps, log, last_values, run.batch.global_size, utilization, coordinator.device,
+        run.logging.every_steps, band,
     )  # fmt: skip
     _announce(run, inputs, engines, balancer, progress)
     for line in [*compile_lines, *memory_lines]:
@@ -415,6 +420,8 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
         "final": parts.progress.last_values,
     }
     log.finished()
+    if parts.engines.reference is not None:
+        parts.engines.reference.finished()
     if ranks.rank == 0:
         log.still_ours()
         run_folder.finish(folder, summary)

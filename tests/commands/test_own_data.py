@@ -14,6 +14,7 @@ from PIL import Image
 
 from cca_ds.metrics.inception import InceptionFID
 from tests.dist.fork_server import CPU_ONLY
+from tests.dist.ranks import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "own_data.md").read_text()
@@ -49,7 +50,12 @@ def test_the_documented_path_from_photos_to_a_report(tmp_path):
     shown = []
     for command in "".join(blocks("bash")).splitlines():
         done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            ["bash", "-c", re.sub("^deepspeed", f"deepspeed --master_port={free_port()}", command)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
         shown.append(done.stdout + done.stderr)

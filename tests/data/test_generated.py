@@ -104,6 +104,15 @@ def test_tables_of_something_else_are_refused(module, tmp_path):
     require_plain(PLAIN, "")
 
 
+@pytest.mark.parametrize("value", [[], "text", 5, {"top_k": 0}, {"weights_sha256": 5}], ids=str)
+def test_an_odd_description_of_who_drew_a_table_is_one_line(module, tmp_path, value):
+    folder = drawn(module, tmp_path / "t")
+    described = json.loads((folder / "manifest.json").read_text()) | {"drawn": value}
+    (folder / "manifest.json").write_text(json.dumps(described))
+    with pytest.raises(CodesError, match=r"encode the images again|draw it again with cca-sample|draw some with"):
+        open_generated(folder, digits_table(tmp_path / "data"))
+
+
 @pytest.fixture(scope="module")
 def weights(module, tmp_path_factory):
     from cca_ds.models import save_weights

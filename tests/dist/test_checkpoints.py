@@ -20,12 +20,17 @@ from cca_ds import export
 from cca_ds import train as entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights, load_own
 from cca_ds.checkpoints.store import bytes_per_weight, complete_checkpoints, newest_verified, read_manifest, verify
+from cca_ds.data.codes import CodeTable
+from cca_ds.data.generated import PLAIN as PLAIN_DRAWING
+from cca_ds.models import create_model
+from cca_ds.sampling.code_table import draw_code_table
 from tests.dist.fork_server import ForkedRanks
 from tests.dist.runs import (
     PATIENCE,
     REPOSITORY,
     assert_same_trajectory,
     command,
+    generated_table,
     losses,
     metrics,
     of_loss,
@@ -34,6 +39,7 @@ from tests.dist.runs import (
     start_training,
     train,
 )
+from tests.support.digits_table import digits_table
 from tests.support.refusals import called
 from tests.support.small_disk import mounted_disk
 
@@ -145,18 +151,49 @@ def test_another_stage_is_refused_with_the_remedy(tmp_path):
     assert complete_checkpoints(folder / "checkpoints")[0].name == "step_00000002"
 
 
+def test_a_run_on_tables_of_real_and_of_drawn_images_continues(tmp_path):
+    """And no other table in their place."""
+    drawn = Path(shutil.copytree(generated_table(), tmp_path / "drawn"))
+    settings = (*PLAIN, "loss.name=ddo", f"data.generated={drawn}", f"data.codes={digits_table(tmp_path / 'd').folder}")
+    train(1, tmp_path / "whole", *settings)
+    folder = cut_short(tmp_path / "whole", tmp_path / "run", 2)
+    train(1, folder, *settings)
+    assert losses(folder) == losses(tmp_path / "whole") and len(losses(folder)) == STEPS
+    folder = cut_short(tmp_path / "whole", tmp_path / "other", 2)
+    torch.manual_seed(1)
+    about = {
+        **PLAIN_DRAWING,
+        "tokenizer_hash": "",
+        "weights_sha256": CodeTable.open(drawn).manifest.drawn["weights_sha256"],
+    }
+    shutil.rmtree(drawn)
+    draw_code_table(drawn, create_model("digits").eval(), "digits", range(200), {"seed": 6}, 100, about)
+    (output,) = train(1, folder, *settings, check=False)
+    assert output.returncode == 2 and "was trained on other data" in output.stderr
+
+
 def test_a_run_that_leaves_its_accuracy_band_is_finished_there(tmp_path):
-    settings = (*of_loss("ddo"), "batch.max_steps=60", "loss.accuracy_band=[0, 0.1]", "optimizer.learning_rate=1e-4")
+    """After a restart from its middle and with fewer lines of metrics at the same step."""
+    settings = (*of_loss("ddo"), "batch.max_steps=60", "loss.accuracy_band=[0.45, 0.6]", "optimizer.learning_rate=1e-4",
+                "checkpoint.every_steps=8")  # fmt: skip
     outputs = train(2, tmp_path / "run", *settings)
-    assert "the run ends after step 50: rewards/accuracies_average is" in outputs[0].stdout + outputs[0].stderr
-    assert complete_checkpoints(tmp_path / "run/checkpoints")[0].name == "step_00000050"
-    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == len(losses(tmp_path / "run")) == 50
+    lines = metrics(tmp_path / "run")
+    averages = [line["rewards/accuracies_average"] for line in lines]
+    end = len(lines)
+    assert STEPS < end < 60 and averages[-1] > 0.6 >= max(averages[:-1])
+    assert f"the run ends after step {end}: rewards/accuracies_average is" in outputs[0].stdout + outputs[0].stderr
+    assert complete_checkpoints(tmp_path / "run/checkpoints")[0].name == f"step_{end:08d}"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == end
     (again,) = train(1, tmp_path / "run", *settings)
     assert "this run is finished" in again.stdout
     (tmp_path / "run/COMPLETED").unlink()  # as if it had been killed before
     (again,) = train(1, tmp_path / "run", *settings)
-    assert "the run ends after step 50" in again.stdout + again.stderr
-    assert (tmp_path / "run/COMPLETED").is_file() and len(losses(tmp_path / "run")) == 50
+    assert f"the run ends after step {end}" in again.stdout + again.stderr
+    assert (tmp_path / "run/COMPLETED").is_file() and len(losses(tmp_path / "run")) == end
+    middle = complete_checkpoints(tmp_path / "run/checkpoints")[1]
+    folder = cut_short(tmp_path / "run", tmp_path / "again", int(middle.name.removeprefix("step_")))
+    train(2, folder, *settings, "logging.every_steps=7")
+    assert json.loads((folder / "summary.json").read_text())["steps"] == end
 
 
 def test_a_run_killed_before_its_mark_of_completion_finishes_when_started_again(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from cca_ds.checkpoints.store import complete_checkpoints, newest_verified
 from cca_ds.data.pairs import epoch_order, make_pairs
 from tests.dist.fork_server import CPU_ONLY, ForkedRanks
-from tests.dist.ranks import REPOSITORY, clean_environment
+from tests.dist.ranks import REPOSITORY, clean_environment, free_port
 from tests.dist.runs import PATIENCE, command, losses, metrics, scratch, start_training
 from tests.support.digits_table import digits_table
 
@@ -95,7 +95,14 @@ def test_ctrl_c_through_the_deepspeed_launcher(tmp_path):
     """As the terminal sends it: to the launcher and to both ranks."""
     folder = tmp_path / "run"
     python, script, *arguments = command(folder, *LONG)
-    launcher = [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", script, *arguments]
+    launcher = [
+        str(Path(python).parent / "deepspeed"),
+        f"--master_port={free_port()}",
+        "--num_gpus",
+        "2",
+        script,
+        *arguments,
+    ]
     environment = clean_environment(CPU_ONLY)
     with open(tmp_path / "console", "w") as console:
         process = subprocess.Popen(

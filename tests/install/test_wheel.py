@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cca_ds.ops.library import backend
+from tests.dist.ranks import free_port
 from tests.install.machines import ROOT, Machine
 
 
@@ -50,7 +51,18 @@ def test_train_export_and_sample(installed, tmp_path):
     assert built in run(installed, tmp_path, "python", "-m", "cca_ds")
     settings = ("batch.max_steps=2", "logging.sample_every_steps=null", "data.workers=0")
     run(installed, tmp_path, "cca-train", "--output", "alone", "--set", *settings)
-    run(installed, tmp_path, "deepspeed", "--module", "cca_ds.train", "--output", "launched", "--set", *settings)
+    run(
+        installed,
+        tmp_path,
+        "deepspeed",
+        f"--master_port={free_port()}",
+        "--module",
+        "cca_ds.train",
+        "--output",
+        "launched",
+        "--set",
+        *settings,
+    )
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("alone", "launched")]
     losses = [[line.split('"loss": ')[1].partition(",")[0] for line in lines] for lines in metrics]
     assert losses[0] == losses[1] and len(losses[0]) == 2

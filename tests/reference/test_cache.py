@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from cca_ds.cluster.launch import Ranks
 from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
 from cca_ds.data.generated import GeneratedCodes
 from cca_ds.models.weight_files import state_hash
 from cca_ds.reference.cache import CachedReference, ReferenceCache, ReferenceCacheError, Shard, cache_key
+from cca_ds.reference.producer import fill_cache
 from tests.support.digits_table import digits_table
 
 KEY = {"reference": "abc", "seed": 0, "global_size": 4, "shard_steps": 2}
@@ -129,7 +131,7 @@ def test_notes_that_are_damaged_are_one_line(tmp_path):
     cache.note_producer(0, "node", 1)
     (tmp_path / "trainer.json").write_text("[]")
     (tmp_path / "producers" / "rank_00000.json").write_text("{}")
-    for read, name in ((cache.trainer_step, "trainer.json"), (cache.producers, "rank_00000.json")):
+    for read, name in ((cache.trainer, "trainer.json"), (cache.producers, "rank_00000.json")):
         with pytest.raises(ReferenceCacheError, match=name):
             read()
 
@@ -261,12 +263,38 @@ def test_a_missing_shard_ends_the_wait_at_the_limit_and_names_producers(tmp_path
         reference(batch_of(2, slice(0, 4)), ())
     assert 0.5 <= time.monotonic() - started < 5
     assert set(asked[:-1]) == {(2, True, False)} and asked[-1] == (2, True, True)
-    assert cache.trainer_step() == 2  # producers see how far training has come
+    assert cache.trainer() == (2, False)  # producers see how far training has come
     cache.note_producer(1, "a40-7", 5)
     with pytest.raises(ReferenceCacheError, match=r"producer 1 on a40-7 at shard 5, last report [01] s ago"):
         reference(batch_of(2, slice(0, 4)), ())
     with pytest.raises(ReferenceCacheError, match="which is missing: compute it with --cache_reference"):
         CachedReference(cache)(batch_of(2, slice(0, 4)), ())
+
+
+def producer(rank: int, of: int) -> Ranks:
+    return Ranks(rank, 0, of, 1, 0, "a40", "cpu", "alone")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_producers_of_a_run_that_ended_early_end_too(tmp_path, capsys, earlier):
+    """A mark that an earlier, shorter run has left does not count, until the trainers have begun."""
+    cache = ReferenceCache(tmp_path, KEY)
+    if earlier:
+        cache.note_finished(0)
+    trainer = CachedReference(cache, 1.0, reports=True)
+    threading.Timer(0.5, cache.note_trainer, (0,)).start()
+    threading.Timer(2.5, trainer.finished).start()
+    started = time.monotonic()
+    fill_cache(cache, None, None, 8, producer(1, 2), ahead_steps=1)
+    assert time.monotonic() - started > 2
+    assert "the run has ended after step 1; producer 1 ends too" in capsys.readouterr().err
+
+
+def test_producers_that_would_idle_are_told_the_setting(tmp_path, capsys):
+    cache = ReferenceCache(tmp_path, KEY)
+    fill_cache(cache, None, None, 0, producer(0, 4), ahead_steps=4)
+    line = "3 of 4 producers work at a time: reference.ahead_steps=4 holds no more files of 2 steps; set it to 6"
+    assert line in capsys.readouterr().err
 
 
 def test_a_shard_that_comes_while_waiting_is_taken(tmp_path):
@@ -313,12 +341,12 @@ def test_the_key_is_blind_to_beta_lambda_loss_and_rate_and_sees_the_rest(tmp_pat
     run = load_recipe("digits", ["loss.name=ddo", "data.generated=drawn"])
     drawn = cache_key(run, table, state_hash(weights), "fp32", GeneratedCodes(table, table.labels))
     online = key("loss.name=ddo", "data.generated=online")
-    assert online == usual | {"generated": "online"}
+    assert online == usual | {"generated": "online", "shard_steps": 1}
     assert drawn == usual | {"generated": table.manifest.content_hash()}  # wherever the folder is
     for theirs, ours in ((online, usual), (usual, online), (drawn, online)):
         folder = tmp_path / f"{theirs.get('generated')}_{ours.get('generated')}"
         ReferenceCache(folder, theirs)
-        with pytest.raises(ReferenceCacheError, match="belongs to another run: generated"):
+        with pytest.raises(ReferenceCacheError, match=r"belongs to another run: (generated|shard_steps)"):
             ReferenceCache(folder, ours)
     assert usual["global_size"] == 32
 

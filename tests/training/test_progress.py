@@ -7,6 +7,7 @@ import torch
 
 from cca_ds.alignment.losses import LOSSES
 from cca_ds.alignment.objective import SUMS
+from cca_ds.training.accuracy_band import AccuracyBand
 from cca_ds.training.progress import Progress, last_logged_values
 from cca_ds.training.run_log import RunLog
 from cca_ds.training.utilization import Utilization
@@ -17,10 +18,13 @@ def sums_of(pairs: float, loss: float) -> torch.Tensor:
     return torch.tensor([values[name] for name in SUMS], dtype=torch.float64)
 
 
-def started(folder, first_step=0, log_every=1, steps=4, band=None) -> Progress:
+def started(folder, first_step=0, log_every=1, steps=4, band=None, state=()) -> Progress:
+    folder.mkdir(exist_ok=True)
+    watched = AccuracyBand(band)
+    watched.restore(dict(state))
     log = RunLog(folder, True, steps, first_step, tensorboard=False, bar=False)
     last = last_logged_values(folder / "metrics.jsonl", first_step)
-    return Progress(first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every, band)
+    return Progress(first_step, steps, log, last, 8, Utilization(0.0, ["cpu"]), torch.device("cpu"), log_every, watched)
 
 
 def test_a_recorded_step_is_averaged_counted_and_logged(tmp_path):
@@ -56,33 +60,54 @@ def test_a_process_that_resumes_finds_the_values_of_its_step(tmp_path):
     resumed.log.close()
 
 
-def accurate(share: float) -> torch.Tensor:
+def compared(accuracy: float, margin: float = 0.1) -> torch.Tensor:
     """`SUMS` of eight pairs, of which this share prefers the first sequence."""
-    values = dict.fromkeys(SUMS, 0.0) | {"pairs": 8.0, "contrasted": 8.0, "accurate": 8.0 * share}
+    values = dict.fromkeys(SUMS, 0.0) | {"pairs": 8.0, "contrasted": 8.0, "accurate": 8.0 * accuracy}
+    values["chosen"] = 8.0 * margin
     return torch.tensor([values[name] for name in SUMS], dtype=torch.float64)
 
 
-def test_a_run_ends_where_the_average_accuracy_leaves_its_band(tmp_path, capsys):
-    """From 1 on, steps of 0.5 bring the average to 0.5 + 0.5 * 0.98^n: below 0.75 after 35, but 50 steps are waited."""
-    progress, watched = started(tmp_path, steps=100, band=(0.75, 1.0)), []
-    for share in [1.0] * 20 + [0.5] * 80:
-        progress.record(accurate(share), {}, spec=LOSSES["ddo"])
-        watched.append(progress.last_values["rewards/accuracies_average"])
+def averages(progress: Progress, steps: list[torch.Tensor]) -> list[float]:
+    """The average accuracy after each step, up to the run's last."""
+    found = []
+    for sums in steps:
+        progress.record(sums, {}, spec=LOSSES["ddo"])
+        found.append(progress.last_values["rewards/accuracies_average"])
         if progress.step == progress.end:
             break
     progress.log.close()
-    assert watched[19] == 1.0 and watched[-1] == pytest.approx(0.5 + 0.5 * 0.98**35)
-    assert progress.step == progress.end == 55
-    assert "the run ends after step 55" in capsys.readouterr().err
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 55
+    return found
 
 
-def test_an_average_accuracy_within_its_band_ends_no_run(tmp_path):
-    progress = started(tmp_path, steps=60, band=(0.4, 0.6))
-    for _ in range(59):
-        progress.record(accurate(0.5), {}, spec=LOSSES["ddo"])
-    assert progress.end == 60
-    progress.log.close()
+def test_a_run_ends_where_the_average_accuracy_leaves_its_band(tmp_path, capsys):
+    """The average begins at 0.5; steps of 0.7 bring it to 0.7 - 0.2 * 0.98^n, then steps of 1 beyond the band."""
+    progress = started(tmp_path, steps=200, band=(0.6, 0.75))
+    found = averages(progress, [compared(0.0, margin=0.0)] + [compared(0.7)] * 60 + [compared(1.0)] * 100)
+    assert found[0] == 0.5  # the policy is still the reference
+    assert found[60] == pytest.approx(0.7 - 0.2 * 0.98**60)
+    assert progress.step == progress.end < 100 and found[-1] > 0.75 >= found[-2]
+    assert f"the run ends after step {progress.end}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == progress.end
+
+
+@pytest.mark.parametrize("band", [(0.6, 0.75), (0.55, 0.8)])
+def test_a_healthy_run_is_not_ended(tmp_path, band):
+    """It begins below its band, since the policy is the reference and then hardly another model."""
+    progress = started(tmp_path, steps=400, band=band)
+    averages(progress, [compared(0.0, margin=0.0)] + [compared(0.5)] * 100 + [compared(0.65)] * 298)
+    assert progress.step == 399 and progress.end == 400
+
+
+def test_where_a_run_ends_does_not_depend_on_when_it_was_killed_or_what_it_logs(tmp_path):
+    steps = [compared(0.7)] * 60 + [compared(1.0)] * 100
+    whole = started(tmp_path / "whole", steps=160, band=(0.6, 0.75))
+    averages(whole, steps)
+    for killed in (1, 50, whole.end - 1, whole.end):
+        first = started(tmp_path / str(killed), steps=160, band=(0.6, 0.75), log_every=7)
+        averages(first, steps[:killed])
+        second = started(tmp_path / str(killed), killed, 7, 160, (0.6, 0.75), first.accuracy_band.state())
+        averages(second, steps[second.step : second.end])
+        assert second.step == second.end == whole.end
 
 
 @pytest.mark.parametrize(
