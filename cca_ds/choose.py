@@ -2,7 +2,8 @@
 
     python -m cca_ds.choose --round runs/ddo/round1
 
-The round's folder holds the run in run/, and the scores of a checkpoint's samples in scores/step_00000500/scores.json.
+The round's folder holds the run in run/, and the scores of a checkpoint's samples in scores/step_00000500/scores.json,
+those of the weights that it started from in scores/step_00000000/scores.json. It fails where these are the best.
 Written are best.safetensors, chosen.json, and rounds.md beside the round's folder. `bash slurm/ddo.sh` does all of it.
 """
 

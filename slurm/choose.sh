@@ -1,5 +1,6 @@
 #!/bin/bash
-# Sample and score every checkpoint of a round of DDO, and choose the one with the lowest FID. slurm/ddo.sh submits it.
+# Sample and score what a round of DDO started from and each of its checkpoints, and choose the one with the lowest FID;
+# a round without a better one fails. slurm/ddo.sh submits it.
 #
 #   CCA_OUTPUT     the round's folder: its run is in run/
 #   CCA_REFERENCE  real images or their statistics             [the recipe's evaluation.reference]
@@ -22,15 +23,20 @@ choose=("$CCA_PYTHON" "$CCA_HOME/cca_ds/choose.py" --round "$CCA_OUTPUT")
 progress() { count_files "$CCA_OUTPUT/scores"; }
 mark=$CCA_OUTPUT/chosen.json
 open_job "$mark"
-checkpoints=("$run"/checkpoints/step_*) # without one, cca-choose says so
-[ -z "${CCA_DRY_RUN:-}" ] || checkpoints=("$run/checkpoints/step_N")
+start=step_00000000
+checkpoints=("$run/checkpoints/$start" "$run"/checkpoints/step_*) # without one more, cca-choose says so
+[ -z "${CCA_DRY_RUN:-}" ] || checkpoints=("$run/checkpoints/$start" "$run/checkpoints/step_N")
 for checkpoint in "${checkpoints[@]}"; do
     [ -z "$stopped_by" ] || break
     folder=$CCA_OUTPUT/scores/$(basename "$checkpoint")
-    if [ -z "${CCA_DRY_RUN:-}" ]; then # not one that was set aside, nor one that has its scores
-        [[ $checkpoint =~ /step_[0-9]+$ && -e $checkpoint/COMPLETE.json && ! -e $folder/scores.json ]] || continue
+    what=(--weights "$run" --checkpoint "$checkpoint")
+    if [ "$(basename "$checkpoint")" = "$start" ]; then
+        what=(--recipe "$CCA_RECIPE") # whose model.weights it is
+    elif [ -z "${CCA_DRY_RUN:-}" ]; then # not one that was set aside
+        [[ $checkpoint =~ /step_[0-9]+$ && -e $checkpoint/COMPLETE.json ]] || continue
     fi
-    run_step "$CCA_PYTHON" "$CCA_HOME/cca_ds/sample.py" --weights "$run" --checkpoint "$checkpoint" \
+    [ -n "${CCA_DRY_RUN:-}" ] || [ ! -e "$folder/scores.json" ] || continue
+    run_step "$CCA_PYTHON" "$CCA_HOME/cca_ds/sample.py" "${what[@]}" \
         --output "$folder" --npz ${CCA_RESIZE:+--resize "$CCA_RESIZE"} ${overrides[@]+"${overrides[@]}"}
     [ -e "$folder/samples.npz" ] || [ -n "${CCA_DRY_RUN:-}" ] || break
     [ -z "$stopped_by" ] || break

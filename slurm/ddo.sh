@@ -1,7 +1,7 @@
 #!/bin/bash
 # Rounds of DDO by one command: for each round, draw images from the reference, train against them, score the
-# checkpoints, and make the best the next round's reference. Submits a chain of jobs, each to start when the one before
-# has succeeded, and prints it. Run it, do not sbatch it; its arguments are sbatch's, for all jobs.
+# checkpoints, and make the best the next round's reference; a round without a better one ends the chain. Submits jobs,
+# each to start when the one before has succeeded. Run it, do not sbatch it; its arguments are sbatch's, for all jobs.
 #
 #   CCA_RECIPE=var-d16-ddo CCA_WEIGHTS=var_d16.pth CCA_DATA=codes/imagenet256_var CCA_OUTPUT=runs/ddo \
 #       CCA_REFERENCE=VIRTUAL_imagenet256_labeled.npz CCA_SET="tokenizer.weights=vae_ch160v4096z32.pth" \
@@ -38,8 +38,10 @@ submit() {
 
 for ((number = 1; number <= ${CCA_ROUNDS:-2}; number++)); do
     round=$CCA_OUTPUT/round$number
+    # with a seed of its own: no image that is trained against is one that is scored
+    drawn="sampling.images_per_class=${CCA_DRAWN:-1300} sampling.seed=$((1000 + number))"
     submit draw_codes.sh CCA_OUTPUT="$round/generated" CCA_WEIGHTS="$weights" \
-        CCA_SET="data.generated=$round/generated sampling.images_per_class=${CCA_DRAWN:-1300} $own"
+        CCA_SET="data.generated=$round/generated $drawn $own"
     submit "$train" CCA_OUTPUT="$round/run" \
         CCA_SET="model.weights=$weights data.generated=$round/generated $own"
     submit choose.sh CCA_OUTPUT="$round" CCA_SET="sampling.images_per_class=${CCA_SCORED:-5} $own"

@@ -117,7 +117,9 @@ class Loss(Section):
     condition_mask_probability: float = key(0.1, "share of pairs whose label is the null class", ge=0.0, lt=1.0)
     options: dict[str, float] = key({}, "the loss's own hyperparameters, for those that have any")
     accuracy_band: tuple[float, float] | None = key(
-        None, "ends the run when rewards/accuracies, averaged over about 50 steps, leaves this range; null never does"
+        None,
+        "ends the run when rewards/accuracies, averaged over about 50 steps, has been in this range and leaves it; "
+        "null never does",
     )
 
     @field_validator("accuracy_band")

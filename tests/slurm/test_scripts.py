@@ -221,12 +221,12 @@ def test_the_rounds_of_ddo_submit_a_chain(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected, weights, job = [], "base.pth", 40
-    for folder in (out / "round1", out / "round2"):
+    for seed, folder in ((1001, out / "round1"), (1002, out / "round2")):
         for script, output, settings in (
             (
                 "draw_codes.sh",
                 folder / "generated",
-                f"data.generated={folder}/generated sampling.images_per_class=1300 seed=3",
+                f"data.generated={folder}/generated sampling.images_per_class=1300 sampling.seed={seed} seed=3",
             ),
             ("cca_var_d30.sh", folder / "run", f"model.weights={weights} data.generated={folder}/generated seed=3"),
             ("choose.sh", folder, "sampling.images_per_class=5 seed=3"),
