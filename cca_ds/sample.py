@@ -33,7 +33,6 @@ def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = command_parser("sample", __doc__)
     add_recipe_arguments(parser, reads=("model.weights", "loss.lambda"))
-    parser.set_defaults(recipe=None)  # the run's own, where --weights is a run's folder; else the digits'
     add = parser.add_argument
     add(
         "--weights",
@@ -49,8 +48,8 @@ def parse(argv: list[str] | None) -> Namespace:
         "--sample_dir",
         "--sample-dir",
         type=path,
-        required=True,
-        help="folder to fill; settings go into its sampling.json",
+        default="samples",
+        help="folder to fill; settings go into its sampling.json (default: samples)",
     )
     add("--guidance_scale", type=float, help="the paper's s, c + s (c - u); 0 is guidance-free")
     add("--cfg_scale", "--cfg-scale", "--cfg", type=float, help="the family's own number: LlamaGen's s + 1")
@@ -87,7 +86,6 @@ def read_recipe(arguments: Namespace) -> RunConfig:
             arguments.recipe = str(weights / "config.yaml")
         elif not weights.is_dir() and (text := recipe_text(weights)):
             arguments.recipe = str(weights)
-    arguments.recipe = arguments.recipe or "digits"
     run = recipe_from_arguments(arguments, recipe_problems, text)
     family, of = family_of(run.model.preset), run.sampling
     of.guidance_scale = guidance.chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, of.guidance_scale)

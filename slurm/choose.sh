@@ -23,19 +23,19 @@ choose=("$CCA_PYTHON" "$CCA_HOME/cca_ds/choose.py" --round "$CCA_OUTPUT")
 progress() { count_files "$CCA_OUTPUT/scores"; }
 mark=$CCA_OUTPUT/chosen.json
 open_job "$mark"
-start=step_00000000
-checkpoints=("$run/checkpoints/$start" "$run"/checkpoints/step_*) # without one more, cca-choose says so
-[ -z "${CCA_DRY_RUN:-}" ] || checkpoints=("$run/checkpoints/$start" "$run/checkpoints/step_N")
-for checkpoint in "${checkpoints[@]}"; do
+start=$run/checkpoints/step_00000000
+checkpoints=("$run"/checkpoints/step_*) # without one, cca-choose says so
+[ -z "${CCA_DRY_RUN:-}" ] || checkpoints=("$run/checkpoints/step_N")
+for checkpoint in "$start" "${checkpoints[@]}"; do
     [ -z "$stopped_by" ] || break
     folder=$CCA_OUTPUT/scores/$(basename "$checkpoint")
     what=(--weights "$run" --checkpoint "$checkpoint")
-    if [ "$(basename "$checkpoint")" = "$start" ]; then
+    if [ "$checkpoint" = "$start" ]; then
         what=(--recipe "$CCA_RECIPE") # whose model.weights it is
     elif [ -z "${CCA_DRY_RUN:-}" ]; then # not one that was set aside
         [[ $checkpoint =~ /step_[0-9]+$ && -e $checkpoint/COMPLETE.json ]] || continue
     fi
-    [ -n "${CCA_DRY_RUN:-}" ] || [ ! -e "$folder/scores.json" ] || continue
+    [ ! -e "$folder/scores.json" ] || continue
     run_step "$CCA_PYTHON" "$CCA_HOME/cca_ds/sample.py" "${what[@]}" \
         --output "$folder" --npz ${CCA_RESIZE:+--resize "$CCA_RESIZE"} ${overrides[@]+"${overrides[@]}"}
     [ -e "$folder/samples.npz" ] || [ -n "${CCA_DRY_RUN:-}" ] || break

@@ -22,7 +22,6 @@ KEYS = {
     "data_path": "data.source",
     "keep_dropout": "model.dropout",
     "lr": "optimizer.learning_rate",
-    "tblr": "optimizer.learning_rate",
     "global_batch_size": "batch.global_size",
     "bs": "batch.global_size",
     "epochs": "batch.epochs",
@@ -51,6 +50,18 @@ def _key(key: str, switch: bool = False) -> Flag:
     return Flag(lambda value: [f"{key}={value}"], switch=switch)
 
 
+def _only(value: str, remedy: str) -> Flag:
+    """A flag that has this value here, and no other."""
+
+    def settings(typed: str) -> list[str]:
+        number = re.fullmatch(r"[0-9.]+", value) is not None
+        if (_float(typed) != float(value)) if number else typed != value:
+            raise ValueError(f"only {value} is the same here; {remedy}")
+        return []
+
+    return Flag(settings)
+
+
 def _precision(value: str) -> list[str]:
     known = {"none": "fp32", "fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16"}
     if value not in known:
@@ -63,6 +74,17 @@ def _dropout_ratio(value: str) -> list[str]:
     if _float(value) not in (0.0, 1.0):
         raise ValueError("0 leaves stochastic depth out and 1 keeps it; for another rate set model.overrides.drop_path")
     return [f"model.dropout={str(_float(value) == 1.0).lower()}"]
+
+
+def _switch(key: str) -> Callable[[str], list[str]]:
+    """From 0, 1, true or false."""
+
+    def settings(value: str) -> list[str]:
+        if value.lower() not in ("0", "1", "true", "false"):
+            raise ValueError("0 or 1 is needed")
+        return [f"{key}={str(value.lower() in ('1', 'true')).lower()}"]
+
+    return settings
 
 
 def _scales(value: str) -> list[str]:
@@ -82,13 +104,13 @@ def _images(value: str) -> list[str]:
 
 
 def _guided_until(value: str) -> list[str]:
-    """LlamaGen's `--cfg-interval`: guidance ends behind this code; -1 never."""
+    """LlamaGen's `--cfg-interval` (autoregressive/models/generate.py): guidance ends some codes on; -1 never."""
     last = _float(value)
     if last < 0:
         return ["sampling.guidance_interval=null"]
     if last != int(last):
         raise ValueError("the number of a code is needed, or -1")
-    return [f"sampling.guidance_interval=[0, {int(last)}]"]
+    return [f"sampling.guidance_interval=[0, {int(last) + 2}]"]  # theirs counts from the second code, and includes it
 
 
 def _float(value: str) -> float:
@@ -99,6 +121,7 @@ def _float(value: str) -> float:
 
 
 _FROM_FILE = Flag(ignored="initial values of a new model; weights are read from model.weights")
+_SAME = Flag()  # names a recipe with --gpt-model, else compared with the recipe's
 _OF_CODES = Flag(ignored="the table of codes has it")
 _OF_MODEL = Flag(ignored="of the recipe's model")
 _OF_TOKENIZER = Flag(ignored="of the recipe's tokenizer")
@@ -110,6 +133,15 @@ _COMPILED = Flag(ignored="model.compile sets it", switch=True)
 FLAGS: dict[str, Mapping[str, Flag]] = {
     "train": {
         **{name: _key(key, switch=name == "keep_dropout") for name, key in KEYS.items()},
+        "tblr": Flag(),  # `config.recipes` multiplies it by batch.global_size / 256
+        "seed": _key("seed"),
+        "gpt_ckpt": _key("model.weights"),
+        "beta1": _only("0.9", "set optimizer.betas"),
+        "beta2": _only("0.95", "set optimizer.betas"),
+        "opt": _only("adamw", "AdamW is the only optimizer"),
+        "sche": _only("lin0", "set schedule.name"),
+        "ls": _only("0", "labels are not smoothed"),
+        "pg": _only("0", "there is no progressive training"),
         "ckpt_every": _key("checkpoint.every_steps"),
         "log_every": _key("logging.every_steps"),
         "num_workers": _key("data.workers"),
@@ -130,7 +162,7 @@ FLAGS: dict[str, Mapping[str, Flag]] = {
         "ema": Flag(lambda value: ["model.ema_decay=0.9999"], switch=True),  # LlamaGen's decay
         "no_compile": Flag(lambda value: ["model.compile=false"], switch=True),
         "pn": Flag(_scales),
-        "saln": Flag(lambda value: [f"model.overrides.shared_aln={str(value in ('1', 'true', 'True')).lower()}"]),
+        "saln": Flag(_switch("model.overrides.shared_aln")),
         "fp16": Flag(ignored="weights train in bf16 on a GPU; set precision=fp16 for fp16"),
         "alng": _FROM_FILE,
         "aln": _FROM_FILE,
@@ -139,7 +171,7 @@ FLAGS: dict[str, Mapping[str, Flag]] = {
         "ac": _ACCUMULATION,
         "gradient_accumulation_step": _ACCUMULATION,
         "gradient_accumulation_steps": _ACCUMULATION,
-        "image_size": _OF_CODES,
+        "image_size": _SAME,
         "downsample_size": _OF_CODES,
         "mid_reso": Flag(ignored="of encode: data.crop_ranges"),
         "hflip": Flag(ignored="of encode: --flip", switch=True),
@@ -178,7 +210,7 @@ FLAGS: dict[str, Mapping[str, Flag]] = {
         "seed": _key("sampling.seed"),
         "num_classes": _key("model.overrides.num_classes"),
         "precision": Flag(_precision),
-        "image_size": _OF_MODEL,
+        "image_size": _SAME,
         "gpt_type": _OF_MODEL,
         "cls_token_num": _OF_MODEL,
         "downsample_size": _OF_TOKENIZER,

@@ -10,7 +10,9 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import types
 import typing
@@ -168,7 +170,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...]
     """
     shipped = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", default=DEFAULT_RECIPE, metavar="NAME_OR_FILE",
+        "--recipe", metavar="NAME_OR_FILE",
         help=f"a YAML file, or a shipped recipe: {shipped} (default: {DEFAULT_RECIPE})",
     )  # fmt: skip
     parser.add_argument(
@@ -176,7 +178,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ...]
         help="override a value of the recipe, e.g. loss.beta=0.1",
     )  # fmt: skip
     original = parser.add_argument_group("names of the original programs")
-    original.add_argument("--gpt-model", "--gpt_model", dest="gpt_model", help="GPT-B ... GPT-3B: that recipe")
+    original.add_argument("--gpt-model", "--gpt_model", dest="gpt_model",
+                          help="GPT-B ... GPT-3B: that recipe; with --image-size 256 that of 256 px")  # fmt: skip
     original.add_argument("--depth", type=int, help="16, 20, 24, 30, 36: VAR's recipe of that depth")
     flags = original_names.flags_of(parser.prog, reads)
     parser.set_defaults(originals=flags)
@@ -199,26 +202,69 @@ def recipe_from_arguments(
         ConfigError: with every problem found.
     """
     problems: list[str] = []
-    recipe = _named_recipe(arguments, problems)
     translated = _translated(arguments, problems)
     if problems:
         raise ConfigError(problems)
-    return load_recipe(recipe, translated + arguments.overrides, check, text)
+    recipe, settings = _named_recipe(arguments), translated + arguments.overrides
+    run = load_recipe(recipe, settings, check, text)
+    if base := getattr(arguments, "original_tblr", None):
+        problems += _set_by_base_rate(run, base, settings)
+    problems += _other_models(arguments, run)
+    if problems:
+        raise ConfigError(problems)
+    return run
 
 
-def _named_recipe(arguments: argparse.Namespace, problems: list[str]) -> str:
-    """The recipe of --recipe, or of the originals' --gpt-model or --depth; two that differ are a problem."""
-    named = {
-        "--gpt-model": arguments.gpt_model,
-        "--depth": None if arguments.depth is None else f"var-d{arguments.depth}",
-        "--recipe": arguments.recipe if arguments.recipe not in (None, DEFAULT_RECIPE) else None,
-    }
-    given = {flag: name for flag, name in named.items() if name is not None}
-    if len({canonical_recipe(name) for name in given.values()}) > 1 and not (
-        "--recipe" in given and Path(given["--recipe"]).is_file()
-    ):
-        problems.append(f"{' and '.join(f'{flag} {name}' for flag, name in given.items())} contradict each other")
-    return next(iter(given.values()), arguments.recipe)
+def _named_models(arguments: argparse.Namespace) -> dict[str, str]:
+    """Flag -> the model that it names."""
+    depth = None if arguments.depth is None else f"var-d{arguments.depth}"
+    named = {f"--gpt-model {arguments.gpt_model}": arguments.gpt_model, f"--depth {arguments.depth}": depth}
+    return {flag: original_names.canonical_model(name) for flag, name in named.items() if name is not None}
+
+
+def _named_recipe(arguments: argparse.Namespace) -> str:
+    """The recipe of --recipe, or that of the model and the image size that an original's flags name."""
+    models = list(_named_models(arguments).values())
+    if getattr(arguments, "original_vq_ckpt", None) is not None:  # LlamaGen's own programs, whose default is GPT-B
+        models.append("llamagen-b")
+    if arguments.recipe is not None or not models:
+        return arguments.recipe or DEFAULT_RECIPE
+    sized = f"{models[0]}-{getattr(arguments, 'original_image_size', None)}"
+    return sized if sized in recipe_names() else models[0]
+
+
+def _other_models(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
+    """Where an original's flags name another model, or another size of images, than the recipe and --set do."""
+    found = [
+        f"{flag} and model.preset={run.model.preset} of recipe {run.name} contradict each other"
+        for flag, model in _named_models(arguments).items()
+        if model != canonical_recipe(run.model.preset)
+    ]
+    size = getattr(arguments, "original_image_size", None)
+    compared = size is not None and not arguments.originals["image_size"].settings(size)
+    if compared and size != str(run.data.image_size):
+        found.append(
+            f"--image-size {size}: recipe {run.name} has images of {run.data.image_size} px; name one that has "
+            f"{size} with --recipe"
+        )
+    return found
+
+
+def _set_by_base_rate(run: RunConfig, base: str, settings: list[str]) -> list[str]:
+    """VAR's --tblr is the learning rate of 256 images; sets the run's, and returns what contradicts it."""
+    try:
+        rate = float(base) * run.batch.global_size / 256
+    except ValueError:
+        return [f"--tblr {base}: a number is needed"]
+    if any(setting.startswith("optimizer.learning_rate=") for setting in settings):
+        given = run.optimizer.learning_rate
+        return (
+            []
+            if math.isclose(given, rate)
+            else [f"--tblr {base} and the learning rate {given:g} contradict each other"]
+        )
+    run.optimizer.learning_rate = rate
+    return []
 
 
 def _translated(arguments: argparse.Namespace, problems: list[str]) -> list[str]:
@@ -231,7 +277,7 @@ def _translated(arguments: argparse.Namespace, problems: list[str]) -> list[str]
     ignored = []
     for override in arguments.overrides:
         key, _, value = override.partition("=")
-        found[original_names.KEYS.get(key, key)] = (value, f"--set {override}")
+        found[_canonical_key(key)] = (value, f"--set {override}")  # of two the later one counts, as in a script's own
     translated = []
     for name, flag in arguments.originals.items():
         value = getattr(arguments, f"original_{name}", None)
@@ -317,7 +363,7 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     if not equals or not key:
         problems.append(f"--set {override}: write KEY.PATH=VALUE, e.g. loss.beta=0.1")
         return
-    key = original_names.KEYS.get(key, key)
+    key = _canonical_key(key)
     value = _literal(text) if _is_text(_annotation(key)) else _scalar(text)
     if key.endswith(".name") and isinstance(value, str):  # CCA's own script takes --loss_type CCA
         value = value.lower()
@@ -327,9 +373,12 @@ def _apply(tree: dict[str, Any], override: str, problems: list[str]) -> None:
         if not isinstance(tree, dict):
             problems.append(f"--set {override}: {parent} is a value, not a section")
             return
-    if leaf == "lambda_":
-        leaf = "lambda"
     tree[leaf] = value
+
+
+def _canonical_key(key: str) -> str:
+    """A key as recipes spell it, also under its name in the original programs."""
+    return re.sub(r"\blambda_$", "lambda", original_names.KEYS.get(key, key))
 
 
 def _scalar(text: str) -> Any:

@@ -21,8 +21,7 @@ PARSERS = {"train": train.parse, "encode": encode.parse_arguments, "sample": sam
 # flag as typed -> (key, value) that it must lead to
 MEANT = {
     "--bs=256": ("batch.global_size", 256), "--ep=1": ("batch.epochs", 1.0),
-    "--tblr=2e-5": ("optimizer.learning_rate", 2e-5),
-    "--tblr=8e-5": ("optimizer.learning_rate", 8e-5), "--wpe=0.1": ("schedule.final_fraction", 0.1),
+    "--wpe=0.1": ("schedule.final_fraction", 0.1),
     "--wpe=0.01": ("schedule.final_fraction", 0.01), "--twde=0.08": ("optimizer.final_weight_decay", 0.08),
     "--loss_type=CCA": ("loss.name", "cca"), "--beta=0.02": ("loss.beta", 0.02),
     "--lambda_=50.0": ("loss.lambda_", 50.0),
@@ -74,6 +73,9 @@ def test_a_command_parses_and_means_what_it_meant(command, capsys):
             assert found == value, word
             checked += 1
     assert checked or name != "train"
+    typed = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+    if "tblr" in typed:  # VAR, utils/arg_util.py: tlr = ac * tblr * glb_batch_size / 256
+        assert run.optimizer.learning_rate == pytest.approx(float(typed["tblr"]) * int(typed["bs"]) / 256)
 
 
 def test_guidance_of_the_originals_is_the_papers():
@@ -84,7 +86,7 @@ def test_guidance_of_the_originals_is_the_papers():
         if name == "sample":
             run = sample.read_recipe(arguments)
             found[run.model.preset] = round(run.sampling.guidance_scale, 6)
-    assert found == {"var-d20": 0.0, "llamagen-xl": 0.0, "llamagen-b": 1.0, "llamagen-3b": 0.65}
+    assert found == {"var-d20": 0.0, "llamagen-xl": 0.0, "llamagen-b": 1.0, "llamagen-3b": 0.65, "llamagen-l": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,14 @@ def test_guidance_of_the_originals_is_the_papers():
         ("train", ["--depth", "16", "--pn", "1_2_3", "--saln=1"],
          {"model.overrides": {"scales": [1, 2, 3], "shared_aln": True}}),
         ("train", ["--num-classes", "5"], {"model.overrides": {"num_classes": 5}}),
-        ("sample", ["--cfg-interval", "100"], {"sampling.guidance_interval": (0, 100)}),
+        ("sample", ["--cfg-interval", "100"], {"sampling.guidance_interval": (0, 102)}),
+        ("sample", ["--cfg-interval", "0"], {"sampling.guidance_interval": (0, 2)}),
+        ("train", ["--tblr", "1e-4"], {"optimizer.learning_rate": 1e-4}),
+        ("train", ["--tblr", "1e-4", "--bs", "768", "--lr", "3e-4"], {"optimizer.learning_rate": 3e-4}),
+        ("train", ["--tblr", "1e-4", "--set", "batch.global_size=512"], {"optimizer.learning_rate": 2e-4}),
+        ("train", ["--beta1", "0.9", "--beta2=0.95", "--opt=adamw", "--sche=lin0", "--ls=0.0", "--pg", "0", "--seed=3"],
+         {"optimizer.betas": (0.9, 0.95), "seed": 3}),
+        ("train", ["--gpt-ckpt", "x.pt"], {"model.weights": "x.pt"}),
         ("sample", ["--cfg-interval", "-1", "--top-k", "7", "--temperature", "0.9"],
          {"sampling.guidance_interval": None, "sampling.top_k": 7, "sampling.temperature": 0.9}),
         ("encode", ["--crop-range", "1.05", "--ten-crop"], {"data.crop_ranges": [1.05], "data.crops": "ten_crop"}),
@@ -125,6 +134,20 @@ def test_flags_that_are_translated(command, flags, expected):
         ("sample", ["--cfg-interval", "x"], "--cfg-interval x: a number is needed"),
         ("sample", ["--cfg-interval", "1.5"], "the number of a code is needed"),
         ("train", ["--lambda_=1000.0/300.0"], "loss.lambda"),
+        ("train", ["--saln", "yes"], "--saln yes: 0 or 1 is needed"),
+        ("train", ["--tblr", "x"], "--tblr x: a number is needed"),
+        ("train", ["--tblr", "1e-4", "--lr", "2e-4"], "--tblr 1e-4 and the learning rate 0.0002 contradict each other"),
+        ("train", ["--beta1", "0.8"], "--beta1 0.8: only 0.9 is the same here; set optimizer.betas"),
+        ("train", ["--opt", "lion"], "--opt lion: only adamw is the same here"),
+        ("train", ["--set", "loss.lambda_=3", "--lambda_", "7"], "--lambda_ 7 and --set loss.lambda_=3 contradict"),
+        (
+            "train",
+            ["--depth", "16"],
+            "--depth 16 and model.preset=llamagen-b of recipe llamagen-b contradict each other",
+        ),
+        ("train", ["--gpt-model", "GPT-B", "--set", "model.preset=llamagen-l"], "--gpt-model GPT-B and model.preset="),
+        ("train", ["--image-size", "256"], "--image-size 256: recipe llamagen-b has images of 384 px"),
+        ("sample", ["--image-size", "512"], "--image-size 512: recipe llamagen-b has images of 384 px"),
     ],
 )
 def test_values_that_mean_nothing_are_one_line(command, flags, message):
@@ -132,6 +155,22 @@ def test_values_that_mean_nothing_are_one_line(command, flags, message):
     with pytest.raises(ConfigError) as caught:
         recipe_from_arguments(PARSERS[command](["--recipe", "llamagen-b", *needed, *flags]), recipe_problems)
     assert len(caught.value.problems) == 1 and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "recipe"),
+    [
+        ("sample", ["--gpt-model", "GPT-B", "--image-size", "256"], "llamagen-b-256"),
+        ("train", ["--gpt-model", "GPT-L", "--image-size", "256"], "llamagen-l-256"),
+        ("train", ["--gpt-model", "GPT-B", "--image-size", "384"], "llamagen-b"),
+        ("sample", ["--recipe", "llamagen-b-256", "--gpt-model", "GPT-B", "--image-size", "256"], "llamagen-b-256"),
+        ("sample", ["--vq-ckpt", "vq_ds16_c2i.pt"], "llamagen-b"),
+        ("encode", ["--vq-ckpt", "vq_ds16_c2i.pt", "--image-size", "256"], "llamagen-b-256"),
+        ("train", ["--depth", "36"], "var-d36"),
+    ],
+)
+def test_the_recipe_of_a_model_and_an_image_size(command, flags, recipe):
+    assert recipe_from_arguments(PARSERS[command](flags), recipe_problems).name == recipe
 
 
 @pytest.mark.parametrize("second", [False, True])

@@ -77,7 +77,10 @@ def test_flags_that_users_of_the_originals_know():
         ),
         (["--beta", ".7", "--set", "beta=.3"], "--beta .7 and --set beta=.3 contradict each other"),
         (["--bs", "8", "--global-batch-size", "16"], "contradict each other (batch.global_size)"),
-        (["--gpt-model", "GPT-B", "--depth", "16"], "--gpt-model GPT-B and --depth var-d16 contradict each other"),
+        (
+            ["--gpt-model", "GPT-B", "--depth", "16"],
+            "--depth 16 and model.preset=llamagen-b of recipe llamagen-b contradict",
+        ),
         (["--recipe", "llamagen-b", "--gpt-model", "GPT-3B"], "contradict each other"),
     ],
 )
@@ -90,7 +93,7 @@ def test_flags_that_contradict_each_other(flags, message):
 def test_the_same_said_twice_is_no_contradiction():
     assert from_flags("--beta", "0.20", "--set", "loss.beta=.2").loss.beta == 0.2
     assert from_flags("--recipe", "llamagen-b", "--gpt-model", "GPT-B").name == "llamagen-b"
-    assert from_flags("--lr", "1e-5", "--tblr", "0.00001").optimizer.learning_rate == 1e-5
+    assert from_flags("--lr", "1e-5", "--tblr", "0.00008", "--bs", "32").optimizer.learning_rate == 1e-5
 
 
 def test_set_takes_the_originals_names():
