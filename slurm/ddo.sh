@@ -38,7 +38,7 @@ submit() {
 
 for ((number = 1; number <= ${CCA_ROUNDS:-2}; number++)); do
     round=$CCA_OUTPUT/round$number
-    drawn="sampling.images_per_class=${CCA_DRAWN:-1300} sampling.seed=$((1000 + number))" # scores draw with another seed
+    drawn="sampling.images_per_class=${CCA_DRAWN:-1300} sampling.seed=$((1000 + number))" # not that of scores
     submit draw_codes.sh CCA_OUTPUT="$round/generated" CCA_WEIGHTS="$weights" \
         CCA_SET="data.generated=$round/generated $drawn $own"
     submit "$train" CCA_OUTPUT="$round/run" \
