@@ -74,7 +74,7 @@ def work(options: argparse.Namespace) -> None:
     from cca_ds.data.codes import CodeTable
     from cca_ds.data.crops import CropSettings
     from cca_ds.data.image_encoder import ImageEncoder
-    from cca_ds.data.image_sources import open_images
+    from cca_ds.data.image_sources import open_images, say_left_out
     from cca_ds.data.manifest import Manifest
     from cca_ds.data.npy_folders import NpyFolders
     from cca_ds.data.table_builder import build_table
@@ -103,9 +103,11 @@ def work(options: argparse.Namespace) -> None:
         else:
             crops = CropSettings(
                 data.crops, data.image_size, tuple(data.crop_ranges), data.crops_per_image, options.flip,
-                run.seed, spec.image_mode,
+                run.seed, spec.image_mode, data.upright,
             )  # fmt: skip
             source, allowed_share = open_images(images, options.split), options.max_unreadable
+            if ranks.rank == 0:
+                say_left_out(source)
             produce = ImageEncoder(
                 source, crops, tokenizer, device, options.batch_size, options.threads, options.precision,
                 options.max_megapixels,

@@ -12,6 +12,7 @@ Samples in a run's folder leave their scores there, as scores.json, for its repo
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,13 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 Result = TypeVar("Result")
 
+# flags that mean something for samples to score, --make_reference or --report, and not for all three
+_MODES = {
+    "reference": ("samples",), "format": ("samples",), "no_cache": ("samples",), "resize": ("make_reference",),
+    "split": ("make_reference",), "output": ("samples", "make_reference"), "device": ("samples", "make_reference"),
+    "inception_weights": ("samples", "make_reference"), "batch_size": ("samples", "make_reference"),
+}  # fmt: skip
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `--help` imports no torch."""
@@ -43,13 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, help="images per forward (default: the recipe's)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--output", type=path, help="also write this .json file and the Markdown table beside it")
-    parser.add_argument(
-        "--format", choices=("line", "json", "markdown"), default="line", help="what to print (default: line)"
-    )
+    parser.add_argument("--format", choices=("line", "json", "markdown"), help="what to print (default: line)")
     parser.add_argument("--no_cache", action="store_true", help="no cache of features beside the images")
     parser.add_argument("--make_reference", metavar="SOURCE", help="write --output, the statistics of real images: "
                         "a folder, dataset or tar, as encode takes them")  # fmt: skip
-    parser.add_argument("--split", default="train", help="of a dataset with several splits (default: train)")
+    parser.add_argument("--split", help="of a dataset with several splits (default: train)")
     parser.add_argument("--resize", type=positive, metavar="SIDE", help="of real images (default: data.image_size)")
     parser.add_argument("--report", metavar="RUN_DIR", help="write RUN_DIR/report.html and nothing else")
     add_recipe_arguments(parser, reads=())
@@ -62,6 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give the samples to score, or --make_reference SOURCE, or --report RUN_DIR")
     if arguments.make_reference and arguments.output is None:
         parser.error("--make_reference needs --output FILE.npz")
+    mode = "make_reference" if arguments.make_reference else "report" if arguments.report else "samples"
+    for flag, modes in _MODES.items():
+        if getattr(arguments, flag) and mode not in modes:
+            what = {"samples": "samples to score"}.get(mode, f"--{mode}")
+            parser.error(f"--{flag} has no meaning with {what}: leave it out")
     return arguments
 
 
@@ -81,13 +92,14 @@ def work(arguments: argparse.Namespace) -> None:
 
     run = recipe_from_arguments(arguments, recipe_problems)
     if arguments.make_reference:
+        check_output(arguments.output, ".npz")
         return with_network(run, arguments, lambda *found: make_reference(run, arguments, *found))
     output = arguments.output or output_in_run(expand(arguments.samples))
     if output:
-        check_output(output)
+        check_output(output, ".json")
     report = with_network(run, arguments, lambda *found: evaluate(run, arguments, *found))
     if report is not None:
-        publish(report, arguments.format, output)
+        publish(report, arguments.format or "line", output)
 
 
 def with_network(run: RunConfig, arguments: argparse.Namespace, use: Callable[..., Result]) -> Result:
@@ -136,18 +148,23 @@ def make_reference(
     run: RunConfig, arguments: argparse.Namespace, network: ScoringNetwork, source: FeatureSource, device: str
 ) -> None:
     """Write the statistics of real images, cropped as encode does without augmentation."""
-    from cca_ds.data.image_sources import open_images
+    from cca_ds.data.crops import CropSettings
+    from cca_ds.data.image_sources import open_images, say_left_out
     from cca_ds.metrics.real_images import CroppedImages, write_reference
     from cca_ds.reporting.evaluation_report import protocol
     from cca_ds.vq import TOKENIZERS
 
     path, side = expand(arguments.make_reference), arguments.resize or run.data.image_size
-    mode, threads = TOKENIZERS[run.tokenizer.name].image_mode, min(16, os.cpu_count() or 1)
-    images = CroppedImages(open_images(path, arguments.split), path, side, mode, threads)
+    found, threads = open_images(path, arguments.split or "train"), min(16, os.cpu_count() or 1)
+    crops = CropSettings("none", side, mode=TOKENIZERS[run.tokenizer.name].image_mode, upright=run.data.upright)
+    images = CroppedImages(found, path, crops, threads)
+    if source.ranks.rank == 0:
+        say_left_out(found)
     features = source.features(images, "reference")
-    if features is not None:
+    skipped = source.ranks.gather(images.skipped)
+    if features is not None and skipped is not None:
         about = {"recipe": run.name, "protocol": protocol(source.extractor)}
-        print(write_reference(arguments.output, images, features, about))
+        print(write_reference(arguments.output, images, features, [*itertools.chain(*skipped)], about))
 
 
 def publish(report: dict[str, Any], style: str, output: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +80,7 @@ def export_weights(
     family, scores = family_of(run.model.preset), card_scores(read_report(metrics)) if metrics else None
     _check_fit(layout, lambda_, run.model, family)
     hub = open_repository(repository, public) if repository else None
+    names = class_names_of(run.data.codes, folder)
     found = run_weights(folder, checkpoint, average)
     module = _empty_module(run.model)
     expected = expected_shapes(module)
@@ -89,8 +91,9 @@ def export_weights(
         module, state = _empty_module(plain), fix_lambda(state, lambda_)
     save_weights(
         module, output, layout, state=state, dtype=DTYPES[dtype],
-        metadata=_metadata(run, found, dtype, average, lambda_),
-        beside=_beside(run, module, family, output.name, hub and hub.name, lambda_, scores) if with_card else None,
+        metadata=_metadata(run, found, dtype, average, lambda_, names),
+        beside=_beside(run, module, family, output.name, hub and hub.name, lambda_, scores, names)
+        if with_card else None,
     )  # fmt: skip
     parameters = sum(tensor.numel() for tensor in state.values())
     line = (
@@ -168,9 +171,10 @@ def _shared_recipe(run: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _metadata(run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None) -> dict[str, str]:
+def _metadata(
+    run: RunConfig, found: RunWeights, dtype: str, average: bool, lambda_: float | None, names: Sequence[str]
+) -> dict[str, str]:
     """Entries of the safetensors header that describe how the weights were made."""
-    names = class_names_of(run.data.codes)
     return {
         **({"class_names": json.dumps(names)} if names else {}),
         **({"lambda": f"{lambda_:g}"} if lambda_ is not None else {}),
@@ -198,10 +202,10 @@ def _exported(path: Path) -> bool:
 
 def _beside(
     run: RunConfig, module: CodeModel, family: Family, file: str, repository: str | None, lambda_: float | None,
-    scores: str | None,
+    scores: str | None, names: Sequence[str],
 ) -> dict[str, str]:  # fmt: skip
     """The model card and config.json of an exported file: name -> text."""
-    names, spec = class_names_of(run.data.codes), TOKENIZERS[run.tokenizer.name]
+    spec = TOKENIZERS[run.tokenizer.name]
     given = run.tokenizer.weights and resolve_path(run.tokenizer.weights).name
     tokenizer = (given or family.tokenizer_hint) if spec.needs_weights else None
     fixed = sampling_lambda(run.sampling, run.loss.lambda_, run.model.lambda_conditioning and lambda_ is None)

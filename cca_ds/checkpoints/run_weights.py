@@ -68,7 +68,7 @@ def class_names(recipe: RunConfig, path: Path) -> tuple[str, ...]:
     """
     text = None if path.is_dir() else read_metadata(path).get("class_names")
     if text is None:
-        return class_names_of(recipe.data.codes)
+        return class_names_of(recipe.data.codes, path if path.is_dir() else None)
     try:
         names = parse_json(text)
     except ValueError:

@@ -238,6 +238,11 @@ FLAGS: dict[str, Mapping[str, Flag]] = {
 }
 
 
+def is_published(name: str) -> bool:
+    """Whether a file of weights has the name of a checkpoint of LlamaGen, VAR, CCA, GFT or DDO (docs/weights.md)."""
+    return re.fullmatch(r"(c2i_(B|L|XL|XXL|3B)_|var_d\d\d|LlamaGen|VAR)[\w.-]*\.(pt|pth|safetensors)", name) is not None
+
+
 def flags_of(command: str, reads: tuple[str, ...] | None = None) -> Mapping[str, Flag]:
     """The originals' flags that a command takes, by name with underscores.
 

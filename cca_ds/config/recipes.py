@@ -71,12 +71,16 @@ def _shipped_below(name_or_file: str) -> RunConfig | None:
 
 
 def _without_others_figures(run: RunConfig, shipped: RunConfig) -> RunConfig:
-    """Without the paper's results and the expected likelihood of a shipped recipe, where the model is another one's."""
+    """Without the paper's results and the expected likelihood of a shipped recipe, where the model is another one's: of
+    another shape, or from other weights than published ones or the recipe's own.
+    """
 
     def model(recipe: RunConfig) -> tuple[Any, ...]:
         return recipe.model.preset, recipe.model.overrides, recipe.tokenizer.name, recipe.tokenizer.options
 
-    another = run.model.reset_classes or (run.model.weights is not None and expand(run.model.weights).is_dir())
+    weights = run.model.weights
+    published = weights in (None, shipped.model.weights) or original_names.is_published(Path(weights).name)
+    another = run.model.reset_classes or not published
     if model(run) == model(shipped) and not another:
         return run
     paper = {name: value for name, value in run.paper.items() if shipped.paper.get(name) != value}

@@ -104,6 +104,7 @@ class Data(Section):
     crops: Literal["none", "ten_crop", "random"] = key("none", "encode: how crops are taken from an image")
     crop_ranges: list[float] = key([1.1, 1.05], "encode: ten_crop resizes the image to these multiples of image_size")
     crops_per_image: int = key(1, "encode: random crops of each image", ge=1, le=1000)
+    upright: bool = key(False, "encode: turn images as their EXIF orientation says, which the originals do not")
     workers: int = key(2, "processes that read codes ahead; 0 reads in the training process", ge=0, le=256)
     prefetch: int = key(4, "global batches read ahead", ge=1, le=1024)
 

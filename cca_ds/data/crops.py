@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 CORNERS_AND_CENTRE = 5
 MOST_ELONGATED = 64  # ratio of the sides; a strip of 1 x 60,000 would be resized to gigabytes
@@ -39,6 +39,7 @@ class CropSettings:
         ranges: r above; several for ten_crop, one for random, unused for none.
         crops_per_image, flip, seed: of random only; `flip` mirrors half of the crops, as VAR's --hflip does.
         mode: PIL's name of the crops' colours, "RGB" or "L".
+        upright: turn images as their EXIF orientation says, which the originals do not.
 
     Raises:
         ValueError: ranges that do not fit the kind.
@@ -51,6 +52,7 @@ class CropSettings:
     flip: bool = False
     seed: int = 0
     mode: str = "RGB"
+    upright: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "ten_crop" and not self.ranges:
@@ -71,10 +73,11 @@ class CropSettings:
         """The settings that this kind uses, for the manifest."""
         values = asdict(self) | {"ranges": list(self.ranges)}
         used = {"none": (), "ten_crop": ("ranges",), "random": ("ranges", "crops_per_image", "flip", "seed")}
-        return {name: values[name] for name in ("kind", "image_size", "mode", *used[self.kind])}
+        turned = ("upright",) if self.upright else ()  # as before the setting was there
+        return {name: values[name] for name in ("kind", "image_size", "mode", *used[self.kind], *turned)}
 
 
-def decode_image(content: bytes, mode: str, max_megapixels: float) -> tuple[Image.Image, str]:
+def decode_image(content: bytes, mode: str, max_megapixels: float, upright: bool = False) -> tuple[Image.Image, str]:
     """Decode an image to `mode`, dropping alpha.
 
     Returns:
@@ -100,9 +103,12 @@ def decode_image(content: bytes, mode: str, max_megapixels: float) -> tuple[Imag
                 raise UnreadableImage(f"{image.width} x {image.height} is too elongated to crop a square from")
             if image.mode not in EIGHT_BIT_MODES:
                 raise UnreadableImage(f"mode {image.mode} does not have 8 bits a channel")
-            return image.convert(mode), image.mode
+            kind = image.mode
+            return (ImageOps.exif_transpose(image) if upright else image).convert(mode), kind
     except UnreadableImage:
         raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("not an image that Pillow reads") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from cca_ds.data.crops import CropSettings, UnreadableImage, allow_large_images, crop_function, decode_image
 from cca_ds.data.image_sources import ImageSource
-from cca_ds.data.manifest import Manifest
+from cca_ds.data.manifest import Manifest, check_class_names
 from cca_ds.data.table_builder import ShardContent, TablePlan
 
 
@@ -70,7 +70,7 @@ class CropReader:
         if isinstance(content, str):
             return content
         try:
-            image, mode = decode_image(content, self.settings.mode, self.max_megapixels)
+            image, mode = decode_image(content, self.settings.mode, self.max_megapixels, self.settings.upright)
         except UnreadableImage as error:
             return str(error)
         return self._crop(image, index), mode
@@ -115,6 +115,7 @@ class ImageEncoder:
         Raises:
             ValueError: the tokenizer does not take images of this size.
         """
+        check_class_names(self.source.class_names)
         table = replace(
             table,
             classes=len(self.source.class_names),

@@ -13,16 +13,18 @@ import tarfile
 import threading
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from cca_ds.console import say
 from cca_ds.data.manifest import CodesError
 from cca_ds.files import expand
 from cca_ds.untrusted import not_a_file, reason_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NOT_READ_SUFFIXES = (".gif", ".avif", ".heic", ".jp2", ".jxl", ".tga", ".svg")
 
 
@@ -40,11 +42,13 @@ class ImageSource(ABC):
         labels_N: [N] int64.
         class_names: one per class.
         in_order: whether images should be read by increasing index, as in a compressed tar.
+        left_out: names of files that are no images by their suffix, or that lie beside the class folders.
     """
 
     labels_N: np.ndarray
     class_names: tuple[str, ...]
     in_order = False
+    left_out: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -63,6 +67,13 @@ class ImageSource(ABC):
         for index, label in enumerate(self.labels_N.tolist()):
             digest.update(f"{self.name(index)}\0{label}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def say_left_out(source: ImageSource) -> None:
+    """One line where files of a source are not among its images."""
+    if source.left_out:
+        say(f"note: {len(source.left_out)} files are left out ({', '.join(source.left_out[:3])}): images are files "
+            f"in a class folder that end in {', '.join(IMAGE_SUFFIXES)}")  # fmt: skip
 
 
 def open_images(path: str | Path, split: str = "train") -> ImageSource:
@@ -132,7 +143,9 @@ class ImageFolder(ImageSource):
     """ImageNet's layout, class/**/image, in torchvision's order of classes and files."""
 
     def __init__(self, folder: Path) -> None:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        classes = [entry.name for entry in entries if entry.is_dir()]
+        self.left_out = [entry.name for entry in entries if not entry.is_dir() and not entry.name.startswith(".")]
         self._paths: list[str] = []
         class_of: list[str] = []
         for name in classes:
@@ -143,6 +156,8 @@ class ImageFolder(ImageSource):
                     _check_suffix(folder, os.path.join(here, file))
                 images = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
                 self._paths += [os.path.join(here, file) for file in images]
+                others = (file for file in sorted(files) if not file.lower().endswith(IMAGE_SUFFIXES))
+                self.left_out += [os.path.join(here, file) for file in others if not file.startswith(".")]
             class_of += [name] * (len(self._paths) - before)
         label = _labels_by_class(folder, classes, set(class_of))
         self._folder = folder

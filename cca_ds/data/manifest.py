@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from cca_ds.files import expand
-from cca_ds.untrusted import decoding, read_json
+from cca_ds.files import expand, write_atomic
+from cca_ds.untrusted import decoding, read_json, regular_file
 
 MANIFEST_NAME = "manifest.json"
+CLASS_NAMES = "classes.txt"  # of a run's folder: one name a line
 SKIPPED_NAME = "skipped.jsonl"  # {"index", "name", "reason"} of each image that was left out
 FORMAT_VERSION = 1
 IMAGENET_IMAGES = 1_281_167  # the paper's training set
@@ -138,8 +139,38 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def class_names_of(codes: str) -> tuple[str, ...]:
-    """Names of the classes of a table of codes; empty where the table is not there. Raises CodesError."""
+def check_class_names(names: Sequence[str]) -> None:
+    """Raise CodesError for a name that cannot be shown on one line."""
+    if odd := [name for name in names if not name.isprintable()]:
+        raise CodesError(
+            f"the class {odd[0]!r} has a character in its name that is not printed: rename it, e.g. its folder"
+        )
+
+
+def write_class_names(run_folder: Path, names: Sequence[str]) -> None:
+    """Keep the names of the classes in a run's folder, where they outlive the table of codes."""
+    if names:
+        write_atomic(run_folder / CLASS_NAMES, "".join(f"{name}\n" for name in names))
+
+
+def class_names_of(codes: str, run_folder: Path | None = None) -> tuple[str, ...]:
+    """Names of the classes that a run was trained on, or of a table of codes.
+
+    Args:
+        codes: the table, which may not be there.
+        run_folder: of a run, which keeps them.
+
+    Returns:
+        The names in their order; empty where they are not known.
+
+    Raises:
+        CodesError: a damaged table, or names that are none.
+    """
+    if run_folder is not None and (path := run_folder / CLASS_NAMES).is_file():
+        with decoding(path, CodesError, "delete it"):
+            names = tuple(regular_file(path).read_text().splitlines())
+        check_class_names(names)
+        return names
     folder = expand(codes)
     return read_manifest(folder).class_names if (folder / MANIFEST_NAME).is_file() else ()
 

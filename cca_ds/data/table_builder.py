@@ -171,13 +171,21 @@ class TableBuilder:
         write_atomic(self._record(number), json.dumps(record))
 
     def check_skipped(self, allowed_share: float) -> list[dict]:
-        """All images skipped so far, by any rank. Raises CodesError for more than `allowed_share` of all images."""
+        """All images skipped so far, by any rank.
+
+        Raises:
+            CodesError: more than `allowed_share` of all images. Their shards are made again by the next start, when
+                the files may have been mended.
+        """
         skipped = [entry for record in self._records() for entry in record["skipped"]]
         if len(skipped) > allowed_share * self.plan.images:
             first = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
+            for entry in skipped:
+                self._record(entry["index"] // self.plan.images_per_shard).unlink(missing_ok=True)
             raise CodesError(
                 f"{len(skipped)} of {self.plan.images} images cannot be used, more than --max_unreadable "
-                f"{allowed_share:g} allows ({first}): fix these files, or raise --max_unreadable"
+                f"{allowed_share:g} allows ({first}): replace these files and start again, or raise --max_unreadable; "
+                f"after deleting files, delete {self.work} too"
             )
         return skipped
 

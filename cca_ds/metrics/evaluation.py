@@ -10,8 +10,9 @@ import torch.distributed
 from cca_ds.console import progress, say
 from cca_ds.metrics.extraction import Extractor, Features, ScoringNetwork, extract, join
 from cca_ds.metrics.feature_cache import cache_key, cache_path, load_cached, store_cached
-from cca_ds.metrics.image_sets import Images, ImagesError, open_images, read_statistics
+from cca_ds.metrics.image_sets import Images, ImagesError, open_images, read_record, read_statistics
 from cca_ds.metrics.scores import MINIMUM, Reference, Scores, order_note, reference_of, score
+from cca_ds.untrusted import decoding
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class FeatureSource:
         parts = self.ranks.gather(part)
         if parts is None:
             return None
+        if all(part is None for part in parts):
+            raise ImagesError(f"{images.path}: none of the {images.count} images can be read")
         features = join(parts)
         if self.cached:
             try:
@@ -128,6 +131,25 @@ def find_reference(path: str | None, network: ScoringNetwork, source: FeatureSou
     return Reference(*stored, features.pool_ND) if stored else reference_of(features)
 
 
+def reference_notes(path: str | None, images: Images, extractor: Extractor) -> list[str]:
+    """What sets scores against a reference of `evaluate --make_reference` apart from others.
+
+    Raises:
+        ImagesError: another network made its statistics.
+    """
+    record = read_record(path) if path is not None else {}
+    with decoding(f"{path}: its record `about` cannot be read", ImagesError):
+        made_by, side = record.get("protocol", {}).get("network_identity"), record.get("side")
+    if made_by not in (None, extractor.identity):
+        raise ImagesError(
+            f"{path}: its statistics are of another FID network ({made_by}) than this one ({extractor.identity}): make "
+            "it again, or give the same --inception_weights"
+        )
+    if side in (None, images.shape[0]):
+        return []
+    return [f"the reference has images of {side} pixels, the samples of {images.shape[0]}: FID sees the difference"]
+
+
 def evaluate_images(
     images: Images, reference_path: str | None, network: ScoringNetwork, source: FeatureSource, device: str
 ) -> Scores | None:
@@ -150,10 +172,11 @@ def evaluate_images(
         )
     if images.count < MINIMUM:
         raise ImagesError(f"{images.path}: {images.count} image: a Frechet distance needs at least {MINIMUM}")
+    notes = reference_notes(reference_path, images, source.extractor)
     reference = find_reference(reference_path, network, source)
     samples = source.features(images, "samples")
     if source.ranks.rank != 0:
         return None
     assert reference is not None and samples is not None
     scores = score(samples, reference, labels_N, device=device)
-    return Scores(scores.values, [*scores.notes, *order_note(images.labels_N)])
+    return Scores(scores.values, [*scores.notes, *notes, *order_note(images.labels_N)])

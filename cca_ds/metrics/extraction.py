@@ -151,7 +151,7 @@ def digits_features(codes: np.ndarray) -> Features:
 def extract(
     images: Images, extractor: Extractor, batch_size: int, progress: Progress, rank: int = 0, ranks: int = 1
 ) -> Features | None:
-    """Features of this rank's share of the images; None when there are fewer images than ranks and it has none.
+    """Features of this rank's share of the images; None when it has none that can be read.
 
     Args:
         images: the whole set; rank r of W takes images N r / W to N (r + 1) / W, so that `join` restores the order.
@@ -167,7 +167,8 @@ def extract(
     if start == stop:
         return None
     batches = progress(images.batches(start, stop, batch_size), -(-(stop - start) // batch_size))
-    return join([extractor(batch) for batch in batches])
+    found = [extractor(batch) for batch in batches]
+    return join(found) if found else None
 
 
 def join(parts: list[Features | None]) -> Features:

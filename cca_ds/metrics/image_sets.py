@@ -7,11 +7,12 @@ N images, B of them in a batch, H height, W width, C channels (1 or 3).
 
 import contextlib
 import hashlib
+import json
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -71,6 +72,16 @@ def read_statistics(path: str | Path) -> tuple[FeatureStatistics, FeatureStatist
     if "mu_s" not in arrays or "sigma_s" not in arrays:
         return pool, None
     return pool, _statistics(path, arrays["mu_s"], arrays["sigma_s"])
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What `metrics.real_images.write_reference` noted in an .npz of its own: network, side; else empty."""
+    path = expand(path)
+    if not_a_file(path) or not zipfile.is_zipfile(path):
+        return {}
+    with decoding(f"{path}: its record `about` cannot be read", ImagesError):
+        about = read_arrays(path, ("about",)).get("about")
+        return {} if about is None else dict(json.loads(str(about)))
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -31,17 +31,17 @@ class CroppedImages:
 
     Args:
         source: any that encode takes.
-        side: of a crop, S pixels.
-        mode: PIL's name of the colours, "RGB" or "L".
+        crops: centre crops, of kind "none".
         threads: that read, decode and crop.
     """
 
-    def __init__(self, source: ImageSource, path: Path, side: int, mode: str, threads: int):
+    def __init__(self, source: ImageSource, path: Path, crops: CropSettings, threads: int):
+        side, mode = crops.image_size, crops.mode
         self.path, self.source, self.count = path, source, len(source)
         self.shape = (side, side, {"RGB": 3, "L": 1}[mode])
         self.labels_N = np.asarray(source.labels_N)
         self.skipped: list[str] = []
-        self._read = CropReader(source, CropSettings("none", side, mode=mode), threads, MAX_MEGAPIXELS)
+        self._read = CropReader(source, crops, threads, MAX_MEGAPIXELS)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         """Images `start` to `stop`, uint8 [B, S, S, C] with B of at most `size`."""
@@ -68,7 +68,9 @@ class CroppedImages:
         return np.stack([image for image, _ in kept]), self.labels_N[[index for _, index in kept]]
 
 
-def write_reference(output: Path, images: CroppedImages, features: Features, about: dict[str, Any]) -> str:
+def write_reference(
+    output: Path, images: CroppedImages, features: Features, skipped: list[str], about: dict[str, Any]
+) -> str:
     """Write an .npz of statistics of all images and some of the images themselves, whole or not at all.
 
     The arrays are those of ADM's reference batches: mu [D], sigma [D, D], and mu_s, sigma_s of the spatial features
@@ -76,6 +78,7 @@ def write_reference(output: Path, images: CroppedImages, features: Features, abo
 
     Args:
         features: of all images.
+        skipped: name and reason of each image that is left out.
         about: network, its weights, recipe.
 
     Returns:
@@ -93,7 +96,9 @@ def write_reference(output: Path, images: CroppedImages, features: Features, abo
     arrays = {"mu": found.pool.mean_D, "sigma": found.pool.covariance_DD, "arr_0": kept, "arr_1": labels}
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean_D, "sigma_s": found.spatial.covariance_DD}
-    about = {**about, "source": images.path.name, "images": count, "side": images.shape[0], "skipped": images.skipped}
+    about = {**about, "source": images.path.name, "images": count, "side": images.shape[0], "skipped": skipped}
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_streamed(output, lambda file: np.savez(file, about=np.array(json.dumps(about)), **arrays))
+    left = f"; {len(skipped)} left out, which cannot be read ({skipped[0]})" if skipped else ""
     few = f"; {count} images are no more than the {width} features: FID is biased upwards" if count <= width else ""
-    return f"{output}: statistics of {count} images of {images.shape[0]} pixels, {len(kept)} of them kept{few}"
+    return f"{output}: statistics of {count} images of {images.shape[0]} pixels, {len(kept)} of them kept{left}{few}"

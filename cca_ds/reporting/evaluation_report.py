@@ -167,12 +167,13 @@ def as_markdown(report: dict[str, Any]) -> str:
 STYLES = {"line": as_line, "json": as_json, "markdown": as_markdown}
 
 
-def check_output(path: Path) -> None:
-    """Raise ValueError for an --output that `write_report_files` could not write, before images are scored."""
-    if path.suffix != ".json":
-        raise ValueError(f"--output {path}: give a name that ends in .json; the Markdown table goes beside it")
+def check_output(path: Path, suffix: str) -> None:
+    """Raise ValueError for an --output that could not be written, before images are scored."""
+    if path.suffix != suffix:
+        beside = "; the Markdown table goes beside it" if suffix == ".json" else ""
+        raise ValueError(f"--output {path}: give a name that ends in {suffix}{beside}")
     if path.is_dir():
-        raise ValueError(f"--output {path}: is a folder; give the name of a .json file in it")
+        raise ValueError(f"--output {path}: is a folder; give the name of a {suffix} file in it")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -46,7 +46,7 @@ def read_run(path: Path) -> RecordedRun:
     run = RecordedRun(path)
     run.config_text = _text(run, "config.yaml")
     run.config = _config(run)
-    run.class_names = _class_names(run.config)
+    run.class_names = _class_names(path, run.config)
     run.summary = _json(run, path / "summary.json") or {}
     run.series = _series(run)
     run.grids = _pictures(run, sorted((path / "samples").glob("*.png")))
@@ -60,12 +60,12 @@ def read_run(path: Path) -> RecordedRun:
     return run
 
 
-def _class_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the classes, from the table of codes that the configuration names; none where it cannot be read."""
+def _class_names(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the classes, from the run or from the table of codes that its configuration names; else none."""
     data = config.get("data")
     codes = data.get("codes") if isinstance(data, dict) else None
     try:
-        names = class_names_of(codes) if isinstance(codes, str) else ()
+        names = class_names_of(codes, folder) if isinstance(codes, str) else ()
     except (OSError, ValueError):
         return ()
     return tuple(str(name) for name in names)

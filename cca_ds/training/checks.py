@@ -36,7 +36,14 @@ def require_base(run: RunConfig) -> None:
     """Raise ValueError for a loss that contrasts a model with its frozen copy, from random weights: it learns nothing
     of the images.
     """
-    if LOSSES[run.loss.name].needs_reference and run.model.weights is None and not run.model.from_scratch:
+    if not LOSSES[run.loss.name].needs_reference or run.model.from_scratch:
+        return
+    if run.model.reset_classes:
+        raise ValueError(
+            f"loss.name={run.loss.name} contrasts classes, and model.reset_classes=true draws them at random: train "
+            "with loss.name=mle first and start from that run, or set model.from_scratch=true for an experiment"
+        )
+    if run.model.weights is None:
         raise ValueError(
             f"loss.name={run.loss.name} needs a pretrained model: set model.weights=FILE (or a run's folder), train "
             "one first with loss.name=mle, or set model.from_scratch=true for an experiment"

@@ -34,6 +34,7 @@ from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.generated import ONLINE, require_drawn_by
+from cca_ds.data.manifest import write_class_names
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
@@ -220,6 +221,8 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
     for table in inputs.tables:
         verify_once(table, ranks)
+    if ranks.rank == 0:
+        write_class_names(folder, inputs.table.manifest.class_names)
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     if run.deterministic:
         compute_deterministically()

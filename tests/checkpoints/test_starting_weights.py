@@ -73,9 +73,13 @@ def test_published_figures_go_with_the_published_model(tmp_path):
         ["model.overrides={num_classes: 5}"],
         ["model.weights=x.pt", "model.reset_classes=true"],
         [f"model.weights={tmp_path / 'base'}"],
+        ["model.weights=mine.safetensors"],
     ):
         run = load_recipe("llamagen-3b", settings)
         assert not run.paper and run.baseline.nll_band is None, settings
+    for name in ("c2i_3B_384.pt", "weights/c2i_3B_384_CCA_0005000.pt", "LlamaGen3B_GF.pt", "var_d30-ddo.pth"):
+        assert load_recipe("llamagen-3b", [f"model.weights={name}"]).paper, name
+    assert load_recipe("digits").baseline.nll_band  # its own weights
 
 
 def test_what_is_no_source(tmp_path):
@@ -91,7 +95,13 @@ def test_a_contrastive_loss_needs_a_base():
     for name in ("cca", "dpo", "unlearning"):
         with pytest.raises(ValueError, match=f"loss.name={name} needs a pretrained model: set model.weights=FILE"):
             require_base(load_recipe("llamagen-b", [f"loss.name={name}"]))
-    for settings in (["loss.name=mle"], ["model.weights=x"], ["model.from_scratch=true"]):
+    drawn = ["model.weights=x", "model.reset_classes=true"]
+    with pytest.raises(ValueError, match=r"reset_classes=true draws them at random: train with loss.name=mle first"):
+        require_base(load_recipe("llamagen-b", drawn))
+    for settings in (
+        ["loss.name=mle"], ["model.weights=x"], ["model.from_scratch=true"], [*drawn, "loss.name=mle"],
+        [*drawn, "model.from_scratch=true"],
+    ):  # fmt: skip
         require_base(load_recipe("llamagen-b", settings))
     with pytest.raises(ConfigError, match=r"model\.reset_classes=true needs model\.weights"):
         load_recipe("llamagen-b", ["model.reset_classes=true"], recipe_problems)

@@ -59,6 +59,34 @@ def test_too_many_unreadable_images_are_an_error_unless_allowed(tmp_path, own_fo
     assert_expected(CodeTable.open(tmp_path / "t"), expected)
 
 
+@pytest.mark.parametrize("shard", [5, 1000])
+def test_a_table_goes_on_when_the_files_were_replaced(tmp_path, own_folder, expected, capsys, shard):
+    whole = (own_folder / "class1" / "0001.png").read_bytes()
+    (own_folder / "class1" / "0001.png").write_bytes(b"not an image")
+    settings = ["--source", own_folder, "--output", tmp_path / "t", "--images_per_shard", shard, "--max_unreadable", 0]
+    for _ in range(2):
+        assert run(*settings) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "(class1/0001.png: not an image that Pillow reads): replace these files and start again" in line
+    (own_folder / "class1" / "0001.png").write_bytes(whole)
+    assert run(*settings) == 0
+    assert_expected(CodeTable.open(tmp_path / "t"), expected)
+
+
+def test_files_that_are_no_images_by_their_name_are_counted(tmp_path, own_folder, capsys):
+    for name in ("loose.png", "class1/notes.txt", "class1/.hidden"):
+        (own_folder / name).write_bytes(b"x")
+    assert run("--source", own_folder, "--output", tmp_path / "t") == 0
+    assert "note: 2 files are left out (loose.png, class1/notes.txt): images are files in a" in capsys.readouterr().err
+
+
+def test_a_class_that_cannot_be_printed_is_refused(tmp_path, own_folder, capsys):
+    (own_folder / "class1").rename(own_folder / "a\nname")
+    assert run("--source", own_folder, "--output", tmp_path / "t") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"the class 'a\nname' has a character in its name that is not printed: rename it" in line
+
+
 def test_images_in_other_modes_are_converted_and_counted(tmp_path, own_folder, capsys):
     for name, mode in {"a.png": "RGBA", "b.jpg": "CMYK", "c.png": "LA", "d.png": "RGBA"}.items():
         Image.new(mode, (8, 8)).save(own_folder / "class2" / name)

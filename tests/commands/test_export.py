@@ -95,7 +95,8 @@ def test_recipe_in_the_metadata_and_card_beside_the_file(run_folder, tmp_path):
     assert "`digits_base.safetensors`" in card and "| FID | 1.500 |" in card and "recall |" not in card
     assert 'cca_ds.load("model.safetensors")' in card and str(tmp_path) not in card
     config = json.loads((output.parent / "config.json").read_text())
-    assert (config["num_classes"], config["tokenizer"]["name"]) == (10, "digits") and "id2label" not in config
+    assert (config["num_classes"], config["tokenizer"]["name"]) == (10, "digits")
+    assert config["id2label"] == {str(label): str(label) for label in range(10)}  # by the run, whose table is built in
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])

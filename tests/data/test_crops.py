@@ -1,5 +1,6 @@
 """Crops equal those of an independent rewrite of the two original programs; each bad image gives one reason."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -166,13 +167,23 @@ def bad_images():
     sixteen = Image.fromarray(np.full((20, 20), 40000, dtype=np.uint16))
     return {
         "zero bytes": (b"", "zero bytes"),
-        "text": (b"<html>404</html>", "cannot identify"),
+        "text": (b"<html>404</html>", "not an image that Pillow reads"),
         "truncated jpeg": (jpeg[: len(jpeg) // 2], "truncated"),
         "truncated png": (content(picture(90, 90))[:-4000], "truncated|broken|incomplete"),
         "truncated header": (jpeg[:12], "."),
         "16 bits": (content(sixteen), "8 bits"),
         "strip": (content(Image.new("L", (6000, 2))), "6000 x 2 is too elongated"),
     }
+
+
+def test_orientation_is_followed_where_it_is_asked_for():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    jpeg = content(picture(240, 120), "JPEG", exif=exif)
+    assert decode_image(jpeg, "RGB", 90.0)[0].size == (240, 120)  # as the originals read it
+    assert decode_image(jpeg, "RGB", 90.0, upright=True)[0].size == (120, 240)
+    settings = CropSettings("none", 64)
+    assert "upright" not in settings.as_dict() and dataclasses.replace(settings, upright=True).as_dict()["upright"]
 
 
 @pytest.mark.parametrize("name", bad_images())

@@ -33,7 +33,11 @@ def call(capsys, *arguments):
 def test_statistics_of_all_and_the_images_themselves(photos, tmp_path, capsys):
     output = tmp_path / "real.npz"
     code, line, _ = call(capsys, "--make_reference", photos, "--recipe", "digits", "--output", output)
-    assert code == 0 and "statistics of 39 images of 8 pixels, 39 of them kept; 39 images are no more than the" in line
+    assert (
+        code == 0
+        and "statistics of 39 images of 8 pixels, 39 of them kept; 1 left out, which cannot be read (a/00" in line
+    )
+    assert "; 39 images are no more than the 64 features" in line
     found = np.load(output)
     crop = crop_function(CropSettings("none", 8, mode="L"))
     files = [path for path in sorted(photos.rglob("*.png"), key=lambda p: (p.parent.name, p.name))][1:]
@@ -56,6 +60,35 @@ def test_scored_against_itself_it_is_at_distance_zero(photos, tmp_path, capsys):
     assert code == 0 and abs(metrics["fid"]) < 1e-6 and metrics["precision"] == metrics["recall"] == 1.0
 
 
+def test_a_reference_of_another_network_is_refused_and_of_another_side_noted(photos, tmp_path, capsys):
+    output = tmp_path / "real.npz"
+    assert call(capsys, "--make_reference", photos, "--recipe", "digits", "--output", output)[0] == 0
+    arrays = dict(np.load(output))
+    about = json.loads(str(arrays.pop("about")))
+
+    def scored(about):
+        np.savez(tmp_path / "other.npz", about=np.array(json.dumps(about)), **arrays)
+        return call(capsys, output, "--reference", tmp_path / "other.npz", "--recipe", "digits", "--format", "json")
+
+    code, _, error = scored(about | {"protocol": {"network_identity": "another"}})
+    assert code == 2 and "its statistics are of another FID network (another)" in error
+    code, line, _ = scored(about | {"side": 16})
+    assert code == 0 and "the reference has images of 16 pixels, the samples of 8" in str(json.loads(line)["notes"])
+    assert "pixels" not in str(json.loads(scored(about)[1])["notes"])
+    for odd in ([5], "text", {"protocol": 5}):
+        code, _, error = scored(odd)
+        assert code == 2 and "its record `about` cannot be read" in error
+
+
+def test_images_of_which_none_can_be_read(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / "photos" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "x" / f"{name}.png").write_bytes(b"no picture")
+    flags = ("--recipe", "digits", "--output", tmp_path / "x.npz")
+    code, _, error = call(capsys, "--make_reference", tmp_path / "photos", *flags)
+    assert code == 2 and "none of the 3 images can be read" in error.splitlines()[-1]
+
+
 def test_scores_of_samples_in_a_run_go_into_its_folder(photos, tmp_path, capsys):
     output = tmp_path / "real.npz"
     assert call(capsys, "--make_reference", photos, "--recipe", "digits", "--output", output)[0] == 0
@@ -75,6 +108,17 @@ def test_scores_of_samples_in_a_run_go_into_its_folder(photos, tmp_path, capsys)
         (["--make_reference", "photos"], "--make_reference needs --output FILE.npz"),
         (["--make_reference", "photos", "s.npz", "--output", "x.npz"], "give the samples to score, or"),
         (["--make_reference", "photos", "--output", "x.npz", "--resize", "0"], "--resize"),
+        (["--make_reference", "photos", "--recipe", "digits", "--output", "x.json"], "give a name that ends in .npz"),
+        (
+            ["--make_reference", "photos", "--recipe", "digits", "--output", "photos/a/00.png/x.npz"],
+            "--output photos/a",
+        ),
+        (
+            ["--make_reference", "photos", "--output", "x.npz", "--reference", "r.npz"],
+            "--reference has no meaning with",
+        ),
+        (["samples.npz", "--resize", "9"], "--resize has no meaning with samples to score"),
+        (["--report", "run", "--output", "x.json"], "--output has no meaning with --report"),
         (["--make_reference", "photos", "--recipe", "llamagen-b", "--output", "x.npz"], "inception_weights"),
     ],
 )
