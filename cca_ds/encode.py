@@ -90,6 +90,12 @@ def work(options: argparse.Namespace) -> None:
         raise ValueError("--source is missing: give the images, --import_npy, or --verify for a finished table")
     if options.import_npy and not spec.imports_npy:
         raise ValueError(f"--import_npy takes LlamaGen's codes: give a --recipe llamagen-..., not {run.name}")
+    if options.import_npy and (options.source or options.flip):
+        raise ValueError("--import_npy takes finished codes: leave out --source and --flip")
+    if options.flip and data.crops != "random":
+        raise ValueError(
+            f"--flip mirrors random crops, and data.crops={data.crops}: leave it out, or set data.crops=random"
+        )
     weights = resolve_path(run.tokenizer.weights) if run.tokenizer.weights else None
     weights_missing = spec.needs_weights and weights is None
     if weights_missing and (options.verify or not options.import_npy):

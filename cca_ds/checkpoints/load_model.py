@@ -91,6 +91,8 @@ def load(
     Raises:
         ConfigError, WeightsError, CheckpointError, ValueError: what is missing, damaged or does not fit, in one line.
     """
+    if precision not in DTYPES:
+        raise ValueError(f"precision={precision}: choose one of {', '.join(DTYPES)}")
     source = Source(expand(path), average=average)
     recipe = recipe_of_weights(source.path)
     if tokenizer is not None:

@@ -175,6 +175,17 @@ def class_names_of(codes: str, run_folder: Path | None = None) -> tuple[str, ...
     return read_manifest(folder).class_names if (folder / MANIFEST_NAME).is_file() else ()
 
 
+def fewer_classes_note(table: int, model: int) -> list[str]:
+    """A line for a table of codes with fewer classes than its model, whose labels are the model's first ones."""
+    if table >= model:
+        return []
+    return [
+        f"note: data.codes has {table} classes and the model {model}: the data's class 0 trains the model's class 0, "
+        f"and so on; for classes of your own set model.overrides.num_classes={table}, and with published weights "
+        "model.reset_classes=true"
+    ]
+
+
 def expected_images(codes: str, builtin_images: int | None = None) -> tuple[int, str]:
     """Number of images of the recipe's `data.codes`, and where the number comes from.
 

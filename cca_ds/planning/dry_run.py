@@ -18,7 +18,9 @@ from cca_ds.cluster.devices import GIB
 from cca_ds.config.recipes import dump_recipe
 from cca_ds.config.schema import Loss, RunConfig
 from cca_ds.data.batches import total_steps
-from cca_ds.data.manifest import expected_images
+from cca_ds.data.manifest import MANIFEST_NAME, expected_images, fewer_classes_note, read_manifest
+from cca_ds.files import expand
+from cca_ds.models import model_config
 from cca_ds.models.cost import ModelCost, cost_of_module, meta_model
 from cca_ds.planning.job import job_of, placement_of, usual_micro
 from cca_ds.vq import builtin_images
@@ -94,6 +96,9 @@ def batch_lines(run: RunConfig, ranks: int) -> list[str]:
         f"{max(max(sizes) for sizes in even.micro_sizes)}",
         f"epoch: {images:,} images ({origin}), {an_epoch:,} steps",
     ]
+    if (table := expand(run.data.codes) / MANIFEST_NAME).is_file():
+        model = model_config(run.model.preset, **run.model.overrides).num_classes
+        lines += fewer_classes_note(read_manifest(table.parent).classes, model)
     if an_epoch == 0:
         note = f"batch.global_size={batch.global_size} is more than the {images:,} images: lower it, or training ends"
         return [*lines, f"note: {note}"]

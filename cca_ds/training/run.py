@@ -34,7 +34,7 @@ from cca_ds.config.recipes import config_hash, dump_recipe, trajectory_settings
 from cca_ds.config.schema import RunConfig
 from cca_ds.data.batches import MicroBatch
 from cca_ds.data.generated import ONLINE, require_drawn_by
-from cca_ds.data.manifest import write_class_names
+from cca_ds.data.manifest import fewer_classes_note, write_class_names
 from cca_ds.files import expand
 from cca_ds.folder_lock import FolderLock
 from cca_ds.likelihood import backend
@@ -376,6 +376,8 @@ def _announce(run: RunConfig, inputs: RunInputs, engines: Engines, balancer: Bal
         f"{len(inputs.table)} images, {inputs.table.manifest.classes} classes{class_list(names)}, {inputs.steps} steps "
         f"of {run.batch.global_size} pairs on {len(balancer.peers)} rank(s): {balancer.describe()}"
     )
+    for note in fewer_classes_note(inputs.table.manifest.classes, inputs.plan.null_class):
+        log.say(note)
     traced = run.logging.profile_steps
     if traced and not progress.step < traced[0] <= traced[1] <= inputs.steps:
         log.say(

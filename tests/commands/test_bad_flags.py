@@ -106,6 +106,11 @@ ENCODE = {
     "a device": (["--source", "/dev/zero"], "device"),
     "pictures that are not read": (["--source", "{t}/gifs"], "--source {t}/gifs: a/y.gif is not read"),
     "a tar of pictures that are not read": (["--source", "{t}/gifs.tar"], "--source {t}/gifs.tar: a/y.gif is not read"),
+    "mirrored centre crops": (["--source", "{t}/images", "--flip"], "--flip mirrors random crops, and data.crops=none"),
+    "codes and images": (
+        ["--recipe", "llamagen-b", "--import_npy", "{t}", "--source", "{t}"],
+        "takes finished codes: leave out",
+    ),
     "a text": (["--source", "{t}/text"], "neither a folder nor a readable tar"),
     "an empty folder": (["--source", "{t}/empty"], "no class folders"),
     "a share that is none": (["--source", "{t}/images", "--max_unreadable", "nan"], "nan is no number from 0 to 1"),

@@ -12,7 +12,7 @@ import pytest
 
 from cca_ds.data import table_files
 from cca_ds.data.codes import CodeTable
-from cca_ds.data.manifest import CodesError, expected_images
+from cca_ds.data.manifest import CodesError, expected_images, fewer_classes_note
 from cca_ds.data.table_files import write_codes
 
 FIELDS = {
@@ -271,3 +271,9 @@ def test_expected_images(tmp_path):
     assert expected_images(str(tmp_path / "t")) == (11, f"the manifest of {tmp_path / 't'}")
     assert expected_images(str(tmp_path / "later"))[0] == 1_281_167
     assert expected_images("some-name", builtin_images=42)[0] == 42
+
+
+def test_a_table_of_fewer_classes_than_the_model_is_noted():
+    assert fewer_classes_note(10, 10) == []
+    (line,) = fewer_classes_note(2, 1000)
+    assert "data.codes has 2 classes and the model 1000" in line and "model.overrides.num_classes=2" in line
