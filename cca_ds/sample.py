@@ -75,6 +75,7 @@ def read_recipe(arguments: Namespace) -> RunConfig:
     guidance.
     """
     from cca_ds.checkpoints.run_weights import is_run_folder, recipe_text
+    from cca_ds.config.original_names import is_published
     from cca_ds.data.generated import require_plain
     from cca_ds.models import family_of  # slow to import: after the parser, so that --help answers at once
     from cca_ds.sampling import drawing, guidance
@@ -86,6 +87,8 @@ def read_recipe(arguments: Namespace) -> RunConfig:
             arguments.recipe = str(weights / "config.yaml")
         elif not weights.is_dir() and (text := recipe_text(weights)):
             arguments.recipe = str(weights)
+        elif is_published(weights.name) and not arguments.original_vq_ckpt:
+            raise ConfigError([f"--weights {weights}: name its model with --recipe, docs/weights.md says which"])
     run = recipe_from_arguments(arguments, recipe_problems, text)
     family, of = family_of(run.model.preset), run.sampling
     of.guidance_scale = guidance.chosen_scale(family, arguments.guidance_scale, arguments.cfg_scale, of.guidance_scale)

@@ -14,7 +14,7 @@ import yaml
 import cca_ds
 from cca_ds.alignment.losses import LOSSES
 from cca_ds.checkpoints.hub import open_repository
-from cca_ds.checkpoints.run_weights import RunWeights, recipe_of_run, run_weights
+from cca_ds.checkpoints.run_weights import RunWeights, is_run_folder, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
 from cca_ds.config.schema import Model, RunConfig, path_keys
 from cca_ds.data.manifest import class_names_of
@@ -36,6 +36,8 @@ from cca_ds.sampling import generate
 from cca_ds.sampling.drawing import draw_settings, sampling_lambda
 from cca_ds.untrusted import regular_file
 from cca_ds.vq import TOKENIZERS
+
+_MOST_RUNS = 100  # each of which began with the one before
 
 
 def export_weights(
@@ -200,6 +202,15 @@ def _exported(path: Path) -> bool:
     return re.match(line, header, re.MULTILINE | re.DOTALL) is not None
 
 
+def _base(weights: str | None) -> str | None:
+    """Name of the file that training began with, through the runs between, where their folders are still there."""
+    for _ in range(_MOST_RUNS):
+        if weights is None or not is_run_folder(resolve_path(weights)):
+            break
+        weights = recipe_of_run(resolve_path(weights)).model.weights
+    return resolve_path(weights).name if weights else None
+
+
 def _beside(
     run: RunConfig, module: CodeModel, family: Family, file: str, repository: str | None, lambda_: float | None,
     scores: str | None, names: Sequence[str],
@@ -213,7 +224,7 @@ def _beside(
     settings = draw_settings(run.sampling, fixed)
     card = model_card(
         run.name, family, _shared_recipe(run), method=LOSSES[run.loss.name].method, file=file, repository=repository,
-        base=resolve_path(run.model.weights).name if run.model.weights else None, tokenizer=tokenizer,
+        base=_base(run.model.weights), tokenizer=tokenizer,
         settings={key: value for key, value in settings.items() if value != plain[key].default},
         classes=module.num_classes, class_names=names, metrics=scores,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from cca_ds import export as entry
 from cca_ds.checkpoints.deepspeed_state import consolidated_weights
-from cca_ds.checkpoints.export_weights import _shared_recipe
+from cca_ds.checkpoints.export_weights import _base, _shared_recipe
 from cca_ds.checkpoints.run_weights import join_shards
 from cca_ds.checkpoints.store import complete_checkpoints
 from cca_ds.config.recipes import dump_recipe, load_recipe
@@ -128,6 +128,18 @@ def test_what_is_shared_names_no_folder_of_this_machine():
     assert where in dump_recipe(run)
     shared = _shared_recipe(run)
     assert where not in shared and "generated: generated" in shared and "cache: cache" in shared
+
+
+def test_the_base_of_a_run_that_began_with_a_run(tmp_path):
+    for name, weights in (("a", "weights/c2i_B_384.pt"), ("b", tmp_path / "a"), ("loop", tmp_path / "loop")):
+        (tmp_path / name).mkdir()
+        dumped = dump_recipe(load_recipe("llamagen-b", [f"model.weights={weights}"]))
+        (tmp_path / name / "config.yaml").write_text(dumped)
+    assert [_base(str(tmp_path / name)) for name in ("a", "b", "gone", "loop")] == ["c2i_B_384.pt"] * 2 + [
+        "gone",
+        "loop",
+    ]
+    assert _base(None) is None and _base("mine.safetensors") == "mine.safetensors"
 
 
 def refused(capsys, *flags: object) -> str:
