@@ -40,6 +40,7 @@ from cca_ds.reference.interface import Reference
 from cca_ds.sampling import generate
 from cca_ds.sampling.code_table import draw_code_table
 from cca_ds.train import train
+from cca_ds.training.accuracy_band import AccuracyBand
 from cca_ds.training.checks import recipe_problems
 from cca_ds.training.engines import Engines, OptimizerSteps
 from cca_ds.training.inputs import RunInputs
@@ -187,7 +188,17 @@ def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
         Run(
             RunInputs(digits.table, None, own_steps.plan, own_steps.steps_per_epoch, total),
             Engines(policy, Base(digits.base) if objective.spec.needs_reference else None, objective, device, "fp32"),
-            Progress(0, total, history, {}, recipe.batch.global_size, Utilization(0.0, ["cpu"]), device, 1),
+            Progress(
+                0,
+                total,
+                history,
+                {},
+                recipe.batch.global_size,
+                Utilization(0.0, ["cpu"]),
+                device,
+                1,
+                AccuracyBand(None),
+            ),  # fmt: skip
             WholeBatches(own_steps, total),
             OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch, print),
             Never(),

@@ -13,6 +13,7 @@ import yaml
 
 import cca_ds
 from cca_ds.alignment.losses import LOSSES
+from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.checkpoints.hub import open_repository
 from cca_ds.checkpoints.run_weights import RunWeights, is_run_folder, recipe_of_run, run_weights
 from cca_ds.config.recipes import ConfigError, dump_recipe, resolve_path
@@ -207,7 +208,10 @@ def _base(weights: str | None) -> str | None:
     for _ in range(_MOST_RUNS):
         if weights is None or not is_run_folder(resolve_path(weights)):
             break
-        weights = recipe_of_run(resolve_path(weights)).model.weights
+        try:
+            weights = recipe_of_run(resolve_path(weights)).model.weights
+        except (ConfigError, CheckpointError):  # damaged, or of an older version
+            break
     return resolve_path(weights).name if weights else None
 
 

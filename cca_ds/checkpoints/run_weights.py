@@ -15,7 +15,7 @@ from cca_ds.checkpoints import store
 from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.config.recipes import ConfigError, load_recipe
 from cca_ds.config.schema import RunConfig
-from cca_ds.data.manifest import class_names_of
+from cca_ds.data.manifest import class_names_of, fits_on_a_line
 from cca_ds.models.weight_files import WeightsError, read_metadata
 from cca_ds.untrusted import parse_json
 
@@ -73,7 +73,7 @@ def class_names(recipe: RunConfig, path: Path) -> tuple[str, ...]:
         names = parse_json(text)
     except ValueError:
         names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and fits_on_a_line(name) for name in names):
         raise WeightsError(f"weights file {path}: class_names in its header is no list of names; export it again")
     return tuple(names)
 

@@ -211,8 +211,9 @@ def recipe_from_arguments(
         raise ConfigError(problems)
     recipe, settings = _named_recipe(arguments), translated + arguments.overrides
     run = load_recipe(recipe, settings, check, text)
-    if base := getattr(arguments, "original_tblr", None):
-        problems += _set_by_base_rate(run, base, settings)
+    if (base := getattr(arguments, "original_tblr", None)) is not None:
+        settings.append(_base_rate(base, run.batch.global_size, settings, run.optimizer.learning_rate))
+        run = load_recipe(recipe, settings, check, text)
     problems += _other_models(arguments, run)
     if problems:
         raise ConfigError(problems)
@@ -242,7 +243,7 @@ def _other_models(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
     found = [
         f"{flag} and model.preset={run.model.preset} of recipe {run.name} contradict each other"
         for flag, model in _named_models(arguments).items()
-        if model != canonical_recipe(run.model.preset)
+        if (load_recipe(model).model.preset if model in recipe_names() else model) != canonical_recipe(run.model.preset)
     ]
     size = getattr(arguments, "original_image_size", None)
     compared = size is not None and not arguments.originals["image_size"].settings(size)
@@ -254,21 +255,23 @@ def _other_models(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
     return found
 
 
-def _set_by_base_rate(run: RunConfig, base: str, settings: list[str]) -> list[str]:
-    """VAR's --tblr is the learning rate of 256 images; sets the run's, and returns what contradicts it."""
+def _base_rate(base: str, images: int, settings: list[str], given: float) -> str:
+    """VAR's --tblr, the learning rate of 256 images, as the setting of a run with so many images a step.
+
+    Args:
+        settings: the others; `given` is the learning rate that they lead to.
+
+    Raises:
+        ConfigError: no number, or another learning rate in `settings`.
+    """
     try:
-        rate = float(base) * run.batch.global_size / 256
+        rate = float(base) * images / 256
     except ValueError:
-        return [f"--tblr {base}: a number is needed"]
-    if any(setting.startswith("optimizer.learning_rate=") for setting in settings):
-        given = run.optimizer.learning_rate
-        return (
-            []
-            if math.isclose(given, rate)
-            else [f"--tblr {base} and the learning rate {given:g} contradict each other"]
-        )
-    run.optimizer.learning_rate = rate
-    return []
+        raise ConfigError([f"--tblr {base}: a number is needed"]) from None
+    own = any(_canonical_key(setting.partition("=")[0]) == "optimizer.learning_rate" for setting in settings)
+    if own and not math.isclose(given, rate):
+        raise ConfigError([f"--tblr {base} and the learning rate {given:g} contradict each other"])
+    return f"optimizer.learning_rate={given if own else rate!r}"
 
 
 def _translated(arguments: argparse.Namespace, problems: list[str]) -> list[str]:

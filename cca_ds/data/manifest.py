@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -139,17 +140,25 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def fits_on_a_line(name: str) -> bool:
+    """Whether a class's name has no control character, line separator or byte that is no UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs") for character in name)
+
+
 def check_class_names(names: Sequence[str]) -> None:
     """Raise CodesError for a name that cannot be shown on one line."""
-    if odd := [name for name in names if not name.isprintable()]:
+    if odd := [name for name in names if not fits_on_a_line(name)]:
         raise CodesError(
             f"the class {odd[0]!r} has a character in its name that is not printed: rename it, e.g. its folder"
         )
 
 
 def write_class_names(run_folder: Path, names: Sequence[str]) -> None:
-    """Keep the names of the classes in a run's folder, where they outlive the table of codes."""
-    if names:
+    """Keep the names of the classes in a run's folder, where they outlive the table of codes.
+
+    Names of an older table that do not fit on a line are left in the table alone.
+    """
+    if names and all(map(fits_on_a_line, names)):
         write_atomic(run_folder / CLASS_NAMES, "".join(f"{name}\n" for name in names))
 
 
@@ -168,7 +177,7 @@ def class_names_of(codes: str, run_folder: Path | None = None) -> tuple[str, ...
     """
     if run_folder is not None and (path := run_folder / CLASS_NAMES).is_file():
         with decoding(path, CodesError, "delete it"):
-            names = tuple(regular_file(path).read_text().splitlines())
+            names = tuple(regular_file(path).read_text("utf-8").split("\n")[:-1])
         check_class_names(names)
         return names
     folder = expand(codes)

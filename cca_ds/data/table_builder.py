@@ -171,23 +171,32 @@ class TableBuilder:
         write_atomic(self._record(number), json.dumps(record))
 
     def check_skipped(self, allowed_share: float) -> list[dict]:
-        """All images skipped so far, by any rank.
-
-        Raises:
-            CodesError: more than `allowed_share` of all images. Their shards are made again by the next start, when
-                the files may have been mended.
-        """
+        """All images skipped so far, by any rank. Raises CodesError for more than `allowed_share` of all images."""
         skipped = [entry for record in self._records() for entry in record["skipped"]]
         if len(skipped) > allowed_share * self.plan.images:
             first = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
-            for entry in skipped:
-                self._record(entry["index"] // self.plan.images_per_shard).unlink(missing_ok=True)
             raise CodesError(
                 f"{len(skipped)} of {self.plan.images} images cannot be used, more than --max_unreadable "
                 f"{allowed_share:g} allows ({first}): replace these files and start again, or raise --max_unreadable; "
                 f"after deleting files, delete {self.work} too"
             )
         return skipped
+
+    def reopen_skipped(self, allowed_share: float, rank: int, world_size: int) -> None:
+        """Make this rank's shards with skipped images again where an earlier start skipped too many: the files may have
+        been replaced since.
+        """
+        found = {number: self._skipped(number) for number in range(self.plan.shards)}
+        if sum(found.values()) > allowed_share * self.plan.images:
+            for number in range(rank, self.plan.shards, world_size):
+                if found[number]:
+                    self._record(number).unlink()
+
+    def _skipped(self, number: int) -> int:
+        """Images that a finished shard left out; 0 for an unfinished one."""
+        path = self._record(number)
+        with decoding(path, CodesError, f"remove {self.work}"):
+            return len(read_json(path)["skipped"]) if path.exists() else 0
 
     def discard_if_empty(self) -> None:
         """Remove the partial folder unless it holds a finished shard."""
@@ -323,6 +332,7 @@ def build_shards(
     """
     skipped = 0
     with builder.as_rank(rank):
+        builder.reopen_skipped(allowed_share, rank, world_size)
         for number in builder.pending(rank, world_size):
             content = produce(builder.plan.rows(number), advance)
             builder.add(number, content)

@@ -87,10 +87,10 @@ class FeatureSource:
             self.ranks.size,
         )
         parts = self.ranks.gather(part)
+        if self.ranks.broadcast(parts is not None and all(part is None for part in parts)):
+            raise ImagesError(f"{images.path}: none of the {images.count} images can be read")
         if parts is None:
             return None
-        if all(part is None for part in parts):
-            raise ImagesError(f"{images.path}: none of the {images.count} images can be read")
         features = join(parts)
         if self.cached:
             try:

@@ -14,6 +14,7 @@ Shards appear whole or not at all, so either side may die at any moment and come
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -94,11 +95,18 @@ def open_cache(inputs: ReferenceInputs, make: bool = True) -> ReferenceCache:
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(hashes, src=0)
     assert run.reference.cache is not None
-    return ReferenceCache(run.reference.cache, _key_of(inputs, hashes[0]), make)
+    key = cache_key(run, inputs.table, hashes[0], inputs.precision, inputs.generated)
+    if run.reference.shard_steps is None:
+        key["shard_steps"] = _stored_shard_steps(expand(run.reference.cache)) or key["shard_steps"]
+    return ReferenceCache(run.reference.cache, key, make)
 
 
-def _key_of(inputs: ReferenceInputs, weights_hash: str) -> dict[str, Any]:
-    return cache_key(inputs.run, inputs.table, weights_hash, inputs.precision, inputs.generated)
+def _stored_shard_steps(folder: Path) -> int | None:
+    """Steps of a file of a cache that is there: it may have been begun with another default."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # `ReferenceCache` says what is wrong with it
+        steps = read_json(folder / "key.json")["shard_steps"]
+        return steps if type(steps) is int and steps > 0 else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -328,10 +336,10 @@ class CachedReference(DrawingReference):
             "reference/age_seconds": time.time() - self._written,
         }
 
-    def finished(self) -> None:
+    def finished(self, step: int) -> None:
         """Tell the producers, who would wait for the steps of a run that ended early."""
         if self.reports and self.wait_seconds:
-            self.cache.note_finished(self._step + 1)
+            self.cache.note_finished(step)
 
     def _rows(self, batch: MicroBatch) -> tuple[Shard, np.ndarray]:
         """The shard of a micro-batch and the places of its pairs in it."""

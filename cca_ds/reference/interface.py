@@ -28,8 +28,8 @@ class Reference(ABC):
         """What is logged at each step; nothing by default."""
         return {}
 
-    def finished(self) -> None:  # noqa: B027, may be left out
-        """Called on every rank after the run's last step; does nothing by default."""
+    def finished(self, step: int) -> None:  # noqa: B027, may be left out
+        """Called on every rank when the run has ended after `step` steps; does nothing by default."""
 
 
 class DrawingReference(Reference):

@@ -24,7 +24,7 @@ from cca_ds.reference.replica import ReplicaReference
 
 def fill_cache(
     cache: ReferenceCache, reference: ReplicaReference, steps: Steps, total_steps: int, ranks: Ranks,
-    ahead_steps: int | None = None, online: bool = False,
+    ahead_steps: int | None = None, online: bool = False, wait_seconds: float = 600.0,
 ) -> None:  # fmt: skip
     """Compute this rank's shards of a whole run and write those that are not there.
 
@@ -33,6 +33,7 @@ def fill_cache(
         total_steps: steps of the run.
         ahead_steps: stay at most so many steps ahead of the trainers, and wait for them; None: do not wait.
         online: draw each pair's generated image too.
+        wait_seconds: for the trainers of a run that continues one which had ended.
     """
     finished_before = cache.trainer()[1]  # an earlier, shorter run of this cache
     most = ranks.world_size if ahead_steps is None else ahead_steps // cache.shard_steps + 1
@@ -51,9 +52,10 @@ def fill_cache(
             if cache.is_intact(shard, np.concatenate([steps.global_pairs(step).sample_indices_K for step in whole])):
                 continue
             say(f"{cache.path(shard)} is damaged or of another run: computing it again")
+        waited_since = time.monotonic()
         while ahead_steps is not None:
             step, finished = cache.trainer()
-            if finished and not finished_before:
+            if finished and not (finished_before and time.monotonic() - waited_since < wait_seconds):
                 say(f"the run has ended after step {step}; producer {ranks.rank} ends too")
                 return
             finished_before = finished

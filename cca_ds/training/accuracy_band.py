@@ -42,11 +42,17 @@ class AccuracyBand:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; empty without a band."""
-        return {} if self.bounds is None else {"average": self.average, "entered": self._entered}
+        if self.bounds is None:
+            return {}
+        return {"average": self.average, "entered": self._entered, "bounds": list(self.bounds)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept; without it the average begins anew."""
-        self.average, self._entered = float(state.get("average", _CHANCE)), bool(state.get("entered", False))
+        """Go on from what a checkpoint kept; without it the average begins anew, and a band that was changed is to be
+        entered anew.
+        """
+        self.average = float(state.get("average", _CHANCE))
+        same = self.bounds is not None and state.get("bounds") == list(self.bounds)
+        self._entered = same and bool(state.get("entered", False))
 
     def _within(self) -> bool:
         return self.bounds is not None and self.bounds[0] <= self.average <= self.bounds[1]

@@ -41,7 +41,8 @@ def require_base(run: RunConfig) -> None:
     if run.model.reset_classes:
         raise ValueError(
             f"loss.name={run.loss.name} contrasts classes, and model.reset_classes=true draws them at random: train "
-            "with loss.name=mle first and start from that run, or set model.from_scratch=true for an experiment"
+            "with loss.name=mle first and start from that run with model.reset_classes=false, or set "
+            "model.from_scratch=true for an experiment"
         )
     if run.model.weights is None:
         raise ValueError(

@@ -125,12 +125,12 @@ def run_training(
         ConfigError: a folder that cannot be used.
     """
     folder = expand(output or f"runs/{run.name}")
-    require_base(run)
     run_folder.check_output(folder, run, resume)
     run_folder.check_data(folder, run)
     if run_folder.is_completed(folder):
         print(f"{folder}: this run is finished; nothing to do")
         return 0
+    require_base(run)
     return run_on_ranks(
         lambda ranks: _train(run, ds, folder, resume, loop, ranks), run.distributed, run.batch.micro_size
     )
@@ -171,7 +171,7 @@ def _fill_cache(run: RunConfig, ds: dict[str, Any], ahead: bool, ranks: Ranks) -
     whole_batches = inputs.own_steps(0, [min(most, pairs - first) for first in range(0, pairs, most)])
     ahead_steps = run.reference.ahead_steps if ahead else None
     online = run.data.generated == ONLINE
-    fill_cache(cache, reference, whole_batches, inputs.steps, ranks, ahead_steps, online)
+    fill_cache(cache, reference, whole_batches, inputs.steps, ranks, ahead_steps, online, run.reference.wait_seconds)
 
 
 def _train(
@@ -221,8 +221,7 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     check_ranks(ranks, run.distributed.timeout_seconds, compared)
     for table in inputs.tables:
         verify_once(table, ranks)
-    if ranks.rank == 0:
-        write_class_names(folder, inputs.table.manifest.class_names)
+    on_first(ranks, lambda: write_class_names(folder, inputs.table.manifest.class_names))
     coordinator = Coordinator(ranks, StopSignal(), Watchdog(ranks, run.distributed.timeout_seconds))
     if run.deterministic:
         compute_deterministically()
@@ -426,7 +425,7 @@ def _finish(run: RunConfig, folder: Path, parts: Run, seconds: float) -> None:
     }
     log.finished()
     if parts.engines.reference is not None:
-        parts.engines.reference.finished()
+        parts.engines.reference.finished(parts.progress.step)
     if ranks.rank == 0:
         log.still_ours()
         run_folder.finish(folder, summary)

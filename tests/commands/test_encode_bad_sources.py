@@ -73,6 +73,14 @@ def test_a_table_goes_on_when_the_files_were_replaced(tmp_path, own_folder, expe
     assert_expected(CodeTable.open(tmp_path / "t"), expected)
 
 
+def test_a_higher_limit_throws_no_finished_shard_away(tmp_path, own_folder, monkeypatch):
+    add_unusable(own_folder, ["zero.png"])
+    settings = ["--source", own_folder, "--output", tmp_path / "t", "--images_per_shard", 100, "--max_unreadable"]
+    assert run(*settings, 0) == 2
+    monkeypatch.setattr("cca_ds.data.image_encoder.ImageEncoder.__call__", None)  # nothing is encoded again
+    assert run(*settings, 0.1) == 0
+
+
 def test_files_that_are_no_images_by_their_name_are_counted(tmp_path, own_folder, capsys):
     for name in ("loose.png", "class1/notes.txt", "class1/.hidden"):
         (own_folder / name).write_bytes(b"x")

@@ -139,6 +139,8 @@ def test_the_base_of_a_run_that_began_with_a_run(tmp_path):
         "gone",
         "loop",
     ]
+    (tmp_path / "a" / "config.yaml").write_text("model: 5")
+    assert _base(str(tmp_path / "b")) == "a"  # damaged
     assert _base(None) is None and _base("mine.safetensors") == "mine.safetensors"
 
 

@@ -105,7 +105,7 @@ def test_guidance_of_the_originals_is_the_papers():
         ("train", ["--tblr", "1e-4"], {"optimizer.learning_rate": 1e-4}),
         ("train", ["--tblr", "1e-4", "--bs", "768", "--lr", "3e-4"], {"optimizer.learning_rate": 3e-4}),
         ("train", ["--tblr", "1e-4", "--set", "batch.global_size=512"], {"optimizer.learning_rate": 2e-4}),
-        ("train", ["--beta1", "0.9", "--beta2=0.95", "--opt=adamw", "--sche=lin0", "--ls=0.0", "--pg", "0", "--seed=3"],
+        ("train", ["--beta1", "0.9", "--beta2=0.95", "--opt=AdamW", "--sche=lin0", "--ls=0.0", "--pg", "0", "--seed=3"],
          {"optimizer.betas": (0.9, 0.95), "seed": 3}),
         ("train", ["--gpt-ckpt", "x.pt"], {"model.weights": "x.pt"}),
         ("sample", ["--cfg-interval", "-1", "--top-k", "7", "--temperature", "0.9"],
@@ -137,6 +137,11 @@ def test_flags_that_are_translated(command, flags, expected):
         ("train", ["--saln", "yes"], "--saln yes: 0 or 1 is needed"),
         ("train", ["--tblr", "x"], "--tblr x: a number is needed"),
         ("train", ["--tblr", "1e-4", "--lr", "2e-4"], "--tblr 1e-4 and the learning rate 0.0002 contradict each other"),
+        ("train", ["--tblr", ""], "--tblr : a number is needed"),
+        ("train", ["--tblr", "nan"], "optimizer.learning_rate"),
+        ("train", ["--tblr=-1"], "optimizer.learning_rate"),
+        ("train", ["--tblr", "1e9"], "optimizer.learning_rate"),
+        ("train", ["--set", "lr=3e-4", "--tblr", "1e-4"], "--tblr 1e-4 and the learning rate 0.0003 contradict"),
         ("train", ["--beta1", "0.8"], "--beta1 0.8: only 0.9 is the same here; set optimizer.betas"),
         ("train", ["--opt", "lion"], "--opt lion: only adamw is the same here"),
         ("train", ["--set", "loss.lambda_=3", "--lambda_", "7"], "--lambda_ 7 and --set loss.lambda_=3 contradict"),
@@ -167,6 +172,7 @@ def test_values_that_mean_nothing_are_one_line(command, flags, message):
         ("sample", ["--vq-ckpt", "vq_ds16_c2i.pt"], "llamagen-b"),
         ("encode", ["--vq-ckpt", "vq_ds16_c2i.pt", "--image-size", "256"], "llamagen-b-256"),
         ("train", ["--depth", "36"], "var-d36"),
+        ("train", ["--gpt-model", "llamagen-b-256"], "llamagen-b-256"),
     ],
 )
 def test_the_recipe_of_a_model_and_an_image_size(command, flags, recipe):

@@ -195,7 +195,6 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path, capsys, flags, mess
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.dist
 def test_published_weights_need_their_recipe(tmp_path, capsys):
     weights = tmp_path / "c2i_B_384.pt"
     torch.save({"model": {}}, weights)
@@ -204,6 +203,7 @@ def test_published_weights_need_their_recipe(tmp_path, capsys):
     assert f"--weights {weights}: name its model with --recipe, docs/weights.md says which" in line
 
 
+@pytest.mark.dist
 def test_ranks_and_run_folder(tmp_path):
     run_folder = trained_run()
     alone, two = tmp_path / "alone", tmp_path / "two"

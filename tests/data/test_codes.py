@@ -12,7 +12,7 @@ import pytest
 
 from cca_ds.data import table_files
 from cca_ds.data.codes import CodeTable
-from cca_ds.data.manifest import CodesError, expected_images, fewer_classes_note
+from cca_ds.data.manifest import CodesError, class_names_of, expected_images, fewer_classes_note, write_class_names
 from cca_ds.data.table_files import write_codes
 
 FIELDS = {
@@ -277,3 +277,16 @@ def test_a_table_of_fewer_classes_than_the_model_is_noted():
     assert fewer_classes_note(10, 10) == []
     (line,) = fewer_classes_note(2, 1000)
     assert "data.codes has 2 classes and the model 1000" in line and "model.overrides.num_classes=2" in line
+
+
+def test_the_names_of_a_runs_classes_outlive_its_table(tmp_path):
+    names = ("Café\u00a0noir", "a\u200cb", "plain")
+    write_class_names(tmp_path, names)
+    assert class_names_of("gone", tmp_path) == names
+    (tmp_path / "older").mkdir()
+    write_class_names(tmp_path / "older", ("two\nlines", "plain"))  # of a table from before such names were refused
+    assert class_names_of("gone", tmp_path / "older") == () and class_names_of("gone") == ()
+    for odd in (b"\xff\n", b"a\x1b[0m\n"):
+        (tmp_path / "classes.txt").write_bytes(odd)
+        with pytest.raises(CodesError):
+            class_names_of("gone", tmp_path)

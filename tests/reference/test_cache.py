@@ -19,7 +19,14 @@ from cca_ds.config.recipes import load_recipe
 from cca_ds.data.batches import BatchPlan, Steps
 from cca_ds.data.generated import GeneratedCodes
 from cca_ds.models.weight_files import state_hash
-from cca_ds.reference.cache import CachedReference, ReferenceCache, ReferenceCacheError, Shard, cache_key
+from cca_ds.reference.cache import (
+    CachedReference,
+    ReferenceCache,
+    ReferenceCacheError,
+    Shard,
+    _stored_shard_steps,
+    cache_key,
+)
 from cca_ds.reference.producer import fill_cache
 from tests.support.digits_table import digits_table
 
@@ -283,11 +290,28 @@ def test_producers_of_a_run_that_ended_early_end_too(tmp_path, capsys, earlier):
         cache.note_finished(0)
     trainer = CachedReference(cache, 1.0, reports=True)
     threading.Timer(0.5, cache.note_trainer, (0,)).start()
-    threading.Timer(2.5, trainer.finished).start()
+    threading.Timer(2.5, trainer.finished, (1,)).start()
     started = time.monotonic()
     fill_cache(cache, None, None, 8, producer(1, 2), ahead_steps=1)
     assert time.monotonic() - started > 2
     assert "the run has ended after step 1; producer 1 ends too" in capsys.readouterr().err
+
+
+def test_a_producer_that_comes_after_the_end_waits_no_longer_than_for_a_shard(tmp_path, capsys):
+    cache = ReferenceCache(tmp_path, KEY)
+    cache.note_finished(0)
+    fill_cache(cache, None, None, 8, producer(1, 2), ahead_steps=1, wait_seconds=1.5)
+    assert "the run has ended after step 0; producer 1 ends too" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_there_keeps_its_steps_a_file(tmp_path):
+    """It was begun by a version with another default, or for a table."""
+    assert _stored_shard_steps(tmp_path) is None
+    ReferenceCache(tmp_path, KEY)
+    assert _stored_shard_steps(tmp_path) == 2
+    for odd in ("[]", "{}", '{"shard_steps": "8"}', '{"shard_steps": 0}', "{"):
+        (tmp_path / "key.json").write_text(odd)
+        assert _stored_shard_steps(tmp_path) is None
 
 
 def test_producers_that_would_idle_are_told_the_setting(tmp_path, capsys):

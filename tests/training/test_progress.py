@@ -110,6 +110,19 @@ def test_where_a_run_ends_does_not_depend_on_when_it_was_killed_or_what_it_logs(
         assert second.step == second.end == whole.end
 
 
+def test_a_band_that_was_changed_is_to_be_entered_anew(tmp_path):
+    first = AccuracyBand((0.45, 0.9))
+    first.update({"rewards/margins": 0.1, "rewards/accuracies": 0.9})
+    second, same = AccuracyBand((0.6, 0.75)), AccuracyBand((0.45, 0.9))
+    for band in (second, same):
+        band.restore(json.loads(json.dumps(first.state())))
+        assert band.average == first.average and not band.left
+    for _ in range(200):
+        second.update({"rewards/margins": -0.1, "rewards/accuracies": 0.0})
+        same.update({"rewards/margins": -0.1, "rewards/accuracies": 0.0})
+    assert same.left and not second.left
+
+
 @pytest.mark.parametrize(
     ("step", "line"), [(0, "before the first step was done"), (2, "after step 2: checkpoint saved")]
 )
