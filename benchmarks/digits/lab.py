@@ -198,7 +198,7 @@ def fine_tune(digits: Digits, seed: int, overrides: list[str]) -> Tuned:
                 device,
                 1,
                 AccuracyBand(None),
-            ),  # fmt: skip
+            ),
             WholeBatches(own_steps, total),
             OptimizerSteps(policy, recipe.optimizer, recipe.schedule, total, own_steps.steps_per_epoch, print),
             Never(),

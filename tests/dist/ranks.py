@@ -146,9 +146,9 @@ class RankGroup:
         """
         end = time.monotonic() + timeout
         failed = None
-        while any(process.poll() is None for process in self.processes):
+        while None in (codes := [process.poll() for process in self.processes]):
             now = time.monotonic()
-            if failed is None and any(process.returncode for process in self.processes):
+            if failed is None and any(codes):
                 failed = now
             if grace is not None and failed is not None and now > failed + grace:
                 break

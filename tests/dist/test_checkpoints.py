@@ -264,8 +264,11 @@ def kill_one(folder: Path, draw: random.Random, *settings: str, ranks: int = 2) 
     before = [int(path.name[5:]) for path in complete_checkpoints(folder / "checkpoints")]
     with start_training(ranks, folder, *settings) as running:
         goal = max(before, default=0) + draw.randint(0, AHEAD)
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and not any(line["step"] > goal for line in metrics_so_far(folder)):
+        began, end = time.time(), time.monotonic() + PATIENCE
+        # lines of its own: the killed start before it may have logged more steps than it saved
+        while time.monotonic() < end and not any(
+            line["step"] > goal and line["time"] > began for line in metrics_so_far(folder)
+        ):
             assert any(process.poll() is None for process in running.processes), running.tails()
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.2))  # inside a step, a save or the pruning after it
