@@ -56,7 +56,7 @@ def _only(value: str, remedy: str) -> Flag:
     def settings(typed: str) -> list[str]:
         number = re.fullmatch(r"[0-9.]+", value) is not None
         if (_float(typed) != float(value)) if number else typed.lower() != value:
-            raise ValueError(f"only {value} is the same here; {remedy}")
+            raise ValueError(f"only {value} can be given here; {remedy}")
         return []
 
     return Flag(settings)

@@ -178,7 +178,8 @@ def class_names_of(codes: str, run_folder: Path | None = None) -> tuple[str, ...
     if run_folder is not None and (path := run_folder / CLASS_NAMES).is_file():
         with decoding(path, CodesError, "delete it"):
             names = tuple(regular_file(path).read_text("utf-8").split("\n")[:-1])
-        check_class_names(names)
+        if not all(map(fits_on_a_line, names)):
+            raise CodesError(f"{path}: has control characters in its names: delete it, the table of codes has them too")
         return names
     folder = expand(codes)
     return read_manifest(folder).class_names if (folder / MANIFEST_NAME).is_file() else ()

@@ -88,7 +88,9 @@ class FeatureSource:
         )
         parts = self.ranks.gather(part)
         if self.ranks.broadcast(parts is not None and all(part is None for part in parts)):
-            raise ImagesError(f"{images.path}: none of the {images.count} images can be read")
+            raise ImagesError(
+                f"{images.path}: none of the {images.count} images can be read: replace them, or name another source"
+            )
         if parts is None:
             return None
         features = join(parts)
@@ -138,7 +140,7 @@ def reference_notes(path: str | None, images: Images, extractor: Extractor) -> l
         ImagesError: another network made its statistics.
     """
     record = read_record(path) if path is not None else {}
-    with decoding(f"{path}: its record `about` cannot be read", ImagesError):
+    with decoding(f"{path}: its record `about` cannot be read", ImagesError, "make it again with --make_reference"):
         made_by, side = record.get("protocol", {}).get("network_identity"), record.get("side")
     if made_by not in (None, extractor.identity):
         raise ImagesError(

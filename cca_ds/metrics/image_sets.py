@@ -79,7 +79,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     path = expand(path)
     if not_a_file(path) or not zipfile.is_zipfile(path):
         return {}
-    with decoding(f"{path}: its record `about` cannot be read", ImagesError):
+    with decoding(f"{path}: its record `about` cannot be read", ImagesError, "make it again with --make_reference"):
         about = read_arrays(path, ("about",)).get("about")
         return {} if about is None else dict(json.loads(str(about)))
 

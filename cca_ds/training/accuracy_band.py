@@ -48,9 +48,11 @@ class AccuracyBand:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint kept; without it the average begins anew, and a band that was changed is to be
-        entered anew.
+        entered anew. Raises ValueError for an average that is no share.
         """
         self.average = float(state.get("average", _CHANCE))
+        if not 0.0 <= self.average <= 1.0:
+            raise ValueError(f"an average accuracy of {self.average}")
         same = self.bounds is not None and state.get("bounds") == list(self.bounds)
         self._entered = same and bool(state.get("entered", False))
 

@@ -18,6 +18,7 @@ import cca_ds
 from cca_ds.alignment.objective import Objective
 from cca_ds.balance.balancer import Balancer
 from cca_ds.checkpoints.deepspeed_state import Checkpoints
+from cca_ds.checkpoints.errors import CheckpointError
 from cca_ds.checkpoints.load_model import starting_weights
 from cca_ds.checkpoints.store import read_manifest
 from cca_ds.cluster.collectives import barrier, on_first
@@ -61,6 +62,7 @@ from cca_ds.training.run_log import RunLog
 from cca_ds.training.sample_grids import SampleGrids
 from cca_ds.training.utilization import Utilization
 from cca_ds.training.workload import trained_flops, workload_of
+from cca_ds.untrusted import decoding
 
 # sections whose values TensorBoard's table of runs shows
 _COMPARED = ("model", "loss", "optimizer", "schedule", "batch")
@@ -248,7 +250,9 @@ def _start(run: RunConfig, ds: dict[str, Any], folder: Path, resume: str, ranks:
     torch.manual_seed(run.seed + ranks.rank)  # after building: dropout does not depend on how the reference is held
     coordinator.beat(0, "reading the checkpoint")
     first_step = checkpoints.restore(engines.policy, origin) if origin else 0
-    band.restore(read_manifest(origin).metadata.get("accuracy", {}) if origin else {})
+    if origin:
+        with decoding(f"checkpoint {origin}: its accuracy cannot be read", CheckpointError, "resume from another one"):
+            band.restore(read_manifest(origin).metadata.get("accuracy", {}))
     checkpoints.require_space(engines.policy, inputs.steps)
     log = RunLog(
         folder, ranks.rank == 0, inputs.steps, first_step, run.logging.tensorboard, run.logging.progress, still_ours

@@ -142,8 +142,8 @@ def test_flags_that_are_translated(command, flags, expected):
         ("train", ["--tblr=-1"], "optimizer.learning_rate"),
         ("train", ["--tblr", "1e9"], "optimizer.learning_rate"),
         ("train", ["--set", "lr=3e-4", "--tblr", "1e-4"], "--tblr 1e-4 and the learning rate 0.0003 contradict"),
-        ("train", ["--beta1", "0.8"], "--beta1 0.8: only 0.9 is the same here; set optimizer.betas"),
-        ("train", ["--opt", "lion"], "--opt lion: only adamw is the same here"),
+        ("train", ["--beta1", "0.8"], "--beta1 0.8: only 0.9 can be given here; set optimizer.betas"),
+        ("train", ["--opt", "lion"], "--opt lion: only adamw can be given here"),
         ("train", ["--set", "loss.lambda_=3", "--lambda_", "7"], "--lambda_ 7 and --set loss.lambda_=3 contradict"),
         (
             "train",

@@ -117,6 +117,8 @@ def test_a_band_that_was_changed_is_to_be_entered_anew(tmp_path):
     for band in (second, same):
         band.restore(json.loads(json.dumps(first.state())))
         assert band.average == first.average and not band.left
+    with pytest.raises(ValueError, match="an average accuracy of nan"):
+        AccuracyBand((0.6, 0.75)).restore({"average": float("nan")})
     for _ in range(200):
         second.update({"rewards/margins": -0.1, "rewards/accuracies": 0.0})
         same.update({"rewards/margins": -0.1, "rewards/accuracies": 0.0})
